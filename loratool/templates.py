@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import takewhile
 
 from loratool.errors import printable
+from loratool.grouping import by_key
 
 NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 MOST_NAMED = 4  # groups of names that a note lists
@@ -54,10 +55,7 @@ def grouped(names: Iterable[str]) -> list[str]:
     A name of its own keeps its numbers. Where not every combination of the ranges is there, each value of the
     first number that has others than the rest gets a line of its own.
     """
-    templates: dict[str, list[Numbers]] = {}
-    for name in names:
-        template, numbers = template_of(name) if "#" not in name else (f".{name}.", ())
-        templates.setdefault(template, []).append(numbers)
+    templates = by_key(template_of(name) if "#" not in name else (f".{name}.", ()) for name in names)
     return [line for template, every in templates.items() for line in ranges(template, every)]
 
 
@@ -75,13 +73,9 @@ def ranges(template: str, every: Sequence[Numbers]) -> list[str]:
         return [fill(template, numbers)[1:-1] for numbers in dict.fromkeys(every)]
     if len(every[0]) == 1:
         return [fill(template, (braced(numbers[0] for numbers in every),))[1:-1]]
-    firsts: dict[str, list[Numbers]] = {}
-    for first, *rest in every:
-        firsts.setdefault(first, []).append(tuple(rest))
-    alike: dict[tuple[str, ...], list[str]] = {}
     head, _, tail = template.partition("#")
-    for first, rests in firsts.items():
-        alike.setdefault(tuple(ranges(tail, rests)), []).append(first)
+    firsts = by_key((first, tuple(rest)) for first, *rest in every)
+    alike = by_key((tuple(ranges(tail, rests)), first) for first, rests in firsts.items())
     return [f"{head[1:]}{braced(numbers)}{tail[0]}{line}" for lines, numbers in alike.items() for line in lines]
 
 

@@ -29,6 +29,7 @@ PACKAGES = (
     "notes",
     "shown",
     "lazy",
+    "grouping",
     "templates",
     "layouts",
     "files",

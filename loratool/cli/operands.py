@@ -17,6 +17,7 @@ from loratool.errors import ANOTHER_OUT, LoratoolError, UsageError, escaped, pri
 from loratool.files.hub_names import parse, slashed
 from loratool.files.names import at_home
 from loratool.files.system import shell_word
+from loratool.grouping import by_key
 from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
@@ -221,9 +222,7 @@ def free_name(context: click.Context) -> str:
 
 def proposed_name(command: str, operands: Sequence[Operand], words: Mapping[str, Any]) -> str:
     """A name for the output that is not there yet; a file where the base is one."""
-    stems: dict[str, list[str]] = {}
-    for operand in operands:
-        stems.setdefault(operand.parameter, []).append(stem_of(operand.word))
+    stems = by_key((operand.parameter, stem_of(operand.word)) for operand in operands)
     parts = defaultdict(str, {name: "-".join(found[:MOST_NAMED]) for name, found in stems.items()})
     parts |= {
         name: str(words.get(key) or "").partition("@")[0]

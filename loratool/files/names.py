@@ -15,6 +15,7 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
 from loratool.errors import ANOTHER_OUT, StorageError, UsageError, printable
 from loratool.files.system import create_file, shell_word
+from loratool.grouping import by_key
 
 DEVICES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)\s*(?:\..*)?", re.IGNORECASE | re.DOTALL)
 ODD = re.compile(r'[<>:"|?*\\\x00-\x1f]|[. ]$')
@@ -113,9 +114,7 @@ def unusual(names: Iterable[str]) -> Iterator[str]:
 
 def twins(names: Collection[str], all_names: Iterable[str]) -> Iterator[str]:
     """The paths of `all_names` that differ in case only, where `names` has one of them."""
-    folded: dict[str, list[str]] = {}
-    for name in sorted(all_names):
-        folded.setdefault(name.casefold(), []).append(name)
+    folded = by_key((name.casefold(), name) for name in sorted(all_names))
     for name in names:
         if len(folded.get(name.casefold(), ())) > 1:
             yield from folded[name.casefold()]

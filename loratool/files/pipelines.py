@@ -22,6 +22,7 @@ from loratool.files.checkpoint import (
 )
 from loratool.files.inputs import read_json
 from loratool.files.safefile import SafeFile, Selection
+from loratool.grouping import by_key
 from loratool.notes import Note
 
 WEIGHTS = re.compile(r".+\.safetensors(?:\.index(?:\.[A-Za-z0-9_]+)?\.json)?")
@@ -135,11 +136,9 @@ def chosen_files(root: Path, component: str, notes: list[Note]) -> tuple[Path | 
 
     Without a variant is what diffusers loads by default; the only one that is there is taken otherwise.
     """
-    found: dict[str, list[str]] = {}
-    for name in names_in(root / component):
-        if WEIGHTS.fullmatch(name):
-            variant = INDEX_OF_VARIANT.fullmatch(name) or VARIANT.fullmatch(name)
-            found.setdefault(variant["name"] if variant else "", []).append(name)
+    named = (name for name in names_in(root / component) if WEIGHTS.fullmatch(name))
+    variants = ((INDEX_OF_VARIANT.fullmatch(name) or VARIANT.fullmatch(name), name) for name in named)
+    found = by_key((variant["name"] if variant else "", name) for variant, name in variants)
     weights = [variant for variant, names in found.items() if any(n.endswith(".safetensors") for n in names)]
     if "" in weights:
         chosen = ""

@@ -21,6 +21,7 @@ from loratool.fetching import headers
 from loratool.files.checkpoint import holds_weights
 from loratool.files.process import peak_memory
 from loratool.files.safefile import DTYPE_BITS, Layout
+from loratool.grouping import by_key
 from loratool.layouts.architectures import OUTPUT_HEADS
 from loratool.layouts.presets import PRESETS
 from loratool.notes import Note
@@ -131,9 +132,7 @@ def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtyp
             memory(quantised, trainable, size),
         )
 
-    groups: dict[tuple[str, Shape], list[Shape]] = {}
-    for name, shape in chosen.items():
-        groups.setdefault((leaf(name), shape), []).append(shape)
+    groups = by_key(((leaf(name), shape), shape) for name, shape in chosen.items())
     dtypes: Counter[str] = Counter()
     for name, shape in base.counted.items():
         dtypes[base.dtypes[name]] += math.prod(shape)

@@ -28,6 +28,7 @@ from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import itself
 from loratool.files.process import peak_memory
 from loratool.files.safefile import SafeFile, TensorInfo
+from loratool.grouping import by_key
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.packing import unpacked
@@ -246,10 +247,11 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         module_facts(adapter, target, update, layers.get(target), training.rslora, fit, counted)
         for target, update in adapter.updates.items()
     )
-    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for module in modules:
-        if module.rank is not None and module.shape is not None:
-            groups.setdefault((leaf(module.target), module.shape), []).append(module.parameters)
+    groups = by_key(
+        ((leaf(module.target), module.shape), module.parameters)
+        for module in modules
+        if module.rank is not None and module.shape is not None
+    )
     unused = tuple(f"tensor {printable(name)} was not recognised" for name in adapter.unused)
     return AdapterFacts(
         kind="adapter",
@@ -386,9 +388,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
     """What the headers of a model tell."""
     seen, packing = unpacked(checkpoint)
     classes = checkpoint.architectures or (checkpoint.model_type,)
-    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for name, info in seen.tensors.items():
-        groups.setdefault((leaf(name), info.shape), []).append(info.elements)
+    groups = by_key(((leaf(name), info.shape), info.elements) for name, info in seen.tensors.items())
     return CheckpointFacts(
         kind="checkpoint",
         path=printable(path),

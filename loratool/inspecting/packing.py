@@ -11,6 +11,7 @@ from loratool.bases.packed import Packed
 from loratool.errors import InputError, folded, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.grouping import by_key
 from loratool.layouts.architectures import PACKED_ENDS, PACKED_WEIGHTS, PACKED_WITHIN
 from loratool.results.facts import PackingFacts, SchemeFacts
 from loratool.templates import grouped
@@ -42,9 +43,7 @@ def unpacked(checkpoint: Checkpoint) -> tuple[Checkpoint, PackingFacts | None]:
 
 def facts_of(base: Decoded) -> PackingFacts:
     """What is told of a checkpoint whose packed weights can be decoded."""
-    by_scheme: dict[str, list[str]] = {}
-    for name, weight in base.weights.items():
-        by_scheme.setdefault(weight.scheme, []).append(name)
+    by_scheme = by_key((weight.scheme, name) for name, weight in base.weights.items())
     schemes = tuple(scheme_facts(base, scheme, names) for scheme, names in by_scheme.items())
     parameters, packed, scales = (
         sum(getattr(each, field) for each in schemes) for field in ("parameters", "packed_bytes", "scale_bytes")

@@ -18,6 +18,7 @@ from loratool.algebra.lowrank.products import working_dtype
 from loratool.devices import check_device, exact_arithmetic, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores, peak_memory
+from loratool.grouping import by_key
 from loratool.results.base import Cost
 
 if TYPE_CHECKING:
@@ -146,9 +147,7 @@ class Batch:
 
 def batches(layers: Mapping[str, Layer], device: torch.device) -> Iterator[Batch]:
     """All layers, those that can be stacked together, as many as a batch may hold."""
-    alike: dict[tuple[object, ...], list[str]] = {}
-    for target, layer in layers.items():
-        alike.setdefault((*layer.form, layer.rank), []).append(target)
+    alike = by_key(((*layer.form, layer.rank), target) for target, layer in layers.items())
     most = CUDA_BATCH if device.type == "cuda" else CPU_BATCH
     for targets in alike.values():
         layer = layers[targets[0]]

@@ -20,6 +20,7 @@ from loratool.files.checkpoint import INDEX_SUFFIX, SINGLE, Checkpoint, index_te
 from loratool.files.gguf import GgufFile
 from loratool.files.pipelines import Member, identities, itself
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
+from loratool.grouping import by_key
 from loratool.layouts.ggml import TYPES
 
 if TYPE_CHECKING:
@@ -348,8 +349,6 @@ def is_utf8(name: str) -> bool:
 
 def check_names(names: Iterable[str]) -> None:
     """Names that some file systems take for one and the same must not meet in the output."""
-    folded: dict[str, list[str]] = {}
-    for name in names:
-        folded.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(printable(name))
+    folded = by_key((unicodedata.normalize("NFC", name).casefold(), printable(name)) for name in names)
     if clashing := [" and ".join(alike) for alike in folded.values() if len(alike) > 1]:
         raise InputError("files of the output differ only in case or Unicode form:", clashing)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.bases.decoded import Decoded
 from loratool.errors import printable
 from loratool.files.pipelines import identities, itself
+from loratool.grouping import by_key
 from loratool.merging.options import RunOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
@@ -142,10 +143,11 @@ def packing_rows(plan: MergePlan) -> list[tuple[str, object]]:
         return []
     kept = len(plan.base.weights) - len(plan.plain) - len(plan.anew)
     rows: list[tuple[str, object]] = [("quantised", f"{plan.base.title}; stay as they are: {kept}")]
-    dtypes: dict[str, list[str]] = {}
-    for span in plan.spans:
-        if span.placed.name in plan.plain and span.carried is None:
-            dtypes.setdefault(span.placed.dtype, []).append(span.placed.name)
+    dtypes = by_key(
+        (span.placed.dtype, span.placed.name)
+        for span in plan.spans
+        if span.placed.name in plan.plain and span.carried is None
+    )
     if plan.anew:
         rows.append(("requantised", f"{len(plan.anew)}: {listed(plan.anew)}"))
     rows += [("become plain", f"{len(names)} in {dtype}: {listed(names)}") for dtype, names in dtypes.items()]

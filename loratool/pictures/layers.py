@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from loratool.grouping import by_key
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Column, Group, Table, Value
 from loratool.pictures.heat_map import HeatMap
@@ -80,9 +81,7 @@ class Layers(Generic[Layer]):
 
     def by_kind(self, measure: Callable[[Layer], float]) -> Iterator[tuple[str, list[float]]]:
         """The values of each kind of module."""
-        found: dict[int, list[float]] = {}
-        for target, (row, _) in self.places.of.items():
-            found.setdefault(row, []).append(measure(self.layers[target]))
+        found = by_key((row, measure(self.layers[target])) for target, (row, _) in self.places.of.items())
         yield from ((self.places.rows[row], values) for row, values in sorted(found.items()))
 
 

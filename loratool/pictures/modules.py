@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loratool.grouping import by_key
 from loratool.layouts.diffusion.blocks import BASE
 from loratool.pictures.blocks import MOST_ROWS
 from loratool.pictures.heat_map import Cell
@@ -63,10 +64,7 @@ class Places:
             entries: of each target the row of the linked table that it has.
             together: makes one value of those that share a place; their mean, unless something else is given.
         """
-        at: dict[tuple[int, int], list[str]] = {}
-        for target, cell in self.of.items():
-            if target in values:
-                at.setdefault(cell, []).append(target)
+        at = by_key((cell, target) for target, cell in self.of.items() if target in values)
         return tuple(self.cell(*cell, targets, values, entries or {}, together) for cell, targets in at.items())
 
     def cell(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from loratool.grouping import by_key
 from loratool.layouts.diffusion import blocks
 from loratool.layouts.diffusion.blocks import BASE, MID
 from loratool.layouts.diffusion.components import TEXT_WORDS
@@ -36,9 +37,7 @@ def is_of_images(targets: Iterable[str]) -> bool:
 def shares(norms: Mapping[str, float]) -> dict[str, tuple[float, int]]:
     """Block → its part of the sum of squares of all norms, and how many targets it has, in the order of the model."""
     total = math.fsum(norm**2 for norm in norms.values())
-    parts: dict[str, list[float]] = {}
-    for target, norm in norms.items():
-        parts.setdefault(block_of(target), []).append(norm**2)
+    parts = by_key((block_of(target), norm**2) for target, norm in norms.items())
     return {
         block: (math.fsum(parts[block]) / total if total else 0.0, len(parts[block]))
         for block in sorted(parts, key=place)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
@@ -329,10 +330,8 @@ def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
 
 def matching_lines(matched: Sequence[tuple[str, PlaceFacts]]) -> list[str]:
     """Target → tensor; those that differ in numbers alone share a line."""
-    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for target, place in matched:
-        tensor = place.tensor
-        found.setdefault((template_of(target)[0], template_of(tensor)[0]), []).append((target, tensor))
+    pairs = ((target, place.tensor) for target, place in matched)
+    found = by_key(((template_of(target)[0], template_of(tensor)[0]), (target, tensor)) for target, tensor in pairs)
     lines = []
     for members in found.values():
         targets, tensors = (grouped(dict.fromkeys(m[side] for m in members)) for side in (0, 1))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from loratool.grouping import by_key
 from loratool.results.base import Result
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
@@ -120,9 +121,7 @@ def worst(codes: Any) -> int:
 
 def by_base(rows: Sequence[FleetRow]) -> Mapping[str, list[FleetRow]]:
     """Rows by the base that they name, those that name none last."""
-    found: dict[str, list[FleetRow]] = {}
-    for row in rows:
-        found.setdefault(row.base, []).append(row)
+    found = by_key((row.base, row) for row in rows)
     return {base: found[base] for base in sorted(found, key=lambda base: (not base, base))}
 
 

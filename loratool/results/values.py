@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Cost
 from loratool.results.blocks import bars, is_of_images
@@ -165,10 +166,7 @@ def against_weights(modules: Sequence[Measured]) -> str:
 
 def named(modules: Sequence[Measured]) -> dict[str, list[Measured]]:
     """Modules by the last part of their path."""
-    found: dict[str, list[Measured]] = {}
-    for m in modules:
-        found.setdefault(last_words(m.target), []).append(m)
-    return found
+    return by_key((last_words(m.target), m) for m in modules)
 
 
 def last_words(target: str) -> str:

@@ -15,6 +15,7 @@ from loratool.adapters.formats import NAMED
 from loratool.adapters.layers import Contents, Kind
 from loratool.errors import LoratoolError
 from loratool.files.checkpoint import Checkpoint
+from loratool.grouping import by_key
 from loratool.reworking.converting.fusing import split
 from loratool.reworking.converting.naming import (
     DIFFUSERS,
@@ -51,10 +52,7 @@ class BaseNames:
 
     def by_layer(self) -> dict[str, list[Part]]:
         """The parts of each layer."""
-        found: dict[str, list[Part]] = {}
-        for part in self.parts:
-            found.setdefault(part.rows.target, []).append(part)
-        return found
+        return by_key((part.rows.target, part) for part in self.parts)
 
 
 def base_names(contents: Contents, base: Checkpoint | None = None) -> BaseNames:

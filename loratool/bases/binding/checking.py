@@ -10,6 +10,7 @@ from loratool.bases.binding.names import unwrapped
 from loratool.bases.binding.places import ALL, Place
 from loratool.errors import printable
 from loratool.files.safefile import TensorInfo
+from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.templates import Numbers, fill, listed, template_of
 
@@ -30,10 +31,9 @@ def overlap(one: Place, other: Place) -> bool:
 
 def rivals(places: Mapping[str, Sequence[Place]]) -> dict[str, tuple[str, str]]:
     """Targets that edit what another one edits: target → (tensor, other), of each pair the later by name."""
-    tensors: dict[str, list[tuple[int, str, Place]]] = {}
-    for target, every in places.items():
-        for place in every:
-            tensors.setdefault(place.tensor, []).append((place.first_row, target, place))
+    tensors = by_key(
+        (place.tensor, (place.first_row, target, place)) for target, every in places.items() for place in every
+    )
     found: dict[str, tuple[str, str]] = {}
     for tensor, edits in tensors.items():
         if len(edits) == 1:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from loratool.adapters.adapter import Flattened
 from loratool.errors import printable
+from loratool.grouping import by_key
 
 MOST_SEARCHED = 64  # names for which near ones are searched: more than a message shows
 MOST_COMPARED = 500  # names that a search looks at
@@ -16,9 +17,7 @@ MOST_NEAR = 3
 def look_up(targets: Iterable[str], names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """For each flattened target the one name that it is made of; for others of them the reason that there is none."""
     flat = [target for target in targets if isinstance(target, Flattened)]
-    index: dict[str, list[str]] = {}
-    for name in names if flat else ():
-        index.setdefault(Flattened.of(name), []).append(name)
+    index: dict[str, list[str]] = by_key((Flattened.of(name), name) for name in (names if flat else ()))
     owners = {target: target for target in targets}  # name → the target that has it
     found: dict[str, str] = {}
     reasons: dict[str, str] = {}

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from loratool.bases.binding.places import Step
 from loratool.files.safefile import TensorInfo
+from loratool.grouping import by_key
 from loratool.layouts.architectures import (
     LEADING_WRAPPERS,
     PACKED_CODES,
@@ -36,11 +37,8 @@ def unwrapped(name: str) -> str:
 
 def by_template(targets: Iterable[str]) -> dict[str, list[tuple[str, Numbers]]]:
     """Template of a target's name → the targets that have it, each with its numbers."""
-    members: dict[str, list[tuple[str, Numbers]]] = {}
-    for target in targets:
-        template, numbers = template_of(unwrapped(target))
-        members.setdefault(template, []).append((target, numbers))
-    return members
+    named = ((target, template_of(unwrapped(target))) for target in targets)
+    return by_key((template, (target, numbers)) for target, (template, numbers) in named)
 
 
 class Disk:
@@ -88,10 +86,10 @@ class Disk:
         """The numbers at `position` that tensors of a template have, by their other numbers."""
         key = (template, position)
         if key not in self.lists:
-            found: dict[Numbers, list[str]] = {}
-            for numbers in self.templates.get(template, {}):
-                found.setdefault(numbers[:position] + numbers[position + 1 :], []).append(numbers[position])
-            self.lists[key] = found
+            self.lists[key] = by_key(
+                (numbers[:position] + numbers[position + 1 :], numbers[position])
+                for numbers in self.templates.get(template, {})
+            )
         return self.lists[key]
 
     def kin(self, template: str, position: int) -> list[str]:
@@ -159,10 +157,7 @@ class Moves:
         self.levels: list[dict[str, list[Move]]] = []  # first component of what is looked for → renames
         for _ in range(depth):
             useful = [move for move in MOVES if move.brings <= wanted]
-            index: dict[str, list[Move]] = {}
-            for move in useful:
-                index.setdefault(move.first, []).append(move)
-            self.levels.append(index)
+            self.levels.append(by_key((move.first, move) for move in useful))
             wanted = wanted.union(*(move.takes for move in useful), IN_PREFIXES)
 
     def aliases(self, template: str) -> Iterator[list[Alias]]:

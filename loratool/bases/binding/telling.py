@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from loratool.errors import printable
 from loratool.files.safefile import TensorInfo
 from loratool.files.system import shell_word
+from loratool.grouping import by_key
 from loratool.templates import Numbers, grouped, template_of
 
 MOST_COMPARED = 500  # templates that a search for the nearest one looks at
@@ -53,8 +54,8 @@ def nearest(template: str, known: Sequence[str]) -> str | None:
 
 def tell(problems: Mapping[str, str]) -> list[str]:
     """Problems of targets, those that differ in numbers only in one line."""
-    alike: dict[tuple[str, str], list[str]] = {}
-    for target, why in problems.items():
-        template = template_of(target)[0] if "#" not in target else target
-        alike.setdefault((template, template_of(why)[0]), []).append(target)
+    alike = by_key(
+        ((template_of(target)[0] if "#" not in target else target, template_of(why)[0]), target)
+        for target, why in problems.items()
+    )
     return [f"{printable(line)}: {problems[targets[0]]}" for targets in alike.values() for line in grouped(targets)]

@@ -15,6 +15,7 @@ from loratool.adapters.ranks import evened
 from loratool.adapters.writer import Carried, carried_over, dtype_name, files_beside
 from loratool.errors import printable
 from loratool.files.tensor_writer import TensorFile, Triple
+from loratool.grouping import by_key
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OTHER, VERSION, form_record
@@ -103,10 +104,7 @@ def remarks(source: Contents, before: Contents, manner: Manner) -> Iterator[Note
 
 def told(members: Sequence[Member]) -> Iterator[Note]:
     """The notes of all members: one for those that say the same, and one for all layers that are left out."""
-    alike: dict[Note, list[str]] = {}
-    for member in members:
-        for note in member.notes:
-            alike.setdefault(note, []).append(member.source.name)
+    alike = by_key((note, member.source.name) for member in members for note in member.notes)
     for note, names in alike.items():
         yield note.under(names[0]) if len(names) == 1 else Note(note.code, f"{len(names)} adapters: {note.text}")
     if dropped := [(member.source.name, target) for member in members for target in member.dropped]:

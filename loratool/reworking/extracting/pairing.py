@@ -21,6 +21,7 @@ from loratool.bases.weights import Plain, StoredWeight
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.grouping import by_key
 from loratool.layouts.architectures import (
     EMBEDDING_NAMES,
     INPUT_EMBEDDINGS,
@@ -100,10 +101,7 @@ class Pairing:
     @property
     def groups(self) -> list[tuple[Change, ...]]:
         """Changes by layers: both projections of an nn.MultiheadAttention have one rank, all others their own."""
-        together: dict[str, list[Change]] = {}
-        for target, change in self.changes.items():
-            key = self.attention_of(target) or target
-            together.setdefault(key, []).append(change)
+        together = by_key((self.attention_of(target) or target, change) for target, change in self.changes.items())
         return [tuple(group) for group in together.values()]
 
     def attention_of(self, target: str) -> str:
