@@ -61,8 +61,17 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 def listed(names: Iterable[str]) -> str:
     """Names for a note: in groups, the first few of them."""
-    lines = grouped(names)
-    return ", ".join(map(printable, lines[:MOST_NAMED])) + (", …" if len(lines) > MOST_NAMED else "")
+    return first_few(grouped(names), MOST_NAMED)
+
+
+def first_few(names: Sequence[object], most: int) -> str:
+    """The first of some names: `a, b, …` where there are more."""
+    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
+
+
+def some(names: Sequence[object], most: int = 3) -> str:
+    """The first of some names, and how many more there are: `a, b, c and 4 more`."""
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def ranges(template: str, every: Sequence[Numbers]) -> list[str]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
-from loratool.errors import printable
+from loratool.templates import first_few
 
 PATTERN_SECONDS = 10.0
 PLAIN_PATTERN = re.compile(r"[\w.$-]+")  # patterns of these characters compile and match at once
@@ -72,17 +72,12 @@ def search_apart(patterns: list[str], names: list[str], around: str) -> list[lis
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"one of these patterns takes too long to match: {few(patterns)}; write it without nested repeats"
+            f"one of these patterns takes too long to match: {first_few([*map(repr, patterns)], 3)}; write it without nested repeats"
         ) from None
     except subprocess.CalledProcessError:
-        raise ValueError(f"a pattern cannot be matched, one of {few(patterns)}") from None
+        raise ValueError(f"a pattern cannot be matched, one of {first_few([*map(repr, patterns)], 3)}") from None
     result: list[list[str]]
     invalid, result = json.loads(answer.stdout)
     if invalid:
-        raise ValueError(f"not a valid regular expression: {few(invalid)}")
+        raise ValueError(f"not a valid regular expression: {first_few([*map(repr, invalid)], 3)}")
     return result
-
-
-def few(patterns: list[str]) -> str:
-    """The first patterns, for a message."""
-    return ", ".join(printable(repr(p)) for p in patterns[:3]) + (", …" if len(patterns) > 3 else "")

@@ -19,6 +19,7 @@ from loratool.errors import LoratoolError, printable
 from loratool.files.inputs import json_object, open_regular, read_bounded
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
+from loratool.templates import first_few
 
 Kind = Literal["trained", "module", "training state", "twin", "adapter", "model"]
 
@@ -139,10 +140,8 @@ def look_inside(path: Path, name: str, kind: Kind, own: SafeFile | None) -> Weig
     if own is not None and shapes == sorted(info.shape for info in own.tensors.values()):
         return WeightFile(name, "twin", "tensors of the same shapes as the adapter's own")
     count = len(file.tensors)
-    some = ", ".join(printable(tensor) for tensor in list(file.tensors)[:MOST_NAMED])
-    more = ", …" if count > MOST_NAMED else ""
     elements = sum(info.elements for info in file.tensors.values())
-    holds = f"{count} tensor{'s' * (count != 1)} of {elements:,} parameters: {some}{more}"
+    holds = f"{count} tensor{'s' * (count != 1)} of {elements:,} parameters: {first_few([*file.tensors], MOST_NAMED)}"
     return WeightFile(name, kind, holds, tuple(file.tensors))
 
 

@@ -22,7 +22,7 @@ from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
 from loratool.files.journal import Journal
-from loratool.files.outputs import MADE_HERE, check_target
+from loratool.files.outputs import MADE_HERE, as_json, check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
@@ -129,7 +129,7 @@ class Output:
         self.file.finish()
         self.stage.add(self.names.form.weights_name)
         if (name := self.names.form.config_name) and not self.stage.single:
-            self.stage.write(name, (json.dumps(config, indent=2) + "\n").encode())
+            self.stage.write(name, as_json(config))
         return self.stage.folder / (self.names.form.weights_name if self.stage.single else "")
 
     def finish(
@@ -159,7 +159,7 @@ def finish(
     table = {**provenance, "versions": versions()}
     if CARD not in beside or is_nobodys(beside[CARD]):
         stage.write(CARD, card(table, form.subject(config), terms_of(*inputs)))
-    stage.write(PROVENANCE, (json.dumps({**table, "files": recorded(stage.files)}, indent=2) + "\n").encode())
+    stage.write(PROVENANCE, as_json({**table, "files": recorded(stage.files)}))
 
 
 def check_adapter_target(
@@ -230,7 +230,7 @@ def copied_output(
                 file.finish()
             stage.add(form.weights_name)
         weights.check_unchanged()
-        stage.write(form.config_name, (json.dumps(config, indent=2) + "\n").encode())
+        stage.write(form.config_name, as_json(config))
         finish(stage, form, config, provenance, files_beside(source), [source.adapter.folder])
 
 

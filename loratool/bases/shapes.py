@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from loratool.layouts.architectures import PACKED_WEIGHTS
 from loratool.layouts.presets import PRESETS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
+from loratool.templates import first_few
 
 Shape = tuple[int, ...]
 DTYPES = {name: dtype for dtype, name in FLOAT_NAMES.items()}  # float32 → F32
@@ -163,7 +164,7 @@ def base_of_sizes(shown: str, config: Mapping[str, Any], note: Note) -> Base:
     classes = [name for name in listed if isinstance(name, str)]
     if classes and not any(name.endswith(CAUSAL) for name in classes):
         raise InputError(
-            f"{shown}: can derive shapes for causal language models only, not for {some(classes)}; {way_out}"
+            f"{shown}: can derive shapes for causal language models only, not for {first_few(classes, 12)}; {way_out}"
         )
     shapes, tied = shapes_of(shown, model_type, config)
     dtype, notes = config.get("dtype") or config.get("torch_dtype"), [note]
@@ -202,7 +203,3 @@ def shapes_of(shown: str, model_type: str, config: Mapping[str, Any]) -> tuple[d
 
 def is_matrix(name: str, shape: Shape) -> bool:
     return name.endswith(".weight") and len(shape) == 2
-
-
-def some(names: Sequence[str]) -> str:
-    return ", ".join(map(printable, names[:12])) + (", …" if len(names) > 12 else "")

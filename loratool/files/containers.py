@@ -13,6 +13,7 @@ from loratool.errors import InputError, LoratoolError, escaped, printable
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import read_safefile, start_of
 from loratool.files.system import shell_line, shell_word
+from loratool.templates import some
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,6 @@ TOLD = (".npz", ".lora", ARCHIVE)
 UNPACKED = "model_weights.ckpt"  # what is in such an archive
 SHARED, ENDING = "shared.safetensors", ".safetensors"  # of adapters that are compressed together
 COMPRESSED = "loratool_compressed"  # in the metadata of each of their files
-FEW = 3  # names that a message repeats
 POINTER = b"version https://git-lfs"
 
 
@@ -123,9 +123,8 @@ def refuse_compressed(path: Path) -> None:
     if not (names := compressed_in(folder)):
         return
     name = path.stem if path.stem in names else names[0]
-    listed = ", ".join(map(printable, names[:FEW])) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
     raise InputError(
-        f"{printable(path)}: contains compressed adapters ({listed}); `loratool expand` makes one plain again",
+        f"{printable(path)}: contains compressed adapters ({some(names)}); `loratool expand` makes one plain again",
         hint=shell_line(["loratool", "expand", escaped(os.fspath(folder)), escaped(name), "-o", f"./{escaped(name)}"]),
     )
 

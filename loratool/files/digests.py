@@ -25,6 +25,7 @@ from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, Ten
 from loratool.files.source import Source, expect
 from loratool.files.stand_ins import stand_in
 from loratool.files.weight_formats import read_weight_file
+from loratool.templates import first_few
 
 PIECE = 1 << 20  # bytes that are read at a time
 CHUNK = 64 << 20  # bytes of a tensor that have a digest of their own, in whole rows
@@ -341,10 +342,8 @@ def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[Copi
     order = file.layout.in_order
     if root_of(wanted.header, (wanted.tensors[info.name] for info in order), begin) != wanted.root:
         return "does not have the root digest that is listed for it"
-    unequal = dict.fromkeys([*unequal_tensors(file, wanted, begin, find), *unequal_copies(file, copies)])
-    return (
-        f"{OTHER} (tensor {', '.join(map(printable, [*unequal][:3]))}{', …' * (len(unequal) > 3)})" if unequal else ""
-    )
+    unequal = [*dict.fromkeys([*unequal_tensors(file, wanted, begin, find), *unequal_copies(file, copies)])]
+    return f"{OTHER} (tensor {first_few(unequal, 3)})" if unequal else ""
 
 
 def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State], find: Finder) -> list[str]:

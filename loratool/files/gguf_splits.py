@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loratool.errors import InputError, printable
 from loratool.files.gguf import GgufFile, read_gguf
+from loratool.templates import first_few
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MOST_PARTS = 10_000
@@ -70,6 +71,5 @@ def gguf_in(folder: Path) -> Path | None:
     firsts = [name for name in names if (match := PART.fullmatch(name)) is None or int(match["number"]) == 1]
     firsts = firsts or names[:1]
     if len(firsts) > 1:
-        shown = ", ".join(map(printable, firsts[:8])) + (", …" if len(firsts) > 8 else "")
-        raise InputError(f"{printable(folder)}: several GGUF models ({shown}); pass the path of one")
+        raise InputError(f"{printable(folder)}: several GGUF models ({first_few(firsts, 8)}); pass the path of one")
     return folder / firsts[0] if firsts else None

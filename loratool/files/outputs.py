@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -232,6 +233,11 @@ def identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def as_json(table: object) -> bytes:
+    """A table as a file of JSON, in lines that people read."""
+    return (json.dumps(table, indent=2) + "\n").encode()
 
 
 def write_file(path: Path, content: bytes) -> None:

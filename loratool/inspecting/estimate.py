@@ -15,7 +15,7 @@ from typing import Any
 
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
-from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base, some
+from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.checkpoint import holds_weights
@@ -28,6 +28,7 @@ from loratool.notes import Note
 from loratool.options.described import Choice, Number, Options, dtypes, option
 from loratool.results.base import Cost
 from loratool.results.estimate import ADAM_BYTES, QUANTISED_BITS, Estimate, Memory, RankEstimate, TargetEstimate
+from loratool.templates import first_few
 
 ALL_LINEAR = "all-linear"
 
@@ -225,7 +226,11 @@ def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
         elif not named:
             names = list(dict.fromkeys(map(leaf, matrices)))
             near = difflib.get_close_matches(target, names, n=3, cutoff=0.5)
-            told = f"the closest name is {', '.join(map(printable, near))}" if near else f"the base has {some(names)}"
+            told = (
+                f"the closest name is {', '.join(map(printable, near))}"
+                if near
+                else f"the base has {first_few(names, 12)}"
+            )
             problems.append(f"{printable(target)}: the base has no such weight; {told}")
         found.update(named)
     if problems:

@@ -12,8 +12,7 @@ from loratool.lineage.documents import FORMATS, document
 from loratool.notes import Note, as_records
 from loratool.options.described import Choice, Options, option
 from loratool.results.record import Record
-
-FEW = 3  # files that a note names
+from loratool.templates import some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +39,9 @@ def remarks(bill: Part) -> Iterator[Note]:
     """What a reader of the bill should know."""
     missing = [f"{p.name}/{f.name}" for p in bill.all for f in p.files if not f.sha256 and not f.root]
     if missing:
-        named = ", ".join(missing[:FEW]) + (f" and {len(missing) - FEW} more" if len(missing) > FEW else "")
         yield Note(
             "digest-not-recorded",
-            f"of {named} only the digest of the header was recorded; `merge --digests full` records those of a local base",
+            f"of {some(missing)} only the digest of the header was recorded; `merge --digests full` records those of a local base",
         )
     if unlicensed := [part.name for part in bill.all if not part.license and not part.inputs]:
         yield Note("licence-not-known", f"no card states the licence of {', '.join(dict.fromkeys(unlicensed))}")

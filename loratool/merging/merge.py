@@ -29,7 +29,7 @@ from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
-from loratool.files.outputs import check_stage, stage_of
+from loratool.files.outputs import as_json, check_stage, stage_of
 from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
@@ -371,7 +371,7 @@ def write_small_files(
 def write_record(stage: Stage, table: Mapping[str, Any]) -> None:
     """The record of all other files of a stage, in place of one that was written before."""
     files = {name: digest for name, digest in stage.files.items() if name != PROVENANCE}
-    stage.write(PROVENANCE, as_text({**table, "files": recorded(files)}))
+    stage.write(PROVENANCE, as_json({**table, "files": recorded(files)}))
 
 
 def read_again(stage: Stage) -> None:
@@ -421,10 +421,6 @@ def provenance(
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
         "notes": as_records(plan.notes),
     }
-
-
-def as_text(table: Mapping[str, Any]) -> bytes:
-    return (json.dumps(table, indent=2) + "\n").encode()
 
 
 def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str = ".") -> bytes:

@@ -17,7 +17,7 @@ from loratool.results.merge import gain_row
 from loratool.results.plan import PlanTable
 from loratool.results.simulation import Simulation, simulation_text
 from loratool.results.text import MOST_LINES, aligned, plural, size
-from loratool.templates import grouped, listed, template_of
+from loratool.templates import first_few, grouped, listed, template_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -167,9 +167,8 @@ def edit_lines(plan: MergePlan) -> list[str]:
             parts.setdefault(key, []).append(part_of(edit, span))
     lines: dict[tuple[int, str, str, str, str], list[tuple[str, str, str]]] = {}
     for (adapter, target, rule, tensor, about), where in parts.items():
-        shown = ", ".join(where[:2]) + (", …" if len(where) > 2 else "")
         like = (adapter, template_of(target)[0], rule, template_of(tensor)[0], about)
-        lines.setdefault(like, []).append((target.removesuffix(".weight"), tensor, shown))
+        lines.setdefault(like, []).append((target.removesuffix(".weight"), tensor, first_few(where, 2)))
 
     def line(like: tuple[int, str, str, str, str], members: Sequence[tuple[str, str, str]]) -> str:
         targets, tensors = (grouped(dict.fromkeys(m[side] for m in members)) for side in (0, 1))

@@ -24,6 +24,7 @@ from loratool.files.digests import (
 from loratool.files.hub_cache import find_blob
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.notes import Note
+from loratool.templates import some
 
 # What a model or an adapter computes depends on these; all others are files that people edit.
 DECISIVE = ("*.safetensors", "*.gguf", f"*{INDEX_SUFFIX}", "config.json", "adapter_config.json")
@@ -147,6 +148,6 @@ def notes_of(folder: Path, table: Mapping[str, Any], listed: Mapping[str, Digest
         text = f"{PROVENANCE} lists {lists}, as written by loratool 0.1.0; other files were not checked"
         yield Note("record-is-partial", text)
     elif not only and (unlisted := [n for n in sorted(walk(folder, [])) if n not in listed and n != PROVENANCE]):
-        more = f" and {len(unlisted) - MOST_NAMED} more" if len(unlisted) > MOST_NAMED else ""
-        named = ", ".join(map(printable, unlisted[:MOST_NAMED])) + more
-        yield Note("not-in-record", f"{PROVENANCE} does not list {named}; added later, so not checked")
+        yield Note(
+            "not-in-record", f"{PROVENANCE} does not list {some(unlisted, MOST_NAMED)}; added later, so not checked"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from loratool.files.checkpoint import (
 from loratool.files.digests import digest_of_bytes
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_bounded
 from loratool.files.journal import MODEL, is_stage
+from loratool.files.outputs import as_json
 from loratool.files.safefile import PREFIX
 from loratool.files.system import shell_word
 from loratool.notes import Note
@@ -212,7 +212,7 @@ def listing(path: Path, written: Mapping[str, bytes]) -> bytes:
     if not isinstance(table.get("files"), dict):
         return raw
     files = table["files"] | {name: digest_of_bytes(content).record() for name, content in written.items()}
-    return (json.dumps({**table, "files": dict(sorted(files.items()))}, indent=2) + "\n").encode()
+    return as_json({**table, "files": dict(sorted(files.items()))})
 
 
 def told_of_training(root: Path, names: Iterable[str]) -> Iterator[Note]:

@@ -32,7 +32,7 @@ from loratool.files.digests import Digest, is_hex, read_recorded, why_unlike
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
-from loratool.files.outputs import check_stage
+from loratool.files.outputs import as_json, check_stage
 from loratool.files.pipelines import identities, is_index, itself
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
@@ -45,7 +45,6 @@ from loratool.merging.merge import (
     MergeOptions,
     PathLike,
     Progress,
-    as_text,
     check_values,
     cost,
     describe,
@@ -320,7 +319,7 @@ class Repository(LocalFolder):
             "plan": self.plan_name,
             "finished": {name: s.record() for name, s in sorted(self.finished.items())},
         }
-        return Upload(REMOTE_JOURNAL, content=as_text(table))
+        return Upload(REMOTE_JOURNAL, content=as_json(table))
 
     def end(self, uploads: Sequence[Upload], message: str) -> Commit:
         """The commit that makes a model of the weights, and a look at all that is there."""

@@ -10,6 +10,7 @@ from loratool.notes import Note
 from loratool.results.base import Result, Written
 from loratool.results.merge import MergeReport
 from loratool.results.text import aligned, plural, size
+from loratool.templates import some
 
 MOST_NAMED = 5  # parts that are named
 
@@ -82,8 +83,7 @@ class PartsStatus(Result):
         making = {part for each in self.running if each.alive for part in each.parts}
         rows += [("running", running_line(each)) for each in self.running]
         if waiting := [name for name in self.missing if name not in making]:
-            more = f" and {len(waiting) - MOST_NAMED} more" if len(waiting) > MOST_NAMED else ""
-            rows.append(("missing", f"{', '.join(waiting[:MOST_NAMED])}{more}"))
+            rows.append(("missing", some(waiting, MOST_NAMED)))
         if not self.missing:
             rows.append(("next", "--finish"))
         return aligned(rows)

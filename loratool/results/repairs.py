@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.errors import printable
 from loratool.files.system import shell_word
+from loratool.templates import some
 
-MOST_NAMED = 3  # names that a sentence repeats
-
-
-def some(names: Sequence[str]) -> str:
-    """`a, b, c and 4 more`."""
-    shown = ", ".join(map(printable, names[:MOST_NAMED]))
-    return shown + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+__all__ = ["command", "quoted", "some"]
 
 
 def command(verb: str, path: Path, options: str = "", out: str = "OUT") -> str:

@@ -23,7 +23,7 @@ from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
 from loratool.layouts.fusions import Fusion
-from loratool.templates import Numbers, template_of
+from loratool.templates import Numbers, first_few, template_of
 
 if TYPE_CHECKING:
     from loratool.files.checkpoint import Checkpoint
@@ -220,8 +220,7 @@ class Resolver:
         for part, found in zip(way.fusion.parts, lists, strict=True):
             missing = sorted(set(map(str, range(count))) - set(found), key=int)
             if missing:
-                shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
-                raise Misfit(f"the base lacks {printable(part)} of expert {shown} of {count}")
+                raise Misfit(f"the base lacks {printable(part)} of expert {first_few(missing, 4)} of {count}")
         at = way.position
         every = [[*numbers[:at], str(expert), *numbers[at:]] for expert in range(count)]
         experts = [

@@ -21,6 +21,7 @@ from loratool.lazy import numpy as np
 from loratool.results.base import Cost
 from loratool.results.fleet import FleetFacts, FleetRow
 from loratool.reworking.sketches import Sketch
+from loratool.templates import first_few
 
 OF_ONE = ("base_config", "metadata", "tensors")  # options that show what a table has no room for
 
@@ -37,7 +38,7 @@ def table_of(operands: Sequence[PathLike], options: InspectOptions, progress: Pr
     kept = [row for row in rows if all(condition.holds(row) for condition in wanted)]
     return FleetFacts(
         kind="fleet",
-        path=", ".join(printable(operand) for operand in operands[:4]) + (", …" if len(operands) > 4 else ""),
+        path=first_few(operands, 4),
         adapters=tuple(sorted_by(kept, options.sort, options.values) if options.sort else kept),
         left_out=tuple(found.left_out),
         filtered=len(rows) - len(kept),

@@ -6,7 +6,6 @@ shared file says that a byte must keep; or triples alone, where that is worth mo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -29,7 +28,7 @@ from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import digest_of
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import Journal
-from loratool.files.outputs import write_file
+from loratool.files.outputs import as_json, write_file
 from loratool.files.staging import staged
 from loratool.files.tensor_writer import tensor_file
 from loratool.lazy import Tensor, torch
@@ -260,7 +259,7 @@ def list_files(folder: Path, newcomers: Sequence[Newcomer], command: str) -> Non
         "added": [*record.get("added", []), command],
         "versions": versions(),
     }
-    write_file(place, (json.dumps(record, indent=2) + "\n").encode())
+    write_file(place, as_json(record))
 
 
 def reported(

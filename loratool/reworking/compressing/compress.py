@@ -24,7 +24,7 @@ from loratool.files.checkpoint import PROVENANCE
 from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import recorded
 from loratool.files.journal import Journal
-from loratool.files.outputs import check_target
+from loratool.files.outputs import as_json, check_target
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import OF_DATA, TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor, torch
@@ -360,7 +360,7 @@ def finish(stage: Stage, names: Sequence[str], record: Mapping[str, Any]) -> Non
         stage.add(name)
     stage.expect([PROVENANCE])
     table = {**record, "versions": versions(), "files": recorded(stage.files)}
-    stage.write(PROVENANCE, (json.dumps(table, indent=2) + "\n").encode())
+    stage.write(PROVENANCE, as_json(table))
 
 
 def stored_core(core: Product) -> tuple[dict[str, Tensor], Product]:

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from loratool.adapters.patterns import few, search_names
+from loratool.adapters.patterns import search_names
 from loratool.errors import UsageError, printable
+from loratool.templates import first_few
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Selection:
         except ValueError as error:
             raise UsageError(str(error)) from None
         if idle := set(patterns) - set[str]().union(*matching.values()):
-            raise UsageError(f"no module matches {few(sorted(idle))}")
+            raise UsageError(f"no module matches {first_few([*map(repr, sorted(idle))], 3)}")
         return cls(tuple(include), tuple(exclude), matching)
 
     def __contains__(self, module: str) -> bool:
