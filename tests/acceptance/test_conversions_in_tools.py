@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft_files import save_peft
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -23,7 +24,6 @@ def numbers(*shape: int, seed: int) -> Tensor:
 
 def trained(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An adapter of PEFT's on some weights, by module, and ΔW of each: α/r · B @ A."""
-    folder.mkdir()
     tensors: dict[str, Tensor] = {}
     deltas: dict[str, Tensor] = {}
     for n, (module, weight) in enumerate(weights.items()):
@@ -33,9 +33,7 @@ def trained(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = f"base_model.model.{module}.lora_"
         tensors |= {f"{start}A.weight": a, f"{start}B.weight": b}
         deltas[module] = (ALPHA / RANK * b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "base_model_name_or_path": "org/base"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder, tensors, r=RANK, lora_alpha=ALPHA, base_model_name_or_path="org/base")
     return deltas
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trainer_layouts import HEADS, HIDDEN, KEY_HEADS, RANK, WIDTH, numbers, shapes, weights, write_base
@@ -72,9 +73,7 @@ def test_torchtune_converts_what_it_merged_to_the_same_weights(
             moved *= lengths.double()[:, None] / moved.norm(dim=1, keepdim=True)
         theirs[name] = moved
     adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}))
+    save_peft(adapter, tensors, r=RANK, lora_alpha=ALPHA)
     wanted = code["tune_to_hf"](theirs, **heads)
     found = merged(base, adapter, tmp_path / "out")
     assert {f"{name}.weight" for name in found} == wanted.keys()
@@ -94,9 +93,7 @@ def test_torchtune_exports_the_same_factors_to_peft(tmp_path: Path, monkeypatch:
     exported = code["tune_to_peft_adapter_weights"](tensors, HEADS, KEY_HEADS, HIDDEN, WIDTH)
     config = {"r": RANK, "lora_alpha": ALPHA, "peft_type": "LORA"}
     for name, stored in (("native", tensors), ("peft", exported)):
-        (tmp_path / name).mkdir()
-        save_file({n: t.contiguous() for n, t in stored.items()}, tmp_path / name / "adapter_model.safetensors")
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        save_peft(tmp_path / name, stored, **config)
         loratool.merge(base, tmp_path / name, tmp_path / f"{name}-out", device="cpu")
     one, other = (tmp_path / f"{name}-out" / "model.safetensors" for name in ("native", "peft"))
     assert one.read_bytes() == other.read_bytes()

@@ -18,6 +18,7 @@ import pytest
 import role_formulas
 import torch
 from paths import REAL, ROOT
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -565,9 +566,7 @@ def test_an_adapter_of_peft_in_the_folder_of_a_component_changes_that_component(
 ) -> None:
     """Both text encoders have a weight of this name, which the config does not tell apart."""
     module = "text_model.encoder.layers.0.self_attn.q_proj"
-    (tmp_path / folder).mkdir()
-    save_file(of_peft(f"base_model.model.{module}"), tmp_path / folder / "adapter_model.safetensors")
-    (tmp_path / folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1}))
+    save_peft(tmp_path / folder, of_peft(f"base_model.model.{module}"), r=2, lora_alpha=1)
     base = {f"text_encoders.{name}.transformer.{module}.weight": eighths(6, 4, seed=4) for name in ("clip_l", "clip_g")}
     save_file(base, tmp_path / "base.safetensors")
     loratool.merge(tmp_path / "base.safetensors", tmp_path / folder, tmp_path / "out", device="cpu")

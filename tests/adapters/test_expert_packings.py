@@ -17,8 +17,9 @@ import torch
 from expert_models import BOTH, EXPERTS, FUSED, INPUTS, Layers
 from oracle import read_tensors
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft_files import save_peft
 from peft_zoo import Pair, train
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -72,12 +73,9 @@ def by_expert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def written(pair: Pair, folder: Path, packed: bool = True, **config: Any) -> Path:
     """The adapter with its columns packed by expert, or as they were, under a config with more fields."""
-    folder.mkdir()
     tensors = load_file(pair.adapter / "adapter_model.safetensors")
-    save_file(by_expert(tensors) if packed else tensors, folder / "adapter_model.safetensors")
     table = json.loads((pair.adapter / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**table, **config}))
-    return folder
+    return save_peft(folder, by_expert(tensors) if packed else tensors, **{**table, **config})
 
 
 def assert_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from checkpoints import save
 from hub_client import Client
 from hub_server import HubServer
 from paths import REAL
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trainer_layouts import (
@@ -74,11 +75,11 @@ def torchtune_tensors() -> dict[str, Tensor]:
 
 
 def torchtune(folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
-    folder.mkdir()
-    save_file(torchtune_tensors() if tensors is None else tensors, folder / "adapter_model.safetensors")
-    table = {name: value for name, value in (TUNE_CONFIG | config).items() if value is not None}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
-    return folder
+    return save_peft(
+        folder,
+        torchtune_tensors() if tensors is None else tensors,
+        **({name: value for name, value in (TUNE_CONFIG | config).items() if value is not None}),
+    )
 
 
 def torchtune_deltas(permuted: bool = True, scale: float = SCALE) -> dict[str, Tensor]:

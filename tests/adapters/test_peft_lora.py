@@ -13,6 +13,7 @@ import pytest
 import torch
 from lora_variants import VARIANTS
 from peft import LoraConfig, get_peft_model
+from peft_files import save_peft
 from peft_zoo import assert_merged_alike, make_zoo, output_of, save_base, shake, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -208,10 +209,7 @@ def set_config(adapter: Path, **changes: Any) -> None:
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-    return folder
+    return save_peft(folder, tensors, **config)
 
 
 def wrap_keys(spell: Callable[[str], str]) -> Callable[[Path], None]:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from paths import ROOT
 from peft import LoraConfig, TinyLoraConfig
+from peft_files import save_peft
 from peft_methods import CASES
 from peft_zoo import make_zoo, train
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -38,13 +39,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def changed(adapter: Path, folder: Path, tensors: Callable[[Tensors], Tensors] | None = None, **config: Any) -> Path:
     """The adapter with other tensors or another config."""
-    folder.mkdir()
     before = load_file(adapter / "adapter_model.safetensors")
     after = tensors(before) if tensors else before
-    save_file({name: t.contiguous() for name, t in after.items()}, folder / "adapter_model.safetensors")
     table = json.loads((adapter / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**table, **config}))
-    return folder
+    return save_peft(folder, after, **{**table, **config})
 
 
 def refusal(base: Path, adapter: Path, out: Path, capsys: pytest.CaptureFixture[str], code: int = 3) -> str:
@@ -314,10 +312,8 @@ def test_a_malformed_adapter_of_any_type_is_refused(
     plain: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     tensors, config, told = MALFORMED[name]
-    (tmp_path / "adapter").mkdir()
-    save_file({START + key: t for key, t in tensors.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
     kind = name.partition(",")[0]
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **config}))
+    save_peft(tmp_path / "adapter", {START + key: t for key, t in tensors.items()}, **{"peft_type": kind, **config})
     assert told in refusal(plain[0], tmp_path / "adapter", tmp_path / "out", capsys)
 
 
@@ -325,10 +321,8 @@ def test_a_malformed_adapter_of_any_type_is_refused(
 def test_places_outside_of_the_weight_end_the_merge(
     plain: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], index: list[list[int]]
 ) -> None:
-    (tmp_path / "adapter").mkdir()
     tensors = {f"{START}shira_weight": ONES(2), f"{START}shira_indices": torch.tensor(index)}
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "SHIRA"}')
+    save_peft(tmp_path / "adapter", tensors, peft_type="SHIRA")
     message = refusal(plain[0], tmp_path / "adapter", tmp_path / "out", capsys, code=4)
     assert "trained on a weight of another shape" in message
 
@@ -346,11 +340,9 @@ def test_a_seed_that_gives_none_of_the_stored_projections_is_refused(
 def test_values_that_are_not_finite_are_found_in_the_tensors_of_any_type(
     plain: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "adapter").mkdir()
     kernel = ONES(4, 2, 4)
     kernel[1, 1, 1] = float("nan")
-    save_file({f"{START}c3a_kernel": kernel}, tmp_path / "adapter" / "adapter_model.safetensors")
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "C3A"}')
+    save_peft(tmp_path / "adapter", {f"{START}c3a_kernel": kernel}, peft_type="C3A")
     assert "c3a_kernel contains NaN" in refusal(plain[0], tmp_path / "adapter", tmp_path / "out", capsys)
 
 

@@ -15,6 +15,7 @@ import torch
 from expert_routers import build
 from oracle import read_tensors
 from peft import PeftModel
+from peft_files import save_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,16 +52,12 @@ def factors(names: str, shared: str, hidden: int = HIDDEN, middle: int = MIDDLE,
 
 
 def write(folder: Path, stored: Tensors, container: str = "mlp.experts", rank: int = RANK) -> Path:
-    folder.mkdir()
     start = "base_model.model.model.layers."
     tensors: Tensors = {}
     for key, tensor in stored.items():
         layer, name, side = key.split(".")
         tensors[f"{start}{layer}.{container}.{name.replace('/', '.')}.lora_{side}.weight"] = tensor.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": SCALE * rank, "target_modules": "all-linear"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(folder, tensors, r=rank, lora_alpha=SCALE * rank, target_modules="all-linear")
 
 
 def changes(stored: Tensors, names: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:

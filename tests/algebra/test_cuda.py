@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,17 +22,13 @@ SHAPES = {f"model.layers.{n}.{m}": s for n in range(3) for m, s in (("q_proj", (
 
 def write(folder: Path, seed: int, rank: int, dtype: torch.dtype = torch.float32) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
     tensors = {}
     for module, (rows, columns) in SHAPES.items():
         spread = torch.arange(1, rank + 1).float().rsqrt()[:, None]
         a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
         tensors[f"base_model.model.{module}.lora_A.weight"] = (a * spread).to(dtype)
         tensors[f"base_model.model.{module}.lora_B.weight"] = (b * 0.1).to(dtype)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "up_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(folder, tensors, r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "up_proj"])
 
 
 def deltas(folder: Path) -> dict[str, Tensor]:

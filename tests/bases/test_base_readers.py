@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from packed_bnb import FourBit
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -168,7 +169,6 @@ def save_model(folder: Path, tensors: dict[str, torch.Tensor], quantised: bool =
 
 
 def save_adapter(folder: Path, *, dora: bool = False, **config: Any) -> None:
-    folder.mkdir()
     tensors: dict[str, torch.Tensor] = {}
     for part in ("qkv_proj", "o_proj"):
         path = f"base_model.model.model.layers.0.self_attn.{part}"
@@ -178,9 +178,7 @@ def save_adapter(folder: Path, *, dora: bool = False, **config: Any) -> None:
         }
         if dora:
             tensors[f"{path}.lora_magnitude_vector"] = torch.rand(96 if part == "qkv_proj" else 32) + 1
-    save_file(tensors, folder / "adapter_model.safetensors")
-    table = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": dora, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
+    save_peft(folder, tensors, **{"r": 2, "lora_alpha": 2, "use_dora": dora, **config})
 
 
 def merge(home: Path, **options: Any) -> None:

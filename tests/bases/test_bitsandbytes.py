@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from packed_bnb import FourBit, as_bytes, int8
 from packed_models import check_rows, open_packed, save_packed
-from safetensors.torch import save_file
+from peft_files import save_peft
 
 import loratool
 from loratool.bases.weights import Room
@@ -253,10 +253,8 @@ def test_models_of_text_and_images_are_listed_as_they_are_in_memory_too(tmp_path
     for name in (*names, "language_model.model.layers.1.mlp.down_proj"):  # which is not edited
         tensors |= FourBit((4, 32), "nf4", 32, 0).tensors(f"{name}.weight")
     adapter = tmp_path / "adapter"
-    adapter.mkdir()
     factors = {f"base_model.model.{name}.lora_{ab}.weight": size for name in names for ab, size in FACTORS.items()}
-    save_file({name: torch.ones(size) for name, size in factors.items()}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    save_peft(adapter, {name: torch.ones(size) for name, size in factors.items()}, r=2, lora_alpha=2)
     base = save_packed(tmp_path / "base", tensors, {**NF4, "llm_int8_skip_modules": ["lm_head"]}, text_config={})
     loratool.merge(base, [adapter], tmp_path / "out", device="cpu")
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from oracle import nearest
+from peft_files import save_peft
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
@@ -168,11 +169,9 @@ def test_a_matrix_in_blocks_is_seen_in_no_other_shape(base: Path) -> None:
 
 def save_adapter(folder: Path) -> tuple[Path, Tensor]:
     """An adapter, and its change of the weight in float64."""
-    folder.mkdir()
     down, up = values(5, 2, 70), values(6, 40, 2)
     module = "base_model.model.model.layers.0.self_attn.q_proj"
-    save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    save_peft(folder, {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, r=2, lora_alpha=2)
     return folder, up.double() @ down.double()
 
 

@@ -19,7 +19,8 @@ import torch
 from oracle import nearest
 from packed_grouped import Grouped
 from packed_models import save_packed
-from safetensors.torch import load_file, save_file
+from peft_files import save_peft
+from safetensors.torch import load_file
 
 import loratool
 
@@ -62,9 +63,7 @@ def merged(base: Path, edited: Collection[str], out: Path) -> tuple[set[str], se
         changes[module] = up.double() @ down.double()
         factors |= {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
     adapter = out.parent / "adapter"
-    adapter.mkdir()
-    save_file(factors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    save_peft(adapter, factors, r=2, lora_alpha=2)
     loratool.merge(base, [adapter], out)
     found, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     packed = {name.removesuffix(".qweight") for name in found if name.endswith(".qweight")}

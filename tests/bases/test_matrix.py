@@ -32,6 +32,7 @@ from matrix_models import (
     why_not_here,
 )
 from oracle import PREFIX, read_tensors, same_bits
+from peft_files import save_peft
 from safetensors.torch import save_file
 from tiny_models import edit_config
 from torch import Tensor
@@ -465,7 +466,6 @@ def test_a_split_projection_is_added_to_the_rows_that_the_model_takes_for_it(
 
 
 def write_split_adapter(folder: Path, path: str, sizes: dict[str, int], parts: str) -> dict[str, Tensor]:
-    folder.mkdir()
     generator = torch.Generator().manual_seed(3)
     factors: dict[str, Tensor] = {}
     for layer in range(LAYERS):
@@ -473,10 +473,8 @@ def write_split_adapter(folder: Path, path: str, sizes: dict[str, int], parts: s
             module = f"{PREFIX}{path.format(layer)}.{part}_proj"
             factors[f"{module}.lora_A.weight"] = torch.randn(RANK, HIDDEN, generator=generator) * 0.2
             factors[f"{module}.lora_B.weight"] = torch.randn(sizes[part], RANK, generator=generator) * 0.2
-    save_file(factors, folder / "adapter_model.safetensors")
     names = [f"{part}_proj" for part in parts]
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": names}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder, factors, r=RANK, lora_alpha=ALPHA, target_modules=names)
     return factors
 
 
@@ -484,16 +482,13 @@ def test_a_split_gate_and_up_are_added_to_the_halves_of_their_fused_weight(
     fused: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = fused("phi3")
-    (tmp_path / "adapter").mkdir()
     modules = [f"model.layers.{n}.mlp.{part}_proj" for n in range(LAYERS) for part in ("gate", "up")]
     generator = torch.Generator().manual_seed(3)
     factors: dict[str, Tensor] = {}
     for module in modules:
         factors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(RANK, HIDDEN, generator=generator) * 0.2
         factors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(48, RANK, generator=generator) * 0.2
-    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["gate_proj", "up_proj"]}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(tmp_path / "adapter", factors, r=RANK, lora_alpha=ALPHA, target_modules=["gate_proj", "up_proj"])
     loratool.merge(base, tmp_path / "adapter", tmp_path / "out")
     before, after = read_tensors(base), read_tensors(tmp_path / "out")
     wanted = {name: tensor.double() for name, tensor in before.items()}

@@ -17,6 +17,7 @@ from layout_facts import linear
 from matrix_models import ALPHA, ARCHITECTURES, EXPERTS, RANK, Architecture, adapt, build, load, train
 from oracle import PREFIX, Exact, assert_single_rounding, nearest, read_tensors, same_bits
 from peft import LoraConfig
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_base, edit_config
 from torch import Tensor, nn
@@ -182,7 +183,6 @@ OLD: Mapping[str, tuple[Architecture, str]] = {
 
 def old_adapter(folder: Path, base: Mapping[str, Tensor], pattern: str, **settings: Any) -> dict[str, Tensor]:
     """An adapter as the release of transformers trained it that had in memory what is on disk; tensor → its change."""
-    folder.mkdir()
     generator = torch.Generator().manual_seed(6)
     factors: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
@@ -195,9 +195,7 @@ def old_adapter(folder: Path, base: Mapping[str, Tensor], pattern: str, **settin
             factors |= {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
             changes[name] = linear(a.double(), b.double(), scale)
     assert changes
-    save_file(factors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["all"], **settings}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder, factors, **{"r": RANK, "lora_alpha": ALPHA, "target_modules": ["all"], **settings})
     return changes
 
 

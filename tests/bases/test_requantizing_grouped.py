@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from packed_anew import in_pieces
 from packed_grouped import Grouped, awq_values, gptq_values
 from packed_models import open_packed, save_packed
-from safetensors.torch import load_file, save_file
+from peft_files import save_peft
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -137,10 +138,7 @@ def test_a_merge_packs_edited_weights_anew(tmp_path: Path, case: str) -> None:
     draws = torch.Generator().manual_seed(3)
     down, up = torch.randn(2, one.inputs, generator=draws) / 8, torch.randn(one.outputs, 2, generator=draws) / 8
     factors = {f"base_model.model.{MODULE}.lora_{name}.weight": x for name, x in (("A", down), ("B", up))}
-    (tmp_path / "adapter").mkdir()
-    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(tmp_path / "adapter", factors, r=2, lora_alpha=2)
     loratool.merge(base, [tmp_path / "adapter"], tmp_path / "out", requantize=True, accept_loss=True)
     found = stored_in(tmp_path / "out")
     assert {name: (value.shape, value.dtype) for name, value in found.items()} == {

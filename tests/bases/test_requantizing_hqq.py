@@ -16,7 +16,8 @@ from packed_bnb import FourBit
 from packed_grouped import Grouped
 from packed_hqq import WORDS, Hqq
 from packed_models import open_packed, save_packed
-from safetensors.torch import load_file, save_file
+from peft_files import save_peft
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -127,11 +128,7 @@ def test_a_conv1d_is_turned_and_packed_anew(tmp_path: Path, kind: str) -> None:
     up, down = torch.randn(64, 2, generator=torch.Generator().manual_seed(3)), torch.ones(2, 16)
     factors = {"base_model.model.h.0.attn.c_attn.lora_A.weight": up.T.contiguous()}
     factors["base_model.model.h.0.attn.c_attn.lora_B.weight"] = down.T.contiguous()
-    (tmp_path / "adapter").mkdir()
-    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": true}'
-    )
+    save_peft(tmp_path / "adapter", factors, r=2, lora_alpha=2, fan_in_fan_out=True)
     report = loratool.merge(base, tmp_path / "adapter", tmp_path / "out", requantize=True, device="cpu")
     before, after = (load_file(tmp_path / which / "model.safetensors") for which in ("base", "out"))
     assert {n: (t.dtype, t.shape) for n, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from packed_bnb import FourBit
 from packed_models import save_packed
-from safetensors.torch import save_file
+from peft_files import save_peft
 
 import loratool
 
@@ -46,12 +45,9 @@ def save_base(folder: Path, packed: bool, **config: Any) -> Path:
 
 
 def save_adapter(folder: Path, base: str, card: str = "") -> Path:
-    folder.mkdir()
     factors = {f"base_model.model.{MODULE}.lora_A.weight": torch.ones(1, 32)}
     factors[f"base_model.model.{MODULE}.lora_B.weight"] = torch.ones(8, 1)
-    save_file(factors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": base}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder, factors, r=1, lora_alpha=1, base_model_name_or_path=base)
     if card:
         (folder / "README.md").write_text(card)
     return folder

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from diffusion_models import WIDTH, bfl_flux, clip, ldm_unet, lumina, sd3, under, values, wan
+from peft_files import save_peft
 from safetensors.torch import save_file
 
 import loratool
@@ -68,10 +68,7 @@ def saved(modules: dict[str, int], folder: Path, in_peft: bool) -> Path:
     if not in_peft:
         save_file(tensors, folder / "lora.safetensors")
         return folder / "lora.safetensors"
-    (folder / "lora").mkdir()
-    save_file(tensors, folder / "lora" / "adapter_model.safetensors")
-    (folder / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
-    return folder / "lora"
+    return save_peft(folder / "lora", tensors, r=2, lora_alpha=2)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from packed_models import save_packed
-from safetensors.torch import save_file
+from peft_files import save_peft
 
 import loratool
 
@@ -69,12 +69,9 @@ INT4 = json.dumps({"_type": "Int4TilePackedTo4dTensor", "_data": {}, "_tensor_da
 
 
 def save_adapter(folder: Path, module: str) -> Path:
-    folder.mkdir()
     factors = {"lora_A": torch.ones(2, 8), "lora_B": torch.ones(8, 2)}
     named = {f"base_model.model.{module}.{name}.weight": value for name, value in factors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
-    return folder
+    return save_peft(folder, named, r=2, lora_alpha=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,6 @@ Here the devices are stand-ins, `cpu:0` and `cpu:1`, which torch takes for the C
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import planted, save, seeded
-from safetensors.torch import save_file
+from peft_files import save_peft
 from workbench import snapshot
 
 import loratool
@@ -57,16 +56,12 @@ MERGE_WAYS: dict[str, Command] = {
 
 
 def adapter(folder: Path, seed: int, rank: int = 6) -> Path:
-    folder.mkdir()
     tensors = {}
     for name, (rows, columns) in SHAPES.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=seeded(seed)) * 0.1
         tensors[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=seeded(seed + 1)) * 0.01
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(folder, tensors, r=rank, lora_alpha=2 * rank, target_modules=["q_proj"])
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import Any
 import faults
 import pytest
 from forks import Forked
+from peft_files import save_peft
 from servers import free_port, serving
 from store_merges import PIECE, SMALLEST, assert_same, make_models, small_parts, write_holes
 from store_server import BUCKET, Asked, Fault, StoreServer, stormy
@@ -249,7 +250,6 @@ def test_an_attention_only_merge_moves_what_it_edits_and_no_more(
 def attention_only(folder: Path, config: dict[str, Any], layers: int, hidden: int) -> None:
     """The adapter of a folder for the four projections of attention alone."""
     import torch
-    from safetensors.torch import save_file
 
     factors = {}
     for number in range(layers):
@@ -257,6 +257,5 @@ def attention_only(folder: Path, config: dict[str, Any], layers: int, hidden: in
             at = f"base_model.model.model.layers.{number}.self_attn.{name}_proj"
             factors[f"{at}.lora_A.weight"] = torch.randn(4, hidden)
             factors[f"{at}.lora_B.weight"] = torch.randn(hidden, 4)
-    save_file(factors, folder / "adapter_model.safetensors")
     config["target_modules"] = [f"{name}_proj" for name in "koqv"]
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder, factors, **config)

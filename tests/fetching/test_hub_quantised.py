@@ -13,6 +13,7 @@ import torch
 from hub_client import Client
 from hub_server import WRITER, HubServer
 from packed_bnb import FourBit
+from peft_files import save_peft
 from safetensors.torch import save_file
 
 import loratool
@@ -31,7 +32,6 @@ FILES = [f"model-{number:05d}-of-{LAYERS + 1:05d}.safetensors" for number in ran
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("models")
     (home / "base").mkdir()
-    (home / "adapter").mkdir()
     files: list[Mapping[str, NDArray[Any]]] = []
     factors: dict[str, torch.Tensor] = {}
     for layer in range(LAYERS):
@@ -47,8 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packing = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "quantization_config": packing}
     (home / "base" / "config.json").write_text(json.dumps(config))
-    save_file(factors, home / "adapter" / "adapter_model.safetensors")
-    (home / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    save_peft(home / "adapter", factors, r=2, lora_alpha=2)
     return home
 
 

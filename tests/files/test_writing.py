@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import nearest, raw_tensors
-from safetensors.torch import save_file
+from peft_files import save_peft
 from torch import Tensor
 from tree_digests import entry_of
 from workbench import within
@@ -145,9 +145,7 @@ def make_model(home: Path, files: Sequence[File]) -> Model:
     if len(files) > 1:
         index = json.dumps({"metadata": {}, "weight_map": weight_map})
         (home / "base" / "model.safetensors.index.json").write_text(index)
-    save_file(factors, home / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
-    (home / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(home / "adapter", factors, r=2, lora_alpha=4)
     return Model(home / "base", home / "adapter", wanted, untouched, wide)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -101,22 +102,16 @@ def write_model(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Pa
 def write_adapter(
     folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Path:
-    folder.mkdir(parents=True)
     tensors: Tensors = {}
     for name, (down, up) in factors.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{module}.lora_A.weight"] = down.to(dtype).contiguous()
         tensors[f"{module}.lora_B.weight"] = up.to(dtype).contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "target_modules": [name.rpartition(".")[2] for name in TARGETS],
-        **settings,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(
+        folder,
+        tensors,
+        **{"r": RANK, "lora_alpha": ALPHA, "target_modules": [name.rpartition(".")[2] for name in TARGETS], **settings},
+    )
 
 
 def scene(

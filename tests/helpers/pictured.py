@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft_files import save_peft
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
@@ -30,11 +31,9 @@ def write_adapter(
             module = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, 16, generator=generator)
             tensors[f"{module}.lora_B.weight"] = torch.randn(24, RANK, generator=generator) * (1 + layer + 3 * at)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    table = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "base_model_name_or_path": "some/base", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
-    return folder
+    return save_peft(
+        folder, tensors, **{"r": RANK, "lora_alpha": RANK, "base_model_name_or_path": "some/base", **config}
+    )
 
 
 def delta(folder: Path, layer: int, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,10 +50,7 @@ def sound_tensors() -> Tensors:
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({**SOUND, **config}))
-    return folder
+    return save_peft(folder, tensors, **{**SOUND, **config})
 
 
 def write_base(folder: Path, **config: Any) -> Path:

@@ -27,6 +27,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
@@ -58,16 +59,12 @@ def llama(**settings: Any) -> LlamaConfig:
 
 def write_factors(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
     """An adapter with (B, A) of some modules."""
-    folder.mkdir(parents=True)
     tensors = {}
     for module, (up, down) in factors.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = down.contiguous()
         tensors[f"{PREFIX}{module}.lora_B.weight"] = up.contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
     rank = next(iter(factors.values()))[1].shape[0]
-    table = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
-    return folder
+    return save_peft(folder, tensors, **{"r": rank, "lora_alpha": 2 * rank, **config})
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -596,12 +593,15 @@ def test_experts_are_measured_together(tmp_path: Path) -> None:
     experts, rank, out, into = 3, 2, 6, 8
     a, b = normal(experts * rank, into, seed=1), normal(out, rank * experts, seed=2)
     path = tmp_path / "a"
-    path.mkdir()
     module = f"{PREFIX}model.layers.0.mlp.experts"
-    save_file({f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": None,
-              "target_parameters": ["experts.down_proj"]}  # fmt: skip
-    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(
+        path,
+        {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b},
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=None,
+        target_parameters=["experts.down_proj"],
+    )
     (found,) = values_of(path).modules
     matrices = [2.0 * b.double()[:, e::experts] @ a.double()[e * rank : (e + 1) * rank] for e in range(experts)]
     spectra = torch.stack([torch.linalg.svdvals(m)[:rank] for m in matrices])

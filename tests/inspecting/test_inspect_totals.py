@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from lora_variants import VARIANTS
 from peft import get_peft_model
+from peft_files import save_peft
 from peft_methods import CASES
 from peft_zoo import make_zoo, shake
 from safetensors.torch import load_file, save_file
@@ -56,11 +56,8 @@ def write_head(folder: Path, spell: str = "") -> Path:
     tensors |= {
         f"base_model.model.query.lora_{side}{spell}.weight": torch.randn(2, 2, generator=generator) for side in "AB"
     }
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["classifier", "query"]}
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
-    return folder
+    return save_peft(folder, tensors, **{**config, "task_type": "SEQ_CLS"})
 
 
 @pytest.mark.parametrize("spell", ["", ".default"], ids=["as saved", "raw state dict"])

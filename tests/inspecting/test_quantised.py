@@ -14,9 +14,9 @@ import torch
 from packed_bnb import FourBit
 from packed_hqq import Hqq
 from packed_models import save_packed
+from peft_files import save_peft
 from quantised_models import FAMILIES, MATRICES
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import loratool
 
@@ -58,7 +58,6 @@ def stored(folder: Path) -> dict[str, int]:
 
 def save_adapter(folder: Path, *modules: str, base: str = "") -> tuple[Path, dict[str, NDArray[Any]]]:
     """A LoRA of rank 2 and scaling 1 on some modules, and the ΔW of each."""
-    folder.mkdir()
     numbers, tensors = torch.Generator().manual_seed(5), dict[str, torch.Tensor]()
     deltas: dict[str, NDArray[Any]] = {}
     for module in modules:
@@ -66,9 +65,7 @@ def save_adapter(folder: Path, *modules: str, base: str = "") -> tuple[Path, dic
         a, b = (torch.randn(*shape, generator=numbers) for shape in ((2, columns), (rows, 2)))
         tensors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
         deltas[f"{module}.weight"] = (b.double() @ a.double()).numpy()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": base or None}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder, tensors, r=2, lora_alpha=2, base_model_name_or_path=base or None)
     return folder, deltas
 
 

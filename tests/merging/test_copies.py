@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save, seeded
-from safetensors.torch import load_file, save_file
+from peft_files import save_peft
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -32,17 +33,13 @@ def base(tmp_path: Path) -> Path:
 
 def saved_whole(folder: Path, tensors: dict[str, Tensor], factors: bool = False) -> Path:
     """An adapter with modules that were trained in full, and a low-rank update besides where that is asked for."""
-    folder.mkdir()
     stored = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     if factors:
         module = f"base_model.model.{QUERY.removesuffix('.weight')}"
         stored[f"{module}.lora_A.weight"] = torch.randn(2, 24, generator=seeded(8))
         stored[f"{module}.lora_B.weight"] = torch.randn(24, 2, generator=seeded(9))
-    save_file(stored, folder / "adapter_model.safetensors")
     modules = sorted({name.split(".")[-2] for name in tensors})
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "modules_to_save": modules}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(folder, stored, r=2, lora_alpha=2, target_modules=["q_proj"], modules_to_save=modules)
 
 
 def merged(out: Path) -> dict[str, Tensor]:

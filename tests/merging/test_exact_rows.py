@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from fractions import Fraction
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exactly import exact_products, nearest_value, spelled
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -127,9 +127,7 @@ def write_pair(
         each.mkdir(parents=True)
     save_file({"q.weight": weight}, base / "model.safetensors")
     factors = {"base_model.model.q.lora_A.weight": down, "base_model.model.q.lora_B.weight": up}
-    save_file({name: tensor.contiguous() for name, tensor in factors.items()}, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": down.shape[0], "lora_alpha": alpha, "use_rslora": rslora}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(adapter, factors, r=down.shape[0], lora_alpha=alpha, use_rslora=rslora)
     return base, adapter
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save, seeded
-from safetensors.torch import load_file, save_file
+from peft_files import save_peft
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -32,7 +33,6 @@ def make_base(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 def make_adapter(folder: Path, size: float, seed: int = 50, norms: Mapping[str, Tensor] | None = None) -> Path:
     """An adapter whose updates are about `size` of the weights of `make_base`; with `norms` of their rows, a DoRA."""
-    folder.mkdir()
     stored, rank = {}, 4
     for at, (name, (rows, columns)) in enumerate(SHAPES.items()):
         module = f"base_model.model.{name.removesuffix('.weight')}"
@@ -40,11 +40,9 @@ def make_adapter(folder: Path, size: float, seed: int = 50, norms: Mapping[str, 
         stored[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=seeded(seed + 10 + at)) * size * 0.01
         if norms:
             stored[f"{module}.lora_magnitude_vector"] = norms[name]
-    save_file(stored, folder / "adapter_model.safetensors")
     words = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "up_proj"]}
     words |= {"use_dora": norms is not None}
-    (folder / "adapter_config.json").write_text(json.dumps(words))
-    return folder
+    return save_peft(folder, stored, **words)
 
 
 def updates(adapters: Sequence[Path]) -> dict[str, Tensor]:

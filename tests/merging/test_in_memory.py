@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import header, read_tensors, same_bits, weight_files
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,12 +71,11 @@ def base_tensors() -> dict[str, dict[str, Tensor]]:
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
-    folder.mkdir()
-    save_file(
-        {f"base_model.model.{name}": value for name, value in tensors.items()}, folder / "adapter_model.safetensors"
+    return save_peft(
+        folder,
+        {f"base_model.model.{name}": value for name, value in tensors.items()},
+        **{"r": 4, "lora_alpha": 6, **config},
     )
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6, **config}))
-    return folder
 
 
 def factors(module: str, out: int, inner: int, seed: int, rank: int = 4) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import faults
 import numpy as np
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from workbench import snapshot
 
@@ -39,13 +40,11 @@ def home(tmp_path: Path) -> Path:
 
 def save_other(folder: Path) -> None:
     """An adapter on `gate_proj`, which the others leave alone, and on `q_proj` of the first layer."""
-    folder.mkdir()
     tensors = {}
     for path, rows in (("layers.0.mlp.gate_proj", 2 * HIDDEN), ("layers.0.self_attn.q_proj", HIDDEN)):
         tensors[f"base_model.model.model.{path}.lora_A.weight"] = torch.randn(4, HIDDEN)
         tensors[f"base_model.model.model.{path}.lora_B.weight"] = torch.randn(rows, 4)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    save_peft(folder, tensors, r=4, lora_alpha=4)
 
 
 def save_dora(plain: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from oracle import nearest
 from packed_hqq import Hqq
 from packed_models import open_packed, save_packed
+from peft_files import save_peft
 from quantised_models import FAMILIES, MATRICES, Quantised
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,7 +48,6 @@ def save_base(folder: Path, kind: str, *names: str) -> Quantised:
 def save_adapter(folder: Path, *targets: str) -> dict[str, Tensor]:
     """An adapter of rank 2, and its changes in float64."""
     numbers = torch.Generator().manual_seed(1)
-    folder.mkdir()
     tensors: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
     for target in targets:
@@ -55,8 +55,7 @@ def save_adapter(folder: Path, *targets: str) -> dict[str, Tensor]:
         module = f"base_model.model.{target.removesuffix('.weight')}"
         tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
         changes[target] = up.double() @ down.double()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    save_peft(folder, tensors, r=2, lora_alpha=2)
     return changes
 
 

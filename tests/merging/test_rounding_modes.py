@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exactly import exact_products
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -38,9 +39,7 @@ def write_pair(folder: Path, ratio: float, dtype: torch.dtype, fused: bool = Fal
     for each in ("base", "adapter"):
         (folder / each).mkdir(parents=True)
     save_file(weights, folder / "base" / "model.safetensors")
-    save_file(factors, folder / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder / "adapter", factors, r=RANK, lora_alpha=RANK)
     return folder / "base", folder / "adapter"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -31,7 +32,6 @@ def make_pair(
     """A base with one weight and an adapter for it."""
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
-    adapter.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     save_file({"q.weight": weight.to(dtype), "norm.weight": torch.ones(columns).to(dtype)}, base / "model.safetensors")
@@ -39,9 +39,7 @@ def make_pair(
         "base_model.model.q.lora_A.weight": torch.randn(4, columns, generator=generator),
         "base_model.model.q.lora_B.weight": torch.randn(rows, 4, generator=generator),
     }
-    save_file(factors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(adapter, factors, r=4, lora_alpha=6)
     return base, adapter
 
 
@@ -70,9 +68,8 @@ def test_lora_and_dora_of_one_weight_are_merged_one_after_the_other(tmp_path: Pa
     shutil.copytree(lora, dora)
     factors = load_file(lora / "adapter_model.safetensors")
     magnitude = torch.rand(96, generator=torch.Generator().manual_seed(1)) + 1
-    save_file({**factors, "base_model.model.q.lora_magnitude_vector": magnitude}, dora / "adapter_model.safetensors")
-    (dora / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_dora": True})
+    save_peft(
+        dora, {**factors, "base_model.model.q.lora_magnitude_vector": magnitude}, r=4, lora_alpha=6, use_dora=True
     )
     loratool.merge(base, [lora, dora], tmp_path / "out", weights=[1.0, 0.5])
     merged = load_file(tmp_path / "out" / "model.safetensors")["q.weight"]

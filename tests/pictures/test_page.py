@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Opened, contrast_of, luminance
+from peft_files import save_peft
 from pictured import LAYERS, NAMES, RANK, write_adapter
 from safetensors.torch import save_file
 
@@ -215,9 +216,7 @@ def test_an_adapter_without_layers_zero_updates_and_checkpoints_have_a_page_too(
         "base_model.model.head.lora_A.weight": torch.full((2, 8), float("nan")),
         "base_model.model.head.lora_B.weight": torch.ones(9, 2),
     }
-    (tmp_path / "a").mkdir()
-    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
-    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    save_peft(tmp_path / "a", tensors, r=2, lora_alpha=2)
     (tmp_path / "base").mkdir()
     save_file({"w": torch.ones(2)}, tmp_path / "base" / "model.safetensors")
     out = tmp_path / "page.html"

@@ -20,6 +20,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from paths import REAL
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -303,11 +304,7 @@ def write(folder: Path, products: Sequence[Product], dtype: torch.dtype) -> Path
     for target, product in zip(TARGETS, products, strict=True):
         tensors[f"base_model.model.{target}.lora_A.weight"] = product.down.to(dtype).contiguous()
         tensors[f"base_model.model.{target}.lora_B.weight"] = product.up.to(dtype).contiguous()
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(folder, tensors, r=rank, lora_alpha=rank, target_modules=["q_proj"])
 
 
 def deltas(folder: Path) -> list[Array]:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workbench import Outcome, check_refusal, snapshot
@@ -70,11 +71,11 @@ def adapter(
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
-    folder.mkdir(parents=True)
-    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
-    table = {"peft_type": "LORA", "base_model_name_or_path": "some/base", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
-    return folder
+    return save_peft(
+        folder,
+        {name: t.contiguous().clone() for name, t in tensors.items()},
+        **{"base_model_name_or_path": "some/base", **config},
+    )
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

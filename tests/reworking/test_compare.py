@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workbench import Workbench
@@ -21,15 +22,11 @@ SHAPES = {"model.a": (30, 20), "model.b": (16, 40)}
 def write(folder: Path, seed: int, rank: int, shapes: dict[str, tuple[int, int]] = SHAPES, alpha: float = 6) -> Path:
     """A plain adapter with random factors."""
     generator = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
     tensors = {}
     for module, (rows, columns) in shapes.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": [m[-1] for m in shapes]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(folder, tensors, r=rank, lora_alpha=alpha, target_modules=[m[-1] for m in shapes])
 
 
 def deltas(folder: Path) -> dict[str, Tensor]:

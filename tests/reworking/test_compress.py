@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from peft_files import save_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,24 +41,24 @@ def draw(seed: int, *sizes: int) -> Tensor:
 
 def write_adapter(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32, **config: Any) -> None:  # fmt: skip
     """Up and down of each module, of equal rank, with α twice that."""
-    folder.mkdir(parents=True)
     rank = max(up.shape[1] for up, _ in factors.values())
     tensors = {}
     for module, (up, down) in factors.items():
         tensors[f"{PREFIX}{module}.lora_B.weight"] = (up / 2).to(dtype).contiguous()
         tensors[f"{PREFIX}{module}.lora_A.weight"] = down.to(dtype).contiguous()
     tensors |= config.pop("more", {})
-    save_file(tensors, folder / "adapter_model.safetensors")
-    made = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": sorted({m.rpartition(".")[2] for m in factors}),
-        "base_model_name_or_path": "org/base",
-        "modules_to_save": None,
-        **config,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(made))
+    save_peft(
+        folder,
+        tensors,
+        **{
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": sorted({m.rpartition(".")[2] for m in factors}),
+            "base_model_name_or_path": "org/base",
+            "modules_to_save": None,
+            **config,
+        },
+    )
 
 
 def factors_of(seed: int, rank: int, bases: Mapping[str, tuple[Tensor, Tensor]] | None) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip

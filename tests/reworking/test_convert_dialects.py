@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from paths import ROOT
+from peft_files import save_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -294,7 +295,6 @@ def peft_adapter(
     folder: Path, modules: Mapping[str, tuple[int, int, int]], dtype: torch.dtype = torch.float32, **config: Any
 ) -> Path:
     """An adapter of PEFT's: (out, in, rank) by module."""
-    folder.mkdir()
     tensors: Tensors = {}
     for n, (module, (out, inputs, rank)) in enumerate(modules.items()):
         a, b = pair(out, inputs, seed=n, rank=rank)
@@ -302,9 +302,7 @@ def peft_adapter(
             f"base_model.model.{module}.lora_A.weight": a.to(dtype),
             f"base_model.model.{module}.lora_B.weight": b.to(dtype),
         }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 1, **config}))
-    return folder
+    return save_peft(folder, tensors, **{"r": 2, "lora_alpha": 1, **config})
 
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (6, 4, 2), "model.layers.0.mlp.down_proj": (4, 8, 3)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dialect_samples import DIALECTS, O_PROJ
 from paths import ROOT
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trainer_layouts import HIDDEN, RANK, numbers, write_base
@@ -82,17 +83,15 @@ def test_adapters_of_two_dialects_are_combined_in_that_of_the_first(base: Path, 
 
 def experts(folder: Path, which: tuple[int, ...] = (0, 1, 2), container: str = "mlp", **config: object) -> Path:
     """PEFT's LoRA on layers of experts, each of which has factors of its own."""
-    folder.mkdir()
     tensors: dict[str, Tensor] = {}
     for expert in which:
         for leaf, (rows, columns) in {"up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}.items():
             start = f"base_model.model.model.layers.0.{container}.experts.{expert}.{leaf}.lora_"
             tensors[f"{start}A.weight"] = numbers(RANK, columns, seed=expert)
             tensors[f"{start}B.weight"] = numbers(rows, RANK, seed=expert + 9)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    table = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["up_proj", "down_proj"], **config}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
-    return folder
+    return save_peft(
+        folder, tensors, **{"r": RANK, "lora_alpha": 1, "target_modules": ["up_proj", "down_proj"], **config}
+    )
 
 
 def change(adapter: Path, expert: int, leaf: str, scale: float = 0.5) -> Tensor:

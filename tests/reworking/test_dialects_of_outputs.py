@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -119,11 +120,9 @@ def test_another_dialect_is_written_where_it_is_asked_for(tmp_path: Path) -> Non
 
 def test_an_adapter_of_pefts_is_resized_into_mlx(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    folder.mkdir()
     start = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     a, b = numbers(3, 4, seed=1), numbers(6, 3, seed=2)
-    save_file({f"{start}A.weight": a, f"{start}B.weight": b}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6}))
+    save_peft(folder, {f"{start}A.weight": a, f"{start}B.weight": b}, r=3, lora_alpha=6)
     loratool.resize(folder, tmp_path / "mlx", rank=3, to="mlx")
     tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
     start = "model.layers.0.self_attn.q_proj.lora_"
@@ -132,12 +131,15 @@ def test_an_adapter_of_pefts_is_resized_into_mlx(tmp_path: Path) -> None:
 
 def test_what_the_dialect_cannot_express_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    folder.mkdir()
     start = "base_model.model.down_blocks.0.attentions.0.proj_in"
     tensors = {f"{start}.lora_A.weight": numbers(2, 4, seed=1), f"{start}.lora_B.weight": numbers(6, 2, seed=2)}
-    save_file(tensors | {"base_model.model.conv_out.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
-    table = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "modules_to_save": ["conv_out"]}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
+    save_peft(
+        folder,
+        tensors | {"base_model.model.conv_out.weight": torch.ones(2, 2)},
+        r=2,
+        lora_alpha=6,
+        modules_to_save=["conv_out"],
+    )
     with pytest.raises(FitError, match="saved whole"):
         loratool.resize(folder, tmp_path / "out", rank=1, to="kohya")
 

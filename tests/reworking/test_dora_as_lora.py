@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, modules: tuple[str, ...] = (Q, OUT)) -> Path:
     """DoRA of PEFT's, with magnitudes far from the norms of W + ΔW."""
-    folder.mkdir()
     tensors = {}
     for n, module in enumerate(modules):
         out, inputs = SHAPES[module]
@@ -46,10 +46,7 @@ def write(folder: Path, modules: tuple[str, ...] = (Q, OUT)) -> Path:
             tensors[f"{start}.lora_A.weight"] = numbers(RANK, inputs, seed=n + 20)
             tensors[f"{start}.lora_B.weight"] = numbers(out, RANK, seed=n + 30)
         tensors[f"{start}.lora_magnitude_vector"] = numbers(inputs if module == TABLE else out, seed=n + 40).abs() + 2
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "use_dora": True, "target_modules": [*modules]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(folder, tensors, r=RANK, lora_alpha=1, use_dora=True, target_modules=[*modules])
 
 
 def change(base: Path, adapter: Path, module: str) -> Tensor:
@@ -133,9 +130,14 @@ def test_a_weight_that_is_stored_in_out_gives_factors_that_are_not(tmp_path: Pat
     (home / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     start = f"base_model.model.{module}"
     factors = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": lengths}
-    save_file({f"{start}.{name}": value for name, value in factors.items()}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "use_dora": True, "fan_in_fan_out": True}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(
+        folder,
+        {f"{start}.{name}": value for name, value in factors.items()},
+        r=2,
+        lora_alpha=2,
+        use_dora=True,
+        fan_in_fan_out=True,
+    )
     report = loratool.convert(folder, tmp_path / "out", server="vllm", base=home, rank=8)
     moved = weight.double() + b.double() @ a.double()
     wanted = lengths.double()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight

@@ -11,6 +11,7 @@ import diffusion_models
 import pytest
 import role_formulas
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,12 +29,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def written(folder: Path, kind: str, roles: Mapping[str, Tensor], module: str = TARGET, **config: Any) -> Path:
     """An adapter as PEFT saves it."""
-    folder.mkdir()
     tensors = {f"base_model.model.{module}.{role}": tensor for role, tensor in roles.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    names = {"peft_type": kind, "target_modules": [module.rpartition(".")[2]], **config}
-    (folder / "adapter_config.json").write_text(json.dumps(names))
-    return folder
+    return save_peft(folder, tensors, **{"peft_type": kind, "target_modules": [module.rpartition(".")[2]], **config})
 
 
 HADA = {

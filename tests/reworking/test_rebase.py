@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,14 +63,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The old base and its adapter."""
     folder = tmp_path_factory.mktemp("rebase")
     write_base(folder / "old", weights())
-    (folder / "adapter").mkdir()
     tensors = {}
     for module, (up, down) in factors().items():
         tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
         tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
-    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj", "down_proj"], "base_model_name_or_path": "org/old"}  # fmt: skip
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(
+        folder / "adapter",
+        tensors,
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=["q_proj", "down_proj"],
+        base_model_name_or_path="org/old",
+    )
     return folder
 
 
@@ -218,14 +223,12 @@ def test_a_dora_keeps_its_magnitudes_and_its_product_loses_what_the_new_base_hol
 ) -> None:
     """m · V/‖V‖ with V = W + s·BA: where W₂ = W₁ + γ·s·BA, (1 − γ)·s·BA makes the same V, so the same weights."""
     adapter = tmp_path / "dora"
-    adapter.mkdir()
     tensors = load_file(home / "adapter" / "adapter_model.safetensors")
     magnitudes = {module: 1 + draw(at, shape[0]).abs() for at, (module, shape) in enumerate(MODULES.items())}
     for module, magnitude in magnitudes.items():
         tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude
-    save_file(tensors, adapter / "adapter_model.safetensors")
     config = json.loads((home / "adapter" / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    save_peft(adapter, tensors, **{**config, "use_dora": True})
     write_base(tmp_path / "new", moved(held=held))
     report = loratool.rebase(adapter, tmp_path / "out", base=home / "old", onto=tmp_path / "new")
     assert report.total.factor == pytest.approx(1 - held, rel=1e-9)
@@ -289,11 +292,8 @@ def test_on_a_toy_it_has_most_of_the_gain_of_an_adapter_trained_on_the_new_base(
     write_base(
         tmp_path / "new", {f"model.layers.{at}.mlp.down_proj.weight": w.detach() for at, w in enumerate(model.out)}
     )
-    (tmp_path / "adapter").mkdir()
     tensors = {f"base_model.model.model.layers.{at}.mlp.down_proj.lora_{side}.weight": t.contiguous() for at, (b, a) in enumerate(adapter) for side, t in (("B", b), ("A", a))}  # fmt: skip
-    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["down_proj"]}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(tmp_path / "adapter", tensors, r=4, lora_alpha=4, target_modules=["down_proj"])
     report = loratool.rebase(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "old", onto=tmp_path / "new", force=True)  # fmt: skip
 
     def loss(parts: list[tuple[Tensor, Tensor]] | None, factor: float = 1.0) -> float:

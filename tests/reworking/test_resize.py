@@ -16,6 +16,7 @@ from expert_models import BOTH, FUSED, INPUTS, Layers
 from oracle import picture, read_tensors, same_bits
 from paths import REAL
 from peft import AdaLoraConfig, HRAConfig, LoraConfig, PeftModel
+from peft_files import save_peft
 from peft_zoo import TOKENS, Pair, make_zoo, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -147,16 +148,14 @@ def formula(adapter: Path) -> dict[str, Tensor]:
 def write(folder: Path, rank: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """An adapter of two layers with falling singular values."""
     generator = torch.Generator().manual_seed(seed)
-    folder.mkdir(parents=True)
     tensors = {}
     for module, rows, columns in (("model.q", 60, 50), ("model.v", 40, 70)):
         spread = 0.7 ** torch.arange(rank).float()[:, None]
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) * spread
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
-    save_file({n: t.to(dtype) for n, t in tensors.items()}, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q", "v"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    return save_peft(
+        folder, {n: t.to(dtype) for n, t in tensors.items()}, r=rank, lora_alpha=2 * rank, target_modules=["q", "v"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

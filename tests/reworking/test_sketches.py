@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sketch_definition
 import torch
+from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -231,11 +232,9 @@ def test_what_stands_besides_the_factors_is_compared_by_its_digest(plain: Path, 
     tensors = load_file(plain / "adapter_model.safetensors")
     for name, value in (("one", 1.0), ("again", 1.0), ("other", 2.0)):
         folder = tmp_path / name
-        folder.mkdir()
         head = {"base_model.model.lm_head.weight": torch.full((4, 16), value)}
-        save_file({**tensors, **head}, folder / "adapter_model.safetensors")
         table = json.loads((plain / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**table, "modules_to_save": ["lm_head"]}))
+        save_peft(folder, {**tensors, **head}, **{**table, "modules_to_save": ["lm_head"]})
     one, again, other = (of(tmp_path / name) for name in ("one", "again", "other"))
     assert one.saved == again.saved != ""
     assert len({of(plain).saved, one.saved, other.saved}) == 3
@@ -248,12 +247,13 @@ def test_values_that_are_not_numbers_and_other_updates_have_no_sketch(tmp_path: 
     with pytest.raises(InputError, match="not finite"):
         of(write(tmp_path / "nan", given))
     folder = tmp_path / "ia3"
-    folder.mkdir()
-    save_file(
-        {"base_model.model.model.layers.0.mlp.down_proj.ia3_l": torch.ones(1, 8)}, folder / "adapter_model.safetensors"
+    save_peft(
+        folder,
+        {"base_model.model.model.layers.0.mlp.down_proj.ia3_l": torch.ones(1, 8)},
+        peft_type="IA3",
+        target_modules=["down_proj"],
+        feedforward_modules=["down_proj"],
     )
-    config = {"peft_type": "IA3", "target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises((InputError, FitError)):
         of(folder)
 

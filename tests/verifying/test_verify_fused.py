@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from merged_models import only, rounded, write_model
-from safetensors.torch import save_file
+from peft_files import save_peft
 from torch import Tensor
 
 import loratool
@@ -49,7 +48,6 @@ def weights(modules: list[str]) -> dict[str, Tensor]:
 
 def adapter(folder: Path, modules: list[str], **settings: Any) -> dict[str, Tensor]:
     """Writes one; ΔW of each module in float64."""
-    folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
     for number, name in enumerate(modules):
@@ -59,10 +57,8 @@ def adapter(folder: Path, modules: list[str], **settings: Any) -> dict[str, Tens
         )
         tensors |= {f"base_model.model.{name}.lora_{letter}.weight": f for letter, f in (("A", down), ("B", up))}
         changes[name] = up.double() @ down.double() * (ALPHA / RANK)
-    save_file(tensors, folder / "adapter_model.safetensors")
     leaves = sorted({name.rpartition(".")[2] for name in modules})
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": leaves, **settings}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(folder, tensors, **{"r": RANK, "lora_alpha": ALPHA, "target_modules": leaves, **settings})
     return changes
 
 
@@ -156,15 +152,10 @@ def test_experts_in_one_parameter(fault: str, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.down_proj"
     base = {name: (normal(EXPERTS, HIDDEN, HIDDEN, seed=1) * 0.05).bfloat16(), "model.norm.weight": torch.ones(HIDDEN)}
     down, up = normal(EXPERTS * RANK, HIDDEN, seed=2), normal(HIDDEN, RANK * EXPERTS, seed=3) * 0.01
-    (tmp_path / "adapter").mkdir()
     module = "base_model.model.model.layers.0.mlp.experts"
-    save_file(
-        {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up},
-        tmp_path / "adapter" / "adapter_model.safetensors",
-    )
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": []}
     config |= {"target_parameters": ["mlp.experts.down_proj"], "peft_version": "0.21.0"}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_peft(tmp_path / "adapter", {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, **config)
     every = []
     for expert in range(EXPERTS):
         a = down.double()[expert * RANK : (expert + 1) * RANK]
