@@ -8,10 +8,14 @@ import os
 import pathlib
 import signal
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from workbench import Workbench
 
 # before transformers and torch are imported anywhere
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,3 +75,11 @@ def pytest_collection_finish() -> None:
 # The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture
+def bench(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
+    """A sound base and a sound adapter, for a test to spoil."""
+    from workbench import Workbench
+
+    return Workbench(tmp_path, capsys)

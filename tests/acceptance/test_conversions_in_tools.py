@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import numbers
 from peft_files import save_peft
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,10 +17,6 @@ from torch import Tensor
 import loratool
 
 RANK, ALPHA = 2, 1.0
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def trained(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,11 +28,6 @@ STEM = "adapter_model"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 4096\n"
 
 
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
 def cut(bench: Workbench, index: bool) -> list[str]:
     """The adapter in a file for each tensor."""
     stored = load_file(bench.adapter / ADAPTER)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from checkpoints import numbers
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 
 DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2]
 WEIGHT, MODULE = "unet.mid_block.attn.to_q.weight", "lora_unet_mid_block_attn_to_q"
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_byte_is_the_number_that_torch_reads() -> None:

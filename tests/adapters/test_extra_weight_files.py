@@ -145,11 +145,6 @@ COMMANDS: dict[str, list[str]] = {
 REFUSING = ("merge", "plan")
 
 
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
 def words_of(bench: Workbench, command: str) -> list[str]:
     places = {"BASE": str(bench.base), "ADAPTER": str(bench.adapter), "OUT": str(bench.out)}
     return [places.get(word, word) for word in COMMANDS[command]]

@@ -11,7 +11,6 @@ import socket
 import struct
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,18 +43,9 @@ from malformed import (
     write_base,
     write_json,
 )
-from workbench import Workbench, check_is_merged, check_refusal, command, is_clean, run_apart, snapshot
+from workbench import Workbench, check_is_merged, check_refusal, command, each, is_clean, run_apart, snapshot
 
 from loratool.adapters import patterns
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
-def each(cases: Mapping[str, object]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases.items()])
 
 
 def refuses_adapter(bench: Workbench, *told: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import role_formulas
 import torch
+from role_formulas import random
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,11 +41,6 @@ def module_of(tmp_path: Path) -> Any:
         return Module("x", stored, **more)
 
     return make
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 31 * sum(shape) + len(shape))
-    return torch.randn(*shape, generator=generator).to(dtype)
 
 
 def merged(found: Found, weight: Tensor, parameter: str = "weight", strength: float = 1.0) -> Tensor:

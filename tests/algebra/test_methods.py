@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import draw, written_out
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
+from oracle import off
 from torch import Tensor
 
 from loratool.algebra.lowrank.joint import joint
@@ -42,10 +44,6 @@ def combination_for(method: str, count: int, **dials: Any) -> Combination:
     return combination_of(CombineOptions(method=method, **dials), count)
 
 
-def draw(seed: int, *sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def some(
     seed: int = 0, ranks: Sequence[int] = RANKS, sizes: Sequence[float] = (), rows: int = ROWS, columns: int = COLUMNS
 ) -> list[Product]:
@@ -58,10 +56,6 @@ def some(
     return found
 
 
-def written_out(products: Sequence[Product]) -> list[Array]:
-    return [np.asarray(p.up.double() @ p.down.double()) for p in products]
-
-
 def mixed(method: str, products: Sequence[Product], weights: Sequence[float] | None = None, **dials: Any) -> Mixture:
     return mix(joint(products), list(weights or [1.0] * len(products)), combination_for(method, len(products), **dials))
 
@@ -69,12 +63,6 @@ def mixed(method: str, products: Sequence[Product], weights: Sequence[float] | N
 def result(method: str, products: Sequence[Product], weights: Sequence[float] | None = None, **dials: Any) -> Array:
     """The matrix that the method makes."""
     return written_out([mixed(method, products, weights, **dials).product])[0]
-
-
-def off(found: Array, wanted: Array) -> float:
-    """Relative distance."""
-    assert np.isfinite(found).all()
-    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-300))
 
 
 def sum_of(weights: Sequence[float], deltas: Sequence[Array]) -> Array:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from checkpoints import draw, written_out
 from numpy.typing import NDArray
-from torch import Tensor
 
 from loratool.algebra.lowrank import shared_bases as solver
 from loratool.algebra.lowrank.clusters import affinity, clusterings
@@ -23,10 +23,6 @@ ROWS, COLUMNS = 48, 40
 RANKS = (3, 4, 2, 5, 1)
 
 
-def draw(seed: int, *sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def some(seed: int, ranks: Sequence[int] = RANKS) -> list[Product]:
     return [Product(draw(seed + 2 * at, ROWS, r), draw(seed + 2 * at + 1, r, COLUMNS)) for at, r in enumerate(ranks)]
 
@@ -35,10 +31,6 @@ def planted(seed: int, directions: int, ranks: Sequence[int] = RANKS) -> list[Pr
     """Products whose columns and rows lie in the same few directions."""
     u, v = draw(seed, ROWS, directions), draw(seed + 1, directions, COLUMNS)
     return [Product(u @ draw(seed + 2 + at, directions, r), draw(seed + 50 + at, r, directions) @ v) for at, r in enumerate(ranks)]  # fmt: skip
-
-
-def written_out(products: Sequence[Product]) -> list[Array]:
-    return [np.asarray(p.up.double() @ p.down.double()) for p in products]
 
 
 def weights_of(products: Sequence[Product]) -> list[float]:

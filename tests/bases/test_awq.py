@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from packed_grouped import Grouped
-from packed_models import check_rows, open_packed, save_packed
+from packed_models import check_rows, open_packed, refusal, save_packed
 
-from loratool.bases.codecs import decoded
-from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Room
-from loratool.errors import InputError
 
 Array = NDArray[Any]
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -61,12 +58,6 @@ def test_rules_change_the_groups_of_single_modules(tmp_path: Path) -> None:
     folder = save_packed(tmp_path / "base", {**packed.awq(MODULE), **coarse.awq(other)}, said(dynamic=rules))
     check_rows(folder, NAME, packed.values())
     check_rows(folder, f"{other}.weight", coarse.values())
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        decoded(open_checkpoint(folder))
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from packed_grouped import Grouped, gptq_values
-from packed_models import check_rows, open_packed, save_packed
+from packed_models import check_rows, open_packed, refusal, save_packed
 from quantised_models import MATRICES
 
-from loratool.bases.codecs import decoded
-from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Held, Room
-from loratool.errors import InputError
 from loratool.files.open_sources import OpenSources
 
 Array = NDArray[Any]
@@ -157,12 +154,6 @@ def test_dynamic_rules_change_single_modules_and_the_first_that_matches_counts(t
     )
     check_rows(folder, NAME, four.values())
     check_rows(folder, f"{other}.weight", eight.values())
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(InputError) as caught:
-        decoded(open_checkpoint(folder))
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from malformed import (
     write_json,
     write_sharded,
 )
-from workbench import Workbench, check_is_merged, tensors_of
+from workbench import Workbench, check_is_merged, each, tensors_of
 
 
 @pytest.fixture
@@ -38,10 +38,6 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
     made = Workbench(tmp_path, capsys)
     write_sharded(made.base)
     return made
-
-
-def each(cases: Mapping[str, object]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases.items()])
 
 
 def refuses_base(bench: Workbench, *told: str) -> None:

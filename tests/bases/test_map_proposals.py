@@ -8,28 +8,18 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from headers import Shape, adapter_of, base_of
-from malformed import Stored, f32, write_adapter, write_base, write_json
+from malformed import Stored, f32, random, write_adapter, write_base, write_json
 from workbench import Workbench, tensors_of
 
 from loratool.bases.binding import bind
 
 PREFIX = "base_model.model."
 H, MLP = 6, 10
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
-def random(*shape: int, seed: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def layers(pattern: str, **shapes: Shape) -> dict[str, Shape]:

@@ -26,6 +26,7 @@ from tiny_models import (
     adapt,
     bert_config,
     build_base,
+    config_of,
     edit_config,
     gpt2_config,
     llama_config,
@@ -179,11 +180,6 @@ def train(folder: Path, task: Task, labels: int = LABELS, dtype: torch.dtype = t
     wrapped.save_pretrained(folder / "adapter")
     family = Family(task.config, task.model, {})
     return Trained(family, base, folder / "adapter", output_of(wrapped, family.inputs()))
-
-
-def config_of(model: Path) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads((model / "config.json").read_text())
-    return table
 
 
 # -- heads -------------------------------------------------------------------------------------------

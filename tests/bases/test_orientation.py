@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from malformed import Stored, f32, write_adapter, write_base, write_json
+from malformed import Stored, f32, random, write_adapter, write_base, write_json
 from oracle import read_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -34,15 +34,6 @@ SIZE = 8
 SQUARE, WIDE = "transformer.h.0.attn.c_proj", "transformer.h.0.attn.c_attn"
 YES, NO = "--fan-in-fan-out", "--no-fan-in-fan-out"
 SCALE = 2.0  # α / r
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def make(

@@ -30,6 +30,7 @@ from tiny_models import (
     Family,
     adapt,
     build_base,
+    config_of,
     load,
     output_of,
 )
@@ -255,11 +256,6 @@ def train(
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     wrapped.save_pretrained(folder / "adapter", **(save or {}))
     return Trained(family, base, folder / "adapter", unmerged, plain)
-
-
-def config_of(model: Path) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads((model / "config.json").read_text())
-    return table
 
 
 def scaled_product(adapter: Path, module: str) -> Tensor:

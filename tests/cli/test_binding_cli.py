@@ -16,11 +16,6 @@ from loratool.merging.fingerprints import content_fingerprint
 HIDDEN, ROWS = 4, 8
 
 
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
 def factors(modules: list[str], rows: int, columns: int) -> dict[str, object]:
     generator = np.random.default_rng(3)
     found: dict[str, object] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from malformed import Stored, bf16, f32, write_adapter, write_base
+from malformed import Stored, bf16, f32, random, write_adapter, write_base
 from workbench import Workbench, is_clean, tensors_of
 
 import loratool
@@ -21,10 +21,6 @@ from loratool.merging.engine import Engine
 PREFIX = "base_model.model."
 MODULES = tuple(f"model.layers.{n}.self_attn.{leaf}" for n in range(2) for leaf in ("q_proj", "k_proj"))
 ROWS, COLUMNS, RANK = 6, 8, 2
-
-
-def random(*shape: int, seed: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def factors(dead: tuple[str, ...] = (), side: str = "B", size: float = 1.0, seed: int = 1) -> dict[str, Stored]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import numbers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,10 +26,6 @@ Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = f"lora_unet_{Q.replace('.', '_')}"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 FLUX = "transformer.transformer_blocks.0.attn"
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def lora(down: str, up: str, seed: int = 1, rows: int = 8, columns: int = 6) -> dict[str, Tensor]:

@@ -15,21 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from malformed import Stored, f32, write_adapter, write_base, write_json
+from malformed import Stored, f32, random, write_adapter, write_base, write_json
 from workbench import Workbench
 
 PREFIX = "base_model.model."
 H = 6
 Q = tuple(f"model.layers.{n}.self_attn.q_proj" for n in range(2))
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng([seed, *shape]).normal(size=shape)
 
 
 def factors(modules: tuple[str, ...] = Q, name: str = "", prefix: str = PREFIX) -> dict[str, Stored]:

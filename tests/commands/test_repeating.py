@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from malformed import f32, safetensors_bytes, write_json
+from oracle import files_of
 from packed_models import save_packed
 from paths import ROOT
 from quantised_models import FAMILIES
@@ -315,10 +316,6 @@ def draws(name: str, chance: random.Random) -> Iterator[tuple[str, list[Words]]]
         yield option.flag, [[name, *inputs, *words, *asked(first)] for words in besides]
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def recorded(folder: Path) -> str:
     """The command that an output's record holds, which is the one of its card."""
     command: str = json.loads((folder / "loratool.json").read_bytes())["command"]
@@ -345,7 +342,7 @@ def test_the_recorded_command_makes_the_same_bytes(
         assert command[:2] == ["loratool", name]
         assert command[-2:] == ["-o", "out"]
         assert cli.run([*command[1:-1], str(again), "-q"]) == 0, (words, command)
-        assert content(again) == content(first), (words, command)
+        assert files_of(again) == files_of(first), (words, command)
         shutil.rmtree(first)
         shutil.rmtree(again)
 
@@ -383,4 +380,4 @@ def test_a_shell_runs_the_recorded_command_as_it_stands(
     environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": packages}
     line = recorded(tmp_path / "first").removesuffix("out") + shlex.quote(str(tmp_path / "again"))
     subprocess.run(["sh", "-c", line], env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert content(tmp_path / "again") == content(tmp_path / "first")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "first")

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hub_server import Blob
+from oracle import files_of
 
 if TYPE_CHECKING:
     from hub_client import Client
     from hub_server import HubServer
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_merge_of_repositories_is_repeated_from_their_commits(
@@ -35,7 +32,7 @@ def test_a_merge_of_repositories_is_repeated_from_their_commits(
     client.home.mkdir()
     ran = client.works("reproduce", tmp_path / "made", "-o", tmp_path / "again")
     assert "have the same bytes" in ran.out
-    assert content(tmp_path / "again") == content(tmp_path / "made")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "made")
 
 
 def new_machine(client: Client) -> None:
@@ -67,7 +64,7 @@ def test_every_input_from_the_hub_is_taken_from_the_commit_that_it_was(
         hub.add(f"org/{repo}", shutil.copytree(models / "adapter", tmp_path / repo))
     new_machine(client)
     client.works("reproduce", tmp_path / "made", "-o", tmp_path / "again", "-q")
-    assert content(tmp_path / "again") == content(tmp_path / "made")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "made")
 
 
 @pytest.mark.parametrize("name", ["convert", "rebase", "rescale"])

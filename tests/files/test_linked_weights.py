@@ -15,11 +15,6 @@ from workbench import Workbench, bound_by_permissions, check_is_merged, check_re
 STORE = "store"  # beside the inputs: where the weights really lie
 
 
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
 def move(bench: Workbench, name: str, leads: Callable[[Path], str] = str) -> Path:
     """Put a file of the base into the store, and a link to it in its place; where it is now."""
     store = bench.inputs / STORE

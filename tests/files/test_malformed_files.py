@@ -13,7 +13,7 @@ import random
 import struct
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ from workbench import (
     check_is_merged,
     check_refusal,
     command,
+    each,
     is_clean,
     reference_takes,
     run_apart,
@@ -60,15 +61,6 @@ from workbench import (
 )
 
 Case = tuple[bytes, str]  # a malformed file, and what the message must say
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
-def each(cases: Mapping[str, object]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases.items()])
 
 
 HEADER = f'{{"{WEIGHT}":{ENTRY}}}'

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,7 @@ from workbench import (
     check_is_merged,
     check_refusal,
     command,
+    each,
     is_clean,
     run_apart,
     snapshot,
@@ -44,15 +45,6 @@ from workbench import (
 )
 
 import loratool
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
-
-
-def each(cases: Mapping[str, object]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases.items()])
 
 
 def merge_words(bench: Workbench, *options: str | Path) -> list[str]:

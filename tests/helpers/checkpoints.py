@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from loratool.algebra.lowrank.products import Product
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -35,3 +41,15 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
         save_file(mine, folder / f"{name}.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
     return folder
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def draw(seed: int, *sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=seeded(seed), dtype=torch.float64)
+
+
+def written_out(products: Sequence[Product]) -> list[NDArray[np.float64]]:
+    return [np.asarray(p.up.double() @ p.down.double()) for p in products]

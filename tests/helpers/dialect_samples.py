@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gguf_bytes
 import torch
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 from trainer_layouts import HEADS, HIDDEN, KEY_HEADS, RANK, TOKENS, WIDE, WIDTH, numbers
@@ -247,3 +248,9 @@ def write_image_base(path: Path, weight: str) -> Path:
     """One file with the weight that a sample of an image model changes."""
     path.write_bytes(save({weight: numbers(HIDDEN, COLUMNS, seed=9)}))
     return path
+
+
+def header(path: Path) -> dict[str, str]:
+    """The metadata of a file."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())

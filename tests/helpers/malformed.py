@@ -174,3 +174,8 @@ class Trap:
 
 def pickled_trap(path: Path, protocol: int) -> bytes:
     return pickle.dumps(Trap(path), protocol)
+
+
+def random(*shape: int, seed: int = 0) -> Array:
+    """Other values for every shape."""
+    return np.random.default_rng([seed, *shape]).normal(size=shape)

@@ -6,6 +6,7 @@ W + Σ w·s·BA is computed in float64 from the files, and rounded once at the e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -14,13 +15,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from packaging.version import Version
 from safetensors import SafetensorError, deserialize, safe_open
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_A|lora_embedding_A)")
@@ -247,3 +252,17 @@ def needs_dtypes(*dtypes: str) -> None:
             deserialize(len(header).to_bytes(8, "little") + header)  # type: ignore[no-untyped-call]
         except SafetensorError:
             pytest.skip(f"safetensors {version('safetensors')} does not know {dtype}")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def off(found: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
+    """‖found − wanted‖ / ‖wanted‖ of finite numbers."""
+    assert np.isfinite(found).all()
+    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-300))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -14,6 +15,7 @@ from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.weights import Room
+from loratool.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,3 +69,10 @@ def room_on(device: torch.device, size: int) -> Room:
     on_gpu = device.type == "cuda"
     host = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
     return Room(host=host, twin=torch.empty_like(host, device=device) if on_gpu else None)
+
+
+def refusal(folder: Path) -> str:
+    """The sentence with which a checkpoint is refused."""
+    with pytest.raises(InputError) as caught:
+        decoded(open_checkpoint(folder))
+    return str(caught.value)

@@ -19,3 +19,8 @@ def save_peft(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Pat
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return table

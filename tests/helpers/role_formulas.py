@@ -138,3 +138,9 @@ def glora(weight: Tensor, factors: tuple[Tensor, Tensor, Tensor, Tensor], scale:
         change[o, j] += weight[o, i].double() * inputs[i, j]
     own = product_of(b1.flatten(1), b2.flatten(1)).reshape(weight.shape)
     return weight.double() + scale * (change + own)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Other values for every shape."""
+    generator = torch.Generator().manual_seed(seed + 31 * sum(shape) + len(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)

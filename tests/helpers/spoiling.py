@@ -144,3 +144,10 @@ def write_spoilt(folder: Path, model: Quantised, spoiling: Spoiling | None) -> P
     for name, content in model.files.items():
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+def flip(path: Path, at: float) -> None:
+    """Turn over a bit of a file, at a part of its length."""
+    raw = bytearray(path.read_bytes())
+    raw[int(at * (len(raw) - 1))] ^= 1
+    path.write_bytes(raw)

@@ -322,3 +322,8 @@ def build_case(
     unmerged = output_of(wrapped, family.inputs())
     wrapped.merge_and_unload().save_pretrained(folder / "by-peft", max_shard_size=family.shard_size)
     return Case(family, base, folder / "adapter", unmerged, plain, folder / "by-peft")
+
+
+def config_of(model: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((model / "config.json").read_text())
+    return table

@@ -262,3 +262,8 @@ def interrupted(
         with pytest.raises(KeyboardInterrupt):
             loratool.merge(base, adapters, out, workers=1, device="cpu", **settings)
     return sorted(names)
+
+
+def each(cases: Mapping[str, object]) -> pytest.MarkDecorator:
+    """A test for each case, by its name."""
+    return pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in cases.items()])

@@ -5,7 +5,6 @@ The oracles are digests that the standard library computes, the schema and the m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from malformed import f32, safetensors_bytes, write_json
 from numpy.random import default_rng
+from oracle import sha256
 from tree_digests import blake, file_entry
 
 import loratool
@@ -67,10 +67,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recorded(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "loratool.json").read_bytes())
     return found
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_the_record_has_digests_licences_and_options_of_every_input(home: Path) -> None:

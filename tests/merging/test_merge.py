@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from oracle import (
     assert_exact_merge,
     assert_single_rounding,
     exact_merge,
+    files_of,
     header,
     header_bytes,
     nearest,
@@ -32,6 +32,7 @@ from oracle import (
     raw_tensors,
     read_tensors,
     same_bits,
+    sha256,
     steps,
     unchanged,
 )
@@ -114,10 +115,6 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter", {QUERY: factors(24, 24), DOWN: factors(24, 32, seed=2)})
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -612,10 +609,6 @@ def test_a_chat_template_inside_the_adapters_tokenizer_config_is_not_hidden_by_t
 
 
 # -- provenance --------------------------------------------------------------------------------------
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_provenance_names_every_input_and_output_with_its_digest(base: Path, adapter: Path, tmp_path: Path) -> None:

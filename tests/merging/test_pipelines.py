@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from diffusion_models import WIDTH, clip, conv, linear, t5, values
+from malformed import write_json
 from named_updates import Targets, save_targets
+from oracle import files_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -46,10 +48,6 @@ def targets_format(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Targets()))
 
 
-def write_json(path: Path, table: object) -> None:
-    path.write_text(json.dumps(table))
-
-
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     """Flux as diffusers saves it: a transformer of two shards, CLIP as a variant, T5 and a VAE."""
@@ -81,10 +79,6 @@ MODULES = {
     "te3_encoder_block_0_layer_0_SelfAttention_v": (H, H),
     "text_encoder_2.encoder.block.0.layer.1.DenseReluDense.wo": (H, 2 * H),
 }
-
-
-def files_of(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def changes_of(base: Path, out: Path) -> dict[str, Tensor]:

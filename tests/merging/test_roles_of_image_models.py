@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 import role_formulas
 import torch
+from role_formulas import random
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 31 * sum(shape) + len(shape))
-    return torch.randn(*shape, generator=generator)
-
 
 ALPHA = torch.tensor(1.0)
 ROWS, COLUMNS = 520, 600  # of a weight that takes two blocks

@@ -13,6 +13,7 @@ import faults
 import pytest
 from hub_client import Client
 from hub_server import WRITER, HubServer
+from spoiling import flip
 from tree_digests import file_entry
 
 import loratool
@@ -42,13 +43,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COMMANDS = ("merge", "rescale", "combine", "resize", "extract")
-
-
-def flip(path: Path, at: float) -> None:
-    """One bit of a file, at a part of its length."""
-    raw = bytearray(path.read_bytes())
-    raw[int(at * (len(raw) - 1))] ^= 1
-    path.write_bytes(raw)
 
 
 def flip_low_bit(path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import draw
 from numpy.typing import NDArray
 from paths import REAL
 from peft_files import save_peft
@@ -62,10 +63,6 @@ EVERY = [
 
 def told(method: str, dials: Mapping[str, Any]) -> str:
     return " ".join([method, *(f"{name}={value}" for name, value in dials.items())])
-
-
-def draw(seed: int, *sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def some(seed: int, rank: int = 3, rows: int = 24, columns: int = 20) -> Product:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from peft_files import save_peft
+from oracle import off
+from peft_files import config_of, save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workbench import Outcome, check_refusal, snapshot
@@ -83,11 +84,6 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    return found
-
-
 def deltas(folder: Path) -> dict[str, Array]:
     """s·BA of every module; patterns are whole names here."""
     config, tensors = config_of(folder), tensors_of(folder)
@@ -109,11 +105,6 @@ def summed(folders: Sequence[Path], weights: Sequence[float]) -> dict[str, Array
         for module, delta in deltas(folder).items():
             total[module] = total.get(module, np.zeros_like(delta)) + weight * delta
     return total
-
-
-def off(found: Array, wanted: Array) -> float:
-    assert np.isfinite(found).all()
-    return float(np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-300))
 
 
 def assert_alike(found: Mapping[str, Array], wanted: Mapping[str, Array], limit: float = 3e-7) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import draw
 from numpy.typing import NDArray
 from peft_files import save_peft
 from safetensors import safe_open
@@ -33,10 +34,6 @@ ROWS, COLUMNS, DIRECTIONS = 48, 40, 6
 RANKS = (3, 4, 2, 5, 4, 3, 4, 4)
 MODULES = [f"model.layers.{n}.self_attn.{name}" for n in range(2) for name in ("q_proj", "v_proj")]
 PREFIX = "base_model.model."
-
-
-def draw(seed: int, *sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def write_adapter(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32, **config: Any) -> None:  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import numbers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,10 +22,6 @@ from loratool.reworking.converting import rows
 RANK = 2
 SHAPES = {"model.layers.0.self_attn.q_proj": (6, 4), "model.layers.0.mlp.down_proj": (4, 8)}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def write(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import numbers
+from dialect_samples import header
 from paths import ROOT
 from peft_files import save_peft
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,10 +23,6 @@ from loratool.errors import FitError, InputError, LoratoolError, UsageError
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.1"  # of SDXL alone
 LDM = "input_blocks_4_1_transformer_blocks_1"
 Tensors = dict[str, Tensor]
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def pair(out: int, inputs: int, seed: int, rank: int = 2) -> tuple[Tensor, Tensor]:
@@ -62,11 +59,6 @@ def delta(tensors: Mapping[str, Tensor], module: str) -> Tensor:
 def of_diffusers(tensors: Mapping[str, Tensor], module: str, scale: float = 1.0) -> Tensor:
     a, b = (tensors[f"{module}.lora_{side}.weight"].double() for side in "AB")
     return scale * (b.flatten(1) @ a.flatten(1))
-
-
-def header(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata())
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import numbers
+from dialect_samples import header
 from peft_files import save_peft
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,10 +20,6 @@ from loratool.errors import FitError, UsageError
 Q = "input_blocks_4_1_transformer_blocks_1_attn1_to_q"  # of SDXL
 IN_DIFFUSERS = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"
 TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def kohya(path: Path, seed: int = 1, alpha: float = 1.0, rank: int = 2) -> Path:
@@ -42,11 +39,6 @@ def delta(tensors: Mapping[str, Tensor], module: str) -> Tensor:
     down, up = (tensors[f"{module}.lora_{side}.weight"].double() for side in ("down", "up"))
     found: Tensor = float(tensors[f"{module}.alpha"]) / down.shape[0] * (up @ down)
     return found
-
-
-def header(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata())
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

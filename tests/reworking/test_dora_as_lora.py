@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import numbers
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,10 +18,6 @@ from loratool.errors import FitError
 RANK = 2
 Q, OUT, TABLE = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.embed_tokens"
 SHAPES = {Q: (12, 8), OUT: (8, 12), TABLE: (20, 8)}
-
-
-def numbers(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

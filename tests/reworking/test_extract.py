@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import peft_zoo
 import pytest
@@ -16,6 +16,7 @@ import transformers
 from checkpoints import planted, save, seeded
 from oracle import read_tensors
 from peft import PeftModel
+from peft_files import config_of
 from torch import Tensor
 
 import loratool
@@ -62,11 +63,6 @@ def small(dtype: torch.dtype = torch.float32) -> Tensors:
 
 def factors(adapter: Path) -> Tensors:
     return read_tensors(adapter / "adapter_model.safetensors")
-
-
-def config_of(adapter: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
-    return found
 
 
 def product(adapter: Path, module: str) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import role_formulas
 import torch
 from peft_files import save_peft
+from role_formulas import random
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,11 +21,6 @@ from loratool.layouts.diffusion.kernels import kernel_of
 
 TARGET = "model.layers.0.self_attn.q_proj"
 KERNEL = "model.conv"
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 31 * sum(shape) + len(shape))
-    return torch.randn(*shape, generator=generator)
 
 
 def written(folder: Path, kind: str, roles: Mapping[str, Tensor], module: str = TARGET, **config: Any) -> Path:

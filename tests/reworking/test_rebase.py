@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import draw
 from numpy.typing import NDArray
+from oracle import sha256
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,10 +26,6 @@ SHAPES = {"self_attn.q_proj": (32, 24), "mlp.down_proj": (24, 40)}
 MODULES = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in SHAPES.items()}
 RANK, ALPHA = 3, 6
 Weights = dict[str, Tensor]
-
-
-def draw(seed: int, *sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def weights() -> Weights:
@@ -103,10 +100,6 @@ def stored(adapter: Path) -> dict[str, Array]:
         alpha = next((a for p, a in config.get("alpha_pattern", {}).items() if module.endswith(p.strip("^$"))), config["lora_alpha"])  # fmt: skip
         found[f"{module}.weight"] = (alpha / RANK * up @ down).numpy()
     return found
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_on_equal_weights_the_adapter_stays_the_same_bytes(home: Path, tmp_path: Path) -> None:

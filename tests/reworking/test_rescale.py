@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,9 +14,11 @@ from peft import LoraConfig, PeftModel
 from peft_zoo import Pair, make_zoo, output_of, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from workbench import Workbench
 
 import loratool
+
+if TYPE_CHECKING:
+    from workbench import Workbench
 
 LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2"]
 PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": LAYERS}
@@ -192,11 +194,6 @@ def test_a_merge_of_the_rescaled_adapter_is_a_merge_with_that_weight(tmp_path: P
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
     assert float((output_of(one, make_zoo()) - pair.output).abs().max()) > 1e-3
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Workbench:
-    return Workbench(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(

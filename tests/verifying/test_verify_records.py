@@ -7,6 +7,7 @@ from pathlib import Path
 
 import faults
 import pytest
+from spoiling import flip
 
 import loratool
 from loratool import cli
@@ -27,12 +28,6 @@ def inputs(tmp_path: Path) -> Path:
 def merged(inputs: Path) -> Path:
     loratool.merge(inputs / "base", inputs / "adapter", inputs / "merged", device="cpu", verify=True)
     return inputs / "merged"
-
-
-def flip(path: Path, at: float) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[int(at * (len(raw) - 1))] ^= 1
-    path.write_bytes(raw)
 
 
 def test_an_output_as_it_was_written_passes_by_its_record_alone(merged: Path) -> None:
