@@ -17,19 +17,18 @@ import transformers
 from oracle import PREFIX, picture, read_tensors, same_bits
 from tiny_models import (
     FAMILIES,
-    HEADS,
     HIDDEN,
-    LAYERS,
-    MLP,
-    POSITIONS,
+    SIZES,
     TOKENS,
     VOCABULARY,
     Family,
     adapt,
     bert_config,
+    bloom_config,
     build_base,
     llama_config,
     load,
+    opt_config,
     output_of,
 )
 from torch import Tensor
@@ -43,28 +42,7 @@ NEW_TOKENS = torch.tensor([[5, VOCABULARY, 3, BIGGER - 1, 41, 9], [1, 60, VOCABU
 
 
 def gemma_config() -> Any:
-    return transformers.Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=POSITIONS,
-    )
-
-
-def opt_config() -> Any:
-    return transformers.OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        ffn_dim=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=POSITIONS,
-        word_embed_proj_dim=HIDDEN,
-    )
+    return transformers.Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8)
 
 
 # name → (the family, its embedding, its head)
@@ -73,15 +51,7 @@ TIED: dict[str, tuple[Family, str, str]] = {
     "gpt2": (FAMILIES["gpt2"], "transformer.wte", "lm_head"),
     "gemma3": (Family(gemma_config, "Gemma3ForCausalLM", {}), "model.embed_tokens", "lm_head"),
     "opt": (Family(opt_config, "OPTForCausalLM", {}), "model.decoder.embed_tokens", "lm_head"),
-    "bloom": (
-        Family(
-            lambda: transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS),
-            "BloomForCausalLM",
-            {},
-        ),
-        "transformer.word_embeddings",
-        "lm_head",
-    ),
+    "bloom": (Family(bloom_config, "BloomForCausalLM", {}), "transformer.word_embeddings", "lm_head"),
 }
 UNTIED = FAMILIES["llama"]
 

@@ -21,6 +21,7 @@ from oracle import header, picture, raw_tensors, read_tensors, same_bits
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     FAMILIES,
+    SIZES,
     VOCABULARY,
     Family,
     adapt,
@@ -64,15 +65,7 @@ def distilbert_config() -> Any:
 
 
 def roberta_config() -> Any:
-    return transformers.RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
+    return transformers.RobertaConfig(**SIZES, pad_token_id=0)
 
 
 def padded(config: Callable[[], Any]) -> Callable[[], Any]:

@@ -22,16 +22,18 @@ from tiny_models import (
     FAMILIES,
     HEADS,
     HIDDEN,
-    LAYERS,
     MLP,
     POSITIONS,
+    SIZES,
     TOKENS,
     VOCABULARY,
     Family,
     adapt,
+    bloom_config,
     build_base,
     config_of,
     load,
+    opt_config,
     output_of,
 )
 from torch import Tensor
@@ -45,34 +47,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = FAMILIES["tied llama"]
 
 
-def opt_config() -> Any:
-    return transformers.OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        word_embed_proj_dim=HIDDEN,
-        ffn_dim=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=POSITIONS,
-    )
-
-
-def bloom_config() -> Any:
-    return transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS)
-
-
 def masked_config(name: str) -> Callable[[], Any]:
     def build() -> Any:
-        return getattr(transformers, name)(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            embedding_size=HIDDEN,
-            intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=POSITIONS,
-            pad_token_id=0,
-        )
+        return getattr(transformers, name)(**SIZES, embedding_size=HIDDEN, pad_token_id=0)
 
     return build
 
@@ -98,16 +75,7 @@ def whisper_config() -> Any:
 
 
 def gemma3_config() -> Any:
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS // 2,
-        "head_dim": 8,
-        "max_position_embeddings": POSITIONS,
-    }
+    text = {**SIZES, "num_key_value_heads": HEADS // 2, "head_dim": 8}
     vision = {
         "hidden_size": HIDDEN,
         "intermediate_size": MLP,

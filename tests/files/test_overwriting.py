@@ -23,14 +23,6 @@ from loratool.cli import run
 from loratool.demo import demo
 
 SHARDS, HIDDEN = 2, 32
-COMMANDS: dict[str, Callable[[Path], list[str]]] = {
-    "merge": lambda home: ["merge", f"{home}/base", f"{home}/adapter"],
-    "rescale": lambda home: ["rescale", f"{home}/adapter", "--scale", "2"],
-    "rescale --bake": lambda home: ["rescale", f"{home}/adapter", "--scale", "2", "--bake"],
-    "resize": lambda home: ["resize", f"{home}/adapter", "--rank", "1"],
-    "combine": lambda home: ["combine", f"{home}/adapter", f"{home}/other"],
-    "extract": lambda home: ["extract", f"{home}/base", f"{home}/tuned", "--rank", "1"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / name / "labels.csv").write_text("a,b\n")
     loratool.merge(home / "base", home / "adapter", home / "tuned", weights=[0.5], device="cpu")
     (home / "made").mkdir()
-    for name, words in COMMANDS.items():
+    for name, words in faults.COMMANDS.items():
         assert run([*words(home), "-o", str(home / "made" / name.replace(" ", "")), "-q"]) == 0
     return home
 
@@ -105,7 +97,7 @@ ODD: dict[str, Callable[[Path], None]] = {
 SOME = ("thesis.tex", ".git/", "checkpoint-5/", "changed since")
 CELLS = [
     (command, odd)
-    for command in COMMANDS
+    for command in faults.COMMANDS
     for odd in ODD
     if (command in ("merge", "rescale --bake") or odd in SOME)
     and (command, odd) != ("extract", "changed since")  # extract carries no file over that models are not known by
@@ -119,7 +111,7 @@ def test_an_output_with_anything_else_in_it_is_not_replaced(
     """The entry is named, nothing changes, also in a dry run; and where it is moved away, the output is replaced."""
     out = an_output(inputs, command, tmp_path)
     ODD[odd](out)
-    words = [*COMMANDS[command](inputs), "-o", str(out), "--overwrite"]
+    words = [*faults.COMMANDS[command](inputs), "-o", str(out), "--overwrite"]
     before = tree(tmp_path)
     for more in ([], ["--dry-run"]):
         assert run([*words, *more]) == 2
@@ -133,14 +125,14 @@ def test_an_output_with_anything_else_in_it_is_not_replaced(
         assert os.path.lexists(tmp_path / "away")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", faults.COMMANDS)
 def test_an_output_of_an_earlier_run_is_replaced_with_all_its_files(inputs: Path, tmp_path: Path, command: str) -> None:
     """Those too that only its own list knows: code, notes in a folder, whatever lay beside the base or the adapter."""
     out = an_output(inputs, command, tmp_path)
     wanted = faults.picture(out)
     weights = next(out.glob("*.safetensors"))
     weights.write_bytes(b"damaged, which is no reason to keep it")
-    assert run([*COMMANDS[command](inputs), "-o", str(out), "--overwrite", "-q"]) == 0
+    assert run([*faults.COMMANDS[command](inputs), "-o", str(out), "--overwrite", "-q"]) == 0
     assert faults.picture(out) == wanted
     assert os.listdir(tmp_path) == ["out"]
 
@@ -169,7 +161,7 @@ def test_a_folder_without_weights_and_without_a_record_is_no_model(
     for name in files:
         put(tmp_path / "out" / name, "{}")
     before = tree(tmp_path)
-    assert run([*COMMANDS["merge"](inputs), "-o", str(tmp_path / "out"), "--overwrite"]) == 2
+    assert run([*faults.COMMANDS["merge"](inputs), "-o", str(tmp_path / "out"), "--overwrite"]) == 2
     assert "contains no model" in capsys.readouterr().err
     assert tree(tmp_path) == before
 
@@ -182,7 +174,7 @@ def test_a_record_that_somebody_wrote_lists_nothing_that_is_not_as_it_says(
     table = json.loads((out / "loratool.json").read_text())
     table["files"]["thesis.tex"] = {"size": 13, "sha256": "0" * 64}
     (out / "loratool.json").write_text(json.dumps(table))
-    assert run([*COMMANDS["merge"](inputs), "-o", str(out), "--overwrite"]) == 2
+    assert run([*faults.COMMANDS["merge"](inputs), "-o", str(out), "--overwrite"]) == 2
     assert "thesis.tex: changed since" in capsys.readouterr().err
 
 
@@ -193,7 +185,7 @@ def test_a_record_that_cannot_be_read_lists_nothing(
     out = an_output(inputs, "merge", tmp_path)
     (out / "loratool.json").write_text(record)
     before = tree(tmp_path)
-    assert run([*COMMANDS["merge"](inputs), "-o", str(out), "--overwrite"]) == 2
+    assert run([*faults.COMMANDS["merge"](inputs), "-o", str(out), "--overwrite"]) == 2
     assert "modeling_own.py" in capsys.readouterr().err
     assert tree(tmp_path) == before
 
@@ -205,7 +197,7 @@ def test_what_release_0_1_0_made_is_replaced_where_its_names_are_usual(inputs: P
     files = table.pop("files")
     table["shards"] = {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
     (out / "loratool.json").write_text(json.dumps(table))
-    words = [*COMMANDS["merge"](inputs), "-o", str(out), "--overwrite", "-q"]
+    words = [*faults.COMMANDS["merge"](inputs), "-o", str(out), "--overwrite", "-q"]
     assert run(words) == 2
     (out / "modeling_own.py").unlink()
     shutil.rmtree(out / "extra")
@@ -226,14 +218,14 @@ def test_a_model_as_transformers_saves_it_is_replaced(inputs: Path, tmp_path: Pa
         tokenizer.chat_template = {"default": "{{ 1 }}", "rag": "{{ 2 }}"}
         tokenizer.save_pretrained(out)
         assert [p for p in out.rglob("*") if p.is_file() and not OUTPUT_FILES.know(p.relative_to(out).as_posix())] == []
-        assert run([*COMMANDS["merge"](inputs), "-o", str(out), "--overwrite", "-q"]) == 0
+        assert run([*faults.COMMANDS["merge"](inputs), "-o", str(out), "--overwrite", "-q"]) == 0
         shutil.rmtree(out)
 
 
 def test_an_adapter_as_peft_saves_it_is_replaced(inputs: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(build_base(tmp_path / "in", FAMILIES["llama"]))
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "out")
-    assert run([*COMMANDS["rescale"](inputs), "-o", str(tmp_path / "out"), "--overwrite", "-q"]) == 0
+    assert run([*faults.COMMANDS["rescale"](inputs), "-o", str(tmp_path / "out"), "--overwrite", "-q"]) == 0
 
 
 YES = [

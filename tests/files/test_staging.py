@@ -25,14 +25,6 @@ from loratool.files.journal import look
 
 SHARDS, HIDDEN = 2, 32
 FIRST = "model-00001-of-00002.safetensors"
-COMMANDS: dict[str, Callable[[Path], list[str]]] = {
-    "merge": lambda home: ["merge", f"{home}/base", f"{home}/adapter"],
-    "rescale": lambda home: ["rescale", f"{home}/adapter", "--scale", "2"],
-    "rescale --bake": lambda home: ["rescale", f"{home}/adapter", "--scale", "2", "--bake"],
-    "resize": lambda home: ["resize", f"{home}/adapter", "--rank", "1"],
-    "combine": lambda home: ["combine", f"{home}/adapter", f"{home}/other"],
-    "extract": lambda home: ["extract", f"{home}/base", f"{home}/tuned", "--rank", "1"],
-}
 HEAD = {"loratool_stage": 2, "plan": "x", "inputs": {}, "files": ["config.json", FIRST, "extra/notes.txt"]}
 
 
@@ -252,7 +244,7 @@ def refused(words: list[str], root: Path, capsys: pytest.CaptureFixture[str], co
 
 # Every command has some of them, and the two that make a folder in different ways have all.
 SOME = (notes_and_a_journal, a_journal_of_an_earlier_release, a_note_in_the_model, a_stage_that_is_a_link)
-CELLS = [(c, s) for c in COMMANDS for s in STRANGERS if c in ("merge", "rescale --bake") or s in SOME]
+CELLS = [(c, s) for c in faults.COMMANDS for s in STRANGERS if c in ("merge", "rescale --bake") or s in SOME]
 
 
 @pytest.mark.parametrize(("command", "stranger"), CELLS)
@@ -262,7 +254,7 @@ def test_a_stage_that_holds_what_is_not_ours_is_refused_and_nothing_changes(
     """By the command, by its dry run, and where an output is replaced too; the message names the stage."""
     out = home / "out" / "merged"
     stranger(home / "out" / "merged.partial")
-    words = [*COMMANDS[command](inputs), "-o", str(out)]
+    words = [*faults.COMMANDS[command](inputs), "-o", str(out)]
     for more in ([], ["--dry-run"]):
         assert "merged.partial" in refused([*words, *more], home, capsys)
     shutil.copytree(inputs / ("tuned" if command == "merge" else "adapter"), out)
@@ -292,7 +284,7 @@ def test_both_ways_out_that_the_refusal_tells_work(
     """Another OUT, and moving away what the message names: all of it, where no journal is ours."""
     stage, away = home / "out" / "merged.partial", home / "away"
     stranger(stage)
-    words = [*COMMANDS[command](inputs), "-o"]
+    words = [*faults.COMMANDS[command](inputs), "-o"]
     said = refused([*words, str(home / "out" / "merged")], home, capsys)
     assert "another OUT" in said
     assert "move them away" in said
@@ -328,7 +320,7 @@ def test_what_only_looks_like_a_torn_journal_is_not_ours(
     stage = home / "out" / "merged.partial"
     stage.mkdir()
     (stage / "journal.new").write_text('{"plans": "for the summer"}')
-    said = refused([*COMMANDS["rescale"](inputs), "-o", str(home / "out" / "merged")], home, capsys)
+    said = refused([*faults.COMMANDS["rescale"](inputs), "-o", str(home / "out" / "merged")], home, capsys)
     assert "journal.new" in said
 
 
@@ -345,7 +337,7 @@ def test_the_journal_names_every_file_before_it_is_there(inputs: Path, home: Pat
             seen.append(str(path))
         return descriptor
 
-    for command, words in COMMANDS.items():
+    for command, words in faults.COMMANDS.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "open", opening)
             seen.clear()
@@ -387,12 +379,12 @@ class Dropping(staging.Stage):
 
 
 @pytest.mark.parametrize("place", ["notes.txt", "model/notes.txt"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", faults.COMMANDS)
 def test_a_file_that_is_dropped_while_a_command_runs_is_neither_published_nor_deleted(
     inputs: Path, home: Path, capsys: pytest.CaptureFixture[str], command: str, place: str
 ) -> None:
     """The command ends with exit code 6. What was its own is gone, or waits to be continued; the file stays."""
-    words = [*COMMANDS[command](inputs), "-o", str(home / "out" / "merged"), "-q"]
+    words = [*faults.COMMANDS[command](inputs), "-o", str(home / "out" / "merged"), "-q"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dropping, "place", place)
         patch.setattr(staging, "Stage", Dropping)
@@ -452,7 +444,7 @@ def test_a_refused_merge_changes_nothing_whatever_stands_beside_its_output(
         journal(home / "out" / "merged.partial", {"replaces": ["config.json"]})
         (home / "out" / "merged.partial" / "model" / "config.json").write_text("{}")
     more, code = REFUSED[case]
-    refused([*COMMANDS["merge"](inputs), "-o", str(out), *more], home, capsys, code)
+    refused([*faults.COMMANDS["merge"](inputs), "-o", str(out), *more], home, capsys, code)
 
 
 @pytest.mark.parametrize("state", ["nothing", "finished files"])
@@ -471,12 +463,12 @@ def test_a_merge_that_does_not_fit_or_is_malformed_changes_nothing(
             refused(["merge", f"{inputs}/base", str(adapter), "-o", str(out), *more], home, capsys, code)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", faults.COMMANDS)
 def test_a_dry_run_changes_nothing(inputs: Path, home: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     out = home / "out" / "merged"
     interrupted(inputs / "base", inputs / "adapter", out)
     before = tree(home), tree(inputs)
-    assert run([*COMMANDS[command](inputs), "-o", str(out), "--dry-run"]) == 0
+    assert run([*faults.COMMANDS[command](inputs), "-o", str(out), "--dry-run"]) == 0
     assert (tree(home), tree(inputs)) == before
 
 
@@ -485,7 +477,7 @@ def test_a_disk_without_room_changes_nothing(
 ) -> None:
     usage = shutil.disk_usage(home)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    for words in COMMANDS.values():
+    for words in faults.COMMANDS.values():
         assert "GB are free" in refused([*words(inputs), "-o", str(home / "out" / "merged")], home, capsys)
 
 

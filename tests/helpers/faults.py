@@ -497,3 +497,14 @@ def make_adapter(folder: Path, layers: int = 2, hidden: int = 32, rank: int = 2)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps({**config, "bias": "none", "fan_in_fan_out": False}))
     return folder
+
+
+# Commands that make something, of the folders base, adapter, other and tuned.
+COMMANDS: dict[str, Callable[[Path], list[str]]] = {
+    "merge": lambda home: ["merge", f"{home}/base", f"{home}/adapter"],
+    "rescale": lambda home: ["rescale", f"{home}/adapter", "--scale", "2"],
+    "rescale --bake": lambda home: ["rescale", f"{home}/adapter", "--scale", "2", "--bake"],
+    "resize": lambda home: ["resize", f"{home}/adapter", "--rank", "1"],
+    "combine": lambda home: ["combine", f"{home}/adapter", f"{home}/other"],
+    "extract": lambda home: ["extract", f"{home}/base", f"{home}/tuned", "--rank", "1"],
+}

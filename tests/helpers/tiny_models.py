@@ -24,6 +24,14 @@ from torch import Tensor
 HIDDEN, MLP, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 48, 2, 4, 96, 64
 TOKENS = torch.tensor([[5, 17, 3, 80, 41, 9, 2], [1, 60, 60, 7, 33, 12, 95]])
 IMAGE_SIZE = 16
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": POSITIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -45,17 +53,9 @@ class Family:
 
 
 def llama_config(**changes: Any) -> Any:
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS // 2,
-        "max_position_embeddings": POSITIONS,
-        "tie_word_embeddings": False,
-    }
-    return transformers.LlamaConfig(**{**settings, **changes})
+    return transformers.LlamaConfig(
+        **{**SIZES, "num_key_value_heads": HEADS // 2, "tie_word_embeddings": False, **changes}
+    )
 
 
 def gpt2_config() -> Any:
@@ -65,15 +65,23 @@ def gpt2_config() -> Any:
 
 
 def bert_config() -> Any:
-    return transformers.BertConfig(
+    return transformers.BertConfig(**SIZES, num_labels=3)
+
+
+def opt_config() -> Any:
+    return transformers.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
-        intermediate_size=MLP,
+        word_embed_proj_dim=HIDDEN,
+        ffn_dim=MLP,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         max_position_embeddings=POSITIONS,
-        num_labels=3,
     )
+
+
+def bloom_config() -> Any:
+    return transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS)
 
 
 def t5_config() -> Any:
@@ -90,15 +98,7 @@ def t5_config() -> Any:
 
 
 def vit_config() -> Any:
-    return transformers.ViTConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        image_size=IMAGE_SIZE,
-        patch_size=4,
-        num_labels=3,
-    )
+    return transformers.ViTConfig(**VISION)
 
 
 def pixels() -> dict[str, Tensor]:
@@ -199,14 +199,7 @@ RENAMED: Mapping[str, Family] = {
         edited=14,
     ),
     "gpt_neox": Family(  # with a head of its own
-        lambda: transformers.GPTNeoXConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=MLP,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=POSITIONS,
-        ),
+        lambda: transformers.GPTNeoXConfig(**SIZES),
         "GPTNeoXForCausalLM",
         {"target_modules": ["query_key_value", "dense"], "modules_to_save": ["lm_head"]},
         edited=5,

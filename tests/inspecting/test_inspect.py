@@ -98,6 +98,18 @@ OTHERS: dict[str, Any] = {
 }
 
 
+def counted_as_printed(tuned: Any, home: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line of parameters that PEFT prints, which `inspect` tells of the adapter that it saves, too."""
+    capsys.readouterr()
+    tuned.print_trainable_parameters()
+    printed = capsys.readouterr().out.strip()
+    tuned.save_pretrained(home / "adapter")
+    against = adapter_facts(home / "adapter", base=home / "base").against
+    assert against is not None
+    assert against.line == printed
+    return printed
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_parameters_of_other_types_are_counted_as_peft_prints_them(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -105,13 +117,7 @@ def test_parameters_of_other_types_are_counted_as_peft_prints_them(
     model = AutoModelForCausalLM.from_config(llama())
     model.save_pretrained(tmp_path / "base")
     tuned = get_peft_model(model, OTHERS[kind])
-    capsys.readouterr()
-    tuned.print_trainable_parameters()
-    printed = capsys.readouterr().out.strip()
-    tuned.save_pretrained(tmp_path / "adapter")
-    against = adapter_facts(tmp_path / "adapter", base=tmp_path / "base").against
-    assert against is not None
-    assert against.line == printed
+    counted_as_printed(tuned, tmp_path, capsys)
 
 
 def sequence_model(config: LlamaConfig) -> Any:
@@ -140,13 +146,7 @@ def test_parameters_are_counted_as_peft_prints_them(
     model = AutoModelForCausalLM.from_config(llama(**model_settings))
     model.save_pretrained(tmp_path / "base")
     tuned = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
-    capsys.readouterr()
-    tuned.print_trainable_parameters()
-    printed = capsys.readouterr().out.strip()
-    tuned.save_pretrained(tmp_path / "adapter")
-    against = adapter_facts(tmp_path / "adapter", base=tmp_path / "base").against
-    assert against is not None
-    assert against.line == printed
+    printed = counted_as_printed(tuned, tmp_path, capsys)
     if "tie" not in case:
         by_config = adapter_facts(tmp_path / "adapter", base_config=tmp_path / "base" / "config.json").against
         assert by_config is not None
@@ -159,13 +159,7 @@ def test_a_head_that_the_base_has_not_is_counted_twice_as_peft_holds_it(
     config = llama(tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tuned = get_peft_model(sequence_model(config), LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj"]))
-    capsys.readouterr()
-    tuned.print_trainable_parameters()
-    printed = capsys.readouterr().out.strip()
-    tuned.save_pretrained(tmp_path / "adapter")
-    against = adapter_facts(tmp_path / "adapter", base=tmp_path / "base").against
-    assert against is not None
-    assert against.line == printed
+    counted_as_printed(tuned, tmp_path, capsys)
 
 
 def sparse_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Path:

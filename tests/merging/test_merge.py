@@ -791,15 +791,6 @@ def test_rows_that_an_adapter_leaves_alone_cost_no_memory(tmp_path: Path) -> Non
 # -- numbers that are none ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unwritten(tmp_path: Path) -> Iterator[Path]:
-    """A place for an output that must not come to be; its folder is not even touched."""
-    home = tmp_path / "home"
-    home.mkdir()
-    yield home / "out"
-    assert list(home.iterdir()) == []
-
-
 def test_a_result_beyond_float16_is_an_error_that_names_the_tensor(tmp_path: Path, unwritten: Path) -> None:
     base = write_model(tmp_path / "model", torch.float16)
     down, up = factors(24, 32)

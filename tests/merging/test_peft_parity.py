@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -457,15 +457,6 @@ def test_a_saved_classifier_is_refused_by_a_base_that_has_none(tmp_path: Path) -
 
 
 # -- what is refused ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unwritten(tmp_path: Path) -> Iterator[Path]:
-    """A folder for the output in which nothing may be left."""
-    home = tmp_path / "home"
-    home.mkdir()
-    yield home / "out"
-    assert list(home.iterdir()) == []
 
 
 def refusal(base: Path, adapter: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
