@@ -18,7 +18,6 @@ from loratool.lineage.makers import Maker, Makers
 from loratool.options.described import JsonFile, Options, PathKind, described_by, made_of
 
 LARGEST = 1 << 20  # bytes of a manifest
-MOST_NODES = 100_000
 OURS = ("overwrite", "dry_run")  # what `run` decides itself
 FULL = {"digests": "full"}  # so that it can be seen whether a local base is still the same
 

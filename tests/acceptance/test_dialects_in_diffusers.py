@@ -19,7 +19,6 @@ import loratool
 
 conversions: Any = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
 
-WIDTH = 4
 BFL_SHAPES = {
     "double_blocks.0.img_attn.qkv": (12, 4),
     "double_blocks.0.img_attn.proj": (4, 4),

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import draw, written_out
-from numpy.typing import NDArray
 
 from loratool.algebra.lowrank import shared_bases as solver
 from loratool.algebra.lowrank.clusters import affinity, clusterings
@@ -18,7 +17,6 @@ from loratool.algebra.lowrank.products import Product
 from loratool.algebra.lowrank.shared_bases import Fitter, Shared, energies, frame, shared_bases
 from loratool.algebra.lowrank.spending import Choice, Curve, Offer, cost_of, kept_by, spend, spend_least
 
-Array = NDArray[np.float64]
 ROWS, COLUMNS = 48, 40
 RANKS = (3, 4, 2, 5, 1)
 

@@ -365,8 +365,6 @@ def test_square_experts_lie_as_those_beside_them() -> None:
 
 # -- which way round ---------------------------------------------------------------------------------
 
-SQUARE = "h.0.attn.c_proj.weight"
-
 
 def is_turned(bound: Bound, target: str) -> bool:
     (place,) = bound.places[target]

@@ -100,8 +100,7 @@ def test_autogptq_writes_the_config_as_a_file_of_its_own(tmp_path: Path) -> None
     assert open_packed(folder).weights[NAME].scheme == "GPTQ, 4 bits, groups of 16, act-order"
 
 
-# Zero points of one group, the first of which is 0, with the words that a tool makes of them.
-FOUR_BITS = np.array([[0, 5, 0, 0, 15, 1, 8, 9]])
+# The word that some tools make of the zero points of one group, the first of which is 0.
 BORROWED = 0x98_1F_00_50 - 0x11111111  # the whole word less 1 in each field
 
 

@@ -23,7 +23,6 @@ from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 
 Array = NDArray[Any]
-CPU = torch.device("cpu")
 MODULE = "model.layers.0.self_attn.q_proj"
 CASES = {
     "4 bits": Grouped(16, 32, 4, 8),

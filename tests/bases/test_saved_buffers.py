@@ -66,9 +66,6 @@ def train(folder: Path, seed: int = 2) -> Path:
     return folder
 
 
-X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
-
-
 def by_peft(adapter: Path) -> dict[str, Tensor]:
     merged: Any = PeftModel.from_pretrained(build(), adapter).merge_and_unload()
     found: dict[str, Tensor] = merged.state_dict()

@@ -16,8 +16,6 @@ from workbench import check_hint
 import loratool
 from loratool import cli, errors
 
-NARROW = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (2, 3)}
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import socket
 import struct
@@ -242,8 +241,3 @@ def settled(record: bytes) -> Any:
     """A record without what tells where its run took place."""
     table = json.loads(record)
     return {key: value for key, value in table.items() if key not in ("command", "operands")}
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without anything that a client of S3 reads."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}

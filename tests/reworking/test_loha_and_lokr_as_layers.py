@@ -20,7 +20,6 @@ import loratool
 from loratool.layouts.diffusion.kernels import kernel_of
 
 TARGET = "model.layers.0.self_attn.q_proj"
-KERNEL = "model.conv"
 
 
 def written(folder: Path, kind: str, roles: Mapping[str, Tensor], module: str = TARGET, **config: Any) -> Path:
