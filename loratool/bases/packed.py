@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.weights import Room
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
@@ -91,12 +90,7 @@ class Packed:
         """
         return ""
 
-    def rows(
-        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
-    ) -> Tensor:
-        if room is None:
-            with OpenSources() as sources:
-                return self.rows(first, count, device, dtype, Room(sources))
+    def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         lines = math.prod(self.shape[1:]) // max(self.line, 1)  # in a row
         return self.decode(first * lines, count * lines, device, room).view(count, -1).to(dtype)
 

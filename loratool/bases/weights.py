@@ -51,12 +51,10 @@ class StoredWeight(Protocol):
         """Those on disk that make it up."""
         ...
 
-    def rows(
-        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
-    ) -> Tensor:
+    def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         """Rows `first` … `first + count` as a (count, columns) matrix; nothing else is read.
 
-        With a `room` the result may lie in its memory, until the next call with it.
+        The result may lie in the memory of `room`, until the next call with it.
         """
         ...
 
@@ -142,14 +140,9 @@ class Plain(StoredTensor):
     def tensors(self) -> tuple[StoredTensor, ...]:
         return (self,)
 
-    def rows(
-        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
-    ) -> Tensor:
+    def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         import torch
 
-        if room is None:
-            with OpenSources() as sources:
-                return self.rows(first, count, device, dtype, Room(sources))
         stored: torch.dtype = getattr(torch, FLOAT_NAMES[self.info.dtype])
         row = self.info.width * stored.itemsize
         return room.read(self, first * row, count * row, device).view(stored).view(count, -1).to(dtype)
@@ -195,9 +188,7 @@ class Slice(OfAnother):
         width = math.prod(self.whole.shape[1:])
         return self.count, len(range(*self.columns.indices(width)))
 
-    def rows(
-        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
-    ) -> Tensor:
+    def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         return self.whole.rows(self.first + first, count, device, dtype, room)[:, self.columns]
 
     def matrix(self, columns: int) -> StoredWeight:
@@ -213,9 +204,7 @@ class Filled(OfAnother):
 
     shape: tuple[int, ...]
 
-    def rows(
-        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
-    ) -> Tensor:
+    def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         import torch
 
         result = torch.zeros(count, *self.shape[1:], dtype=dtype, device=device)
@@ -261,20 +250,18 @@ class Stacked:
     def tensors(self) -> tuple[StoredTensor, ...]:
         return tuple(tensor for weight in self.weights for tensor in weight.tensors)
 
-    def rows(
-        self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room | None = None
-    ) -> Tensor:
+    def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         import torch
 
         each, width = math.prod(self.shape[1:-1]), self.shape[-1]
         first, last = first * each, (first + count) * each
         result = torch.zeros(last - first, width, dtype=dtype, device=device)
-        sources, start = room.sources if room else None, 0
+        start = 0
         for piece in self.pieces:
             size = piece if isinstance(piece, int) else piece.shape[0]
             begin, end = max(first, start), min(last, start + size)
             if begin < end and not isinstance(piece, int):
-                own = Room(sources) if sources is not None else None  # what a room holds is of one weight
+                own = Room(room.sources)  # what a room holds is of one weight
                 result[begin - first : end - first] = piece.rows(begin - start, end - begin, device, dtype, own)
             start += size
         return result.view(count, -1)

@@ -19,7 +19,6 @@ from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.checkpoint import holds_weights
-from loratool.files.process import peak_memory
 from loratool.files.safefile import DTYPE_BITS, Layout
 from loratool.grouping import by_key
 from loratool.layouts.architectures import OUTPUT_HEADS
@@ -94,7 +93,7 @@ def estimate(base: str | os.PathLike[str] | None, options: EstimateOptions) -> E
         raise UsageError("pass either BASE or --preset NAME, such as --preset llama-2-7b")
     shapes = base_of_preset(options.preset) if options.preset else base_at(base)
     found = estimate_base(shapes, ranks, targets, options.dtype)
-    return replace(found, cost=Cost(seconds=time.monotonic() - started, peak_memory=peak_memory()))
+    return replace(found, cost=Cost.since(started))
 
 
 def base_at(base: Any) -> Base:

@@ -14,7 +14,6 @@ from loratool import __version__
 from loratool.adapters.reading import ReadingOptions
 from loratool.errors import UsageError, printable
 from loratool.files.partials import Partials
-from loratool.files.process import peak_memory
 from loratool.inspecting.inspect import InspectOptions, PathLike, Progress, inspect
 from loratool.measuring.shared_work import do_share
 from loratool.options.described import described_by
@@ -67,7 +66,7 @@ def inspect_part(
     try:
         inspect(path, with_values(options), None, None, measured)
     except MeasuredError:
-        cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
+        cost = Cost.since(started)
         return PartialReport(Path(into), str(share), *counts, cost=cost)
     raise UsageError(f"{printable(path)}: not an adapter, whose values --part measures")
 

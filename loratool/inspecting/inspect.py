@@ -26,7 +26,6 @@ from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, hold
 from loratool.files.containers import SHARED, compressed_in
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import itself
-from loratool.files.process import peak_memory
 from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.grouping import by_key
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
@@ -129,7 +128,7 @@ def inspect(
         facts = look_at(location, path, against, options, progress, way, measured)
         facts = with_record(facts, location.path) if options.check else facts
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
-        return replace(facts, cost=Cost(device, time.monotonic() - started, peak_memory=peak_memory()))
+        return replace(facts, cost=Cost.since(started, device))
 
 
 def with_record(facts: OneFacts, location: Path) -> OneFacts:

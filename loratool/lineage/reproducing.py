@@ -13,7 +13,6 @@ from typing import Any
 
 from loratool.errors import InputError, escaped, printable
 from loratool.files.digests import is_plain, read_recorded
-from loratool.files.process import peak_memory
 from loratool.lineage.locating import Found, Search, Wanted, why_unlike_facts
 from loratool.lineage.makers import Maker, Makers
 from loratool.notes import Note
@@ -113,7 +112,7 @@ def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers:
         files=len(read_recorded(table)) + 1,
         differences=differences,
         notes=tuple(remarks(run)),
-        cost=Cost("", time.monotonic() - started, peak_memory=peak_memory()),
+        cost=Cost.since(started),
     )
 
 

@@ -13,7 +13,6 @@ from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO
 from loratool.files.digests import read_recorded
-from loratool.files.process import peak_memory
 from loratool.lineage.locating import Wanted, why_unlike_facts
 from loratool.lineage.makers import Makers
 from loratool.lineage.manifest import Step, is_within, read_manifest
@@ -51,7 +50,7 @@ def run(
         done.append(looked_at(step, pending) if options.dry_run else seen_to(step))
         if told is not None:
             told(done[-1])
-    cost = Cost("", time.monotonic() - started, peak_memory=peak_memory())
+    cost = Cost.since(started)
     return RunReport(manifest=path, steps=tuple(done), dry_run=options.dry_run, cost=cost)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from loratool.adapters.writer import described
 from loratool.algebra.lowrank.products import working_dtype
 from loratool.devices import check_device, exact_arithmetic, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
-from loratool.files.process import cores, peak_memory
+from loratool.files.process import cores
 from loratool.grouping import by_key
 from loratool.results.base import Cost
 
@@ -116,7 +115,7 @@ class Session:
     def told(self, started: float) -> dict[str, Any]:
         """What every report tells of the work that began at `started`."""
         devices = ", ".join(map(str, self.devices))
-        return {"cost": Cost(devices, time.monotonic() - started, self.startup_seconds, peak_memory())}
+        return {"cost": Cost.since(started, devices, self.startup_seconds)}
 
 
 @contextmanager

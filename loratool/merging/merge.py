@@ -30,7 +30,6 @@ from loratool.files.hub_cache import is_hub_id
 from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import as_json, check_stage, stage_of
-from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap
@@ -439,7 +438,7 @@ def of_resuming(stage: Stage) -> Iterator[Note]:
 def cost(runtime: Future[Runtime], started: float) -> Cost:
     """What a merge that began at that second has cost so far."""
     ready = runtime.result()
-    return Cost(", ".join(ready.devices), time.monotonic() - started, ready.seconds, peak_memory())
+    return Cost.since(started, ", ".join(ready.devices), ready.seconds)
 
 
 def make_report(

@@ -213,9 +213,7 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Flag(Kind):
-    """On or off; with `both`, either may be said and None leaves it open."""
-
-    both: bool = False
+    """On or off; where the default is None, either may be said."""
 
     annotation = "bool"
 
@@ -326,7 +324,7 @@ class Pairs(Kind):
         return value
 
 
-TEXT, NUMBER, FLAG, SWITCH, SIZE = Kind(), Number(), Flag(), Flag(both=True), Size()
+TEXT, NUMBER, FLAG, SIZE = Kind(), Number(), Flag(), Size()
 NUMBER_OF_BYTES = Number(whole=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratool.devices import check_device
 from loratool.errors import UsageError
-from loratool.options.described import FLAG, SWITCH, Kind, Options, PathKind, option
+from loratool.options.described import FLAG, Kind, Options, PathKind, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class OrientationOption(Options):
         "--fan-in-fan-out/--no-fan-in-fan-out",
         help="Whether square --layer-weights that may be Conv1D are stored (in, out) [default: decided by the model "
         "class].",
-        kind=SWITCH,
+        kind=FLAG,
     )
 
 

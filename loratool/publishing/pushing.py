@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from loratool.files.checkpoint import MODEL_INDEX
 from loratool.files.pipelines import is_index
-from loratool.files.process import peak_memory
 from loratool.notes import Note
 from loratool.provenance import record
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
@@ -128,6 +127,6 @@ def report(
         replaced=replaced,
         left_out=selection.left_out,
         notes=tuple(notes),
-        cost=Cost(seconds=time.monotonic() - started, peak_memory=peak_memory()),
+        cost=Cost.since(started),
         dry_run=False,
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.files.process import peak_memory
 from loratool.shown import Shown
 
 LINES_IN_A_NOTEBOOK = 60
@@ -24,6 +26,11 @@ class Cost:
     seconds: float = 0.0
     startup_seconds: float = 0.0  # of `seconds`: until torch and the devices were ready
     peak_memory: int = 0  # resident set of the whole process
+
+    @classmethod
+    def since(cls, started: float, device: str = "", startup_seconds: float = 0.0) -> Cost:
+        """What a command that began at that second of `time.monotonic` has taken so far."""
+        return cls(device, time.monotonic() - started, startup_seconds, peak_memory())
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -15,7 +15,7 @@ from loratool.algebra.methods.mixture import WEIGHTED_SUMS, Combination
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, PICO, RULES, SPACES
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
-from loratool.options.described import FLAG, NUMBER, SWITCH, Choice, JsonFile, Kind, Number, option
+from loratool.options.described import FLAG, NUMBER, Choice, JsonFile, Kind, Number, option
 from loratool.options.shared import BlockOption, DeviceOption, PublishOptions
 from loratool.reworking.aligned_layers import SAVED, Weight
 from loratool.reworking.dialects import OutputDialect
@@ -115,7 +115,7 @@ class CombineOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, 
     normalize: bool | None = option(
         "--normalize/--no-normalize",
         help="Whether to divide by the sum of the weights [default: depends on the method].",
-        kind=SWITCH,
+        kind=FLAG,
     )
     iso_beta: float = option(
         help="iso_c: 0 is the sum, 1 equal singular values.", default=Combination.iso_beta, kind=Number(low=0, high=1)

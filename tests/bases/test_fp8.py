@@ -152,13 +152,13 @@ def test_rows_are_the_values_times_the_scale_of_their_block(
     weight = weight_of(decoded(open_checkpoint(path)), NAME)
     wanted = exact[first : first + count]
     wanted = wanted.float().to(dtype)  # what the format decodes to is a float32, whatever it is computed in
-    assert torch.equal(weight.rows(first, count, CPU, dtype), wanted)
-    assert torch.equal(weight.matrix(70).rows(first, count, CPU, dtype), wanted)
+    assert torch.equal(weight.rows(first, count, CPU, dtype, Room()), wanted)
+    assert torch.equal(weight.matrix(70).rows(first, count, CPU, dtype, Room()), wanted)
     room = Room(host=torch.empty(40 * 70, dtype=torch.uint8))
     assert torch.equal(weight.rows(first, count, CPU, dtype, room), wanted)
     room.sources.close()
     part = Slice(weight, first, count, slice(3, 60, 2))
-    assert torch.equal(part.rows(0, count, CPU, dtype), wanted[:, 3:60:2])
+    assert torch.equal(part.rows(0, count, CPU, dtype, Room()), wanted[:, 3:60:2])
     assert part.shape == tuple(wanted[:, 3:60:2].shape)
 
 

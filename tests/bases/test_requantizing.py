@@ -74,7 +74,7 @@ def new_parameters(weight: Requantizable, values: Tensor) -> Mapping[str, Tensor
 
 
 def lines_of(weight: Requantizable) -> Tensor:
-    return weight.rows(0, weight.shape[0], CPU, torch.float32).view(-1, weight.line)
+    return weight.rows(0, weight.shape[0], CPU, torch.float32, Room()).view(-1, weight.line)
 
 
 @pytest.mark.parametrize("nested", [0, 3])

@@ -133,7 +133,7 @@ def test_a_conv1d_is_turned_and_packed_anew(tmp_path: Path, kind: str) -> None:
     before, after = (load_file(tmp_path / which / "model.safetensors") for which in ("base", "out"))
     assert {n: (t.dtype, t.shape) for n, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
     old, new = (open_packed(tmp_path / which).weights[name] for which in ("base", "out"))
-    first, second = (each.rows(0, 64, torch.device("cpu"), torch.float64) for each in (old, new))
+    first, second = (each.rows(0, 64, torch.device("cpu"), torch.float64, Room()) for each in (old, new))
     change = up.double() @ down.double()
     assert torch.linalg.vector_norm(second - first - change) < 0.5 * torch.linalg.vector_norm(change)
     assert report.gain == pytest.approx(float(((second - first) * change).sum() / (change**2).sum()), rel=1e-6)

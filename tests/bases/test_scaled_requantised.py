@@ -44,7 +44,7 @@ def open_weight(folder: Path, made: Quantised, changed: Mapping[str, Tensor]) ->
 
 def lines_of(weight: Requantizable) -> Tensor:
     count = weight.matrix(weight.line).shape[0]
-    return weight.matrix(weight.line).rows(0, count, CPU, torch.float32)
+    return weight.matrix(weight.line).rows(0, count, CPU, torch.float32, Room())
 
 
 def packed_anew(weight: Requantizable, lines: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def test_experts_whose_rows_are_columns_of_the_file_are_decoded(tmp_path: Path, 
 
 def decoded(folder: Path, name: str) -> Tensor:
     weight = open_packed(folder).weights[name]
-    return weight.rows(0, weight.shape[0], CPU, torch.float32).view(weight.shape)
+    return weight.rows(0, weight.shape[0], CPU, torch.float32, Room()).view(weight.shape)
 
 
 OF_COMPRESSED_TENSORS = [

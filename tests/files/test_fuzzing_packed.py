@@ -104,7 +104,7 @@ def all_of(folder: Path) -> None:
         if weight.check(Room()):  # which a merge refuses
             continue
         weight.doubt(Room())
-        lines = weight.rows(0, weight.shape[0], CPU, torch.float32).view(-1, weight.line)
+        lines = weight.rows(0, weight.shape[0], CPU, torch.float32, Room()).view(-1, weight.line)
         if isinstance(weight, Requantizable):
             packed = weight.encode(lines, 0, weight.parameters(Room()))
             assert weight.laid_out(packed).nbytes == weight.tensors[0].info.nbytes

@@ -60,7 +60,7 @@ def check_rows(folder: Path, name: str, wanted: NDArray[Any]) -> None:
             found = weight.rows(first, count, device, torch.float32, room).cpu()
             assert torch.equal(found, flat[first : first + count])
             room.sources.close()
-        assert torch.equal(weight.rows(first, count, CPU, torch.float64), flat[first : first + count].double())
+        assert torch.equal(weight.rows(first, count, CPU, torch.float64, Room()), flat[first : first + count].double())
     assert weight.check(Room()) == ""
 
 

@@ -19,6 +19,7 @@ import loratool
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
+from loratool.bases.weights import Room
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -132,7 +133,9 @@ def test_a_cast_weight_is_what_its_bits_say(kind: str, shape: tuple[int, ...], t
     assert (weight.shape, weight.dtype) == (shape, "BF16")
     wanted = defined(codes, kind).view(shape[0], -1)
     for first, count in ((0, shape[0]), (2, 3), (shape[0] - 1, 1)):
-        assert torch.equal(weight.rows(first, count, CPU, torch.float32).double(), wanted[first : first + count])
+        assert torch.equal(
+            weight.rows(first, count, CPU, torch.float32, Room()).double(), wanted[first : first + count]
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,7 +145,7 @@ def test_a_scaled_weight_is_its_bits_times_its_scale(kind: str, shape: tuple[int
     base = opened(save(tmp_path / "model.safetensors", tensors))
     name = f"{PREFIX}{EDITED}.weight"
     values = defined(tensors[name], kind) * tensors[f"{PREFIX}{EDITED}.scale_weight"].double()
-    assert torch.equal(base.weights[name].rows(5, 9, CPU, torch.float32), values[5:14].float())
+    assert torch.equal(base.weights[name].rows(5, 9, CPU, torch.float32, Room()), values[5:14].float())
     assert not [each for each in base.tensors if "scale" in each.rpartition(".")[2] and "norm" not in each]
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.bases.weights import Room
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -143,7 +144,7 @@ def test_edited_weights_go_back_into_the_format_on_request(kind: str, tmp_path: 
     assert all(same_bytes(after[name], before[name]) for name in before if not name.startswith(stem))
     assert config_in(tmp_path / "out") == config_in(tmp_path / "base")
     old, new = (
-        open_packed(tmp_path / name).weights[EDITED].rows(0, ROWS, torch.device("cpu"), torch.float64)
+        open_packed(tmp_path / name).weights[EDITED].rows(0, ROWS, torch.device("cpu"), torch.float64, Room())
         for name in ("base", "out")
     )
     change = STRONG * changes[EDITED]
@@ -303,7 +304,7 @@ def test_a_saved_head_takes_the_place_of_a_quantised_one(requantize: bool, tmp_p
     packed = open_packed(tmp_path / "out").weights
     if requantize:
         assert {*packed} == {"lm_head.weight", EDITED, *OTHERS}
-        stored = packed["lm_head.weight"].rows(0, ROWS, torch.device("cpu"), torch.float32)
+        stored = packed["lm_head.weight"].rows(0, ROWS, torch.device("cpu"), torch.float32, Room())
         assert (stored - head.float()).norm() < 0.01 * head.float().norm()  # 255 steps from the least to the largest
     else:
         assert {*packed} == {*OTHERS}

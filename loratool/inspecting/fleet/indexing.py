@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from loratool.errors import InputError
 from loratool.files.names import at_home
-from loratool.files.process import peak_memory
 from loratool.inspecting.fleet.table import Fleet
 from loratool.inspecting.inspect import InspectOptions, PathLike, Progress
 from loratool.inspecting.neighbours import Entry, check_index, write_index
@@ -57,5 +56,5 @@ def index(
         failed=failed,
         left_out=tuple(fleet.left_out),
         exit_code=worst(row.exit_code for row in rows),
-        cost=Cost("cpu", time.monotonic() - started, peak_memory=peak_memory()),
+        cost=Cost.since(started, "cpu"),
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import Located, headers, local
-from loratool.files.process import peak_memory
 from loratool.inspecting.fleet.conditions import conditions, sorted_by
 from loratool.inspecting.fleet.members import members
 from loratool.inspecting.fleet.rows import Reader
@@ -43,7 +42,7 @@ def table_of(operands: Sequence[PathLike], options: InspectOptions, progress: Pr
         left_out=tuple(found.left_out),
         filtered=len(rows) - len(kept),
         sorted_by=options.sort or "",
-        cost=Cost("cpu" if options.values else "", time.monotonic() - started, peak_memory=peak_memory()),
+        cost=Cost.since(started, "cpu" if options.values else ""),
     )
 
 

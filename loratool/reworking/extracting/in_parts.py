@@ -18,7 +18,6 @@ from loratool.adapters.writer import Output, Rounded
 from loratool.algebra.lowrank.products import Product
 from loratool.errors import UsageError
 from loratool.files.partials import Partials
-from loratool.files.process import peak_memory
 from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, session
 from loratool.measuring.shared_work import do_share
@@ -71,7 +70,7 @@ def extract_part(
             return packed([outcome for each in every for outcome in each])
 
         made, kept = do_share(partials, share, work, progress or (lambda _done, _all: None))
-    cost = Cost(", ".join(map(str, at_work.devices)), time.monotonic() - started, peak_memory=peak_memory())
+    cost = Cost.since(started, ", ".join(map(str, at_work.devices)))
     return PartialReport(Path(into), str(share), made, kept, len(units), cost=cost)
 
 
