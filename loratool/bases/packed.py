@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.weights import Room
+from loratool.bases.weights import Memory, Room
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, torch
 from loratool.notes import Note
 
 # Where a checkpoint says how its weights are packed: entries of config.json, and files that are about nothing else.
@@ -75,6 +75,15 @@ class Packed:
     @abstractmethod
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         """Lines `first` … `first + count`, (count, line) of float32 on `device`, in memory that is the caller's."""
+
+    @property
+    def by_numpy(self) -> bool:
+        """Whether `decode_into` is there for this weight: importing torch takes longer than decoding many weights."""
+        return False
+
+    def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
+        """Put lines from line `first` on into (n, line) of float32: the bits that `decode` gives, by numpy."""
+        raise NotImplementedError
 
     def check(self, room: Room) -> str:  # noqa: ARG002 (what has nothing to check needs no room)
         """What is wrong with the values of its scales, indices and the like; empty where nothing is.

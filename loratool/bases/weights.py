@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from loratool.adapters.adapter import StoredTensor
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
-from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
 from loratool.files.stopwatch import lap
+from loratool.lazy import NDArray, numpy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Made = TypeVar("Made")
+WIDENED = ("BF16", "F16", "F32")  # what numpy reads as float32
 
 
 class StoredWeight(Protocol):
@@ -124,9 +126,50 @@ class Room:
         return self.twin[:count].copy_(raw, non_blocking=True)
 
 
+class Memory:
+    """What a thread reads with by numpy: open files, and memory for bytes that is used again from call to call."""
+
+    def __init__(self) -> None:
+        self.sources, self.held = OpenSources(), Held()  # of the weight that is read
+        self.raw = numpy.empty(0, numpy.uint8)
+
+    def read(self, tensor: StoredTensor, start: int, count: int) -> NDArray[Any]:
+        """Bytes `start` … `start + count` of a tensor, (count,) of uint8, until the next call."""
+        if count > len(self.raw):
+            self.raw = numpy.empty(count, numpy.uint8)
+        raw = self.raw[:count]
+        tensor.read(start, raw.data, self.sources)
+        lap("read", count)
+        return raw
+
+    def small(self, tensor: StoredTensor, start: int = 0, count: int | None = None) -> NDArray[Any]:
+        """The same in memory of their own; by default to the tensor's end."""
+        raw = numpy.empty(tensor.info.nbytes - start if count is None else count, numpy.uint8)
+        tensor.read(start, raw.data, self.sources)
+        return raw
+
+
+def widen(values: NDArray[Any], raw: NDArray[Any], dtype: str) -> None:
+    """Put floats as they are stored, (bytes,) of uint8, into (count,) of float32; `dtype` is one of `WIDENED`."""
+    if dtype == "BF16":
+        bits = values.view(numpy.uint32)
+        bits[:] = raw.view(numpy.uint16)
+        numpy.left_shift(bits, 16, out=bits)
+    else:
+        values[:] = raw.view({"F16": numpy.float16, "F32": numpy.float32}[dtype])
+
+
 @dataclass(frozen=True)
 class Plain(StoredTensor):
     """A weight whose values are a tensor of a file, as they are."""
+
+    @property
+    def by_numpy(self) -> bool:
+        return self.info.dtype in WIDENED
+
+    def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
+        row = values.shape[1] * DTYPE_BITS[self.info.dtype] // 8
+        widen(values.reshape(-1), memory.read(self, first * row, len(values) * row), self.info.dtype)
 
     @property
     def dtype(self) -> str:

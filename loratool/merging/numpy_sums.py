@@ -8,6 +8,7 @@ that are not finite or out of range, and results near the smallest numbers. The 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,8 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.rounding import FEW, Accumulator, has_exact_products, sums_of_few, two_sum
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.reordered import Reordered, RowOrder
-from loratool.bases.codecs.gguf import type_of
-from loratool.bases.codecs.gguf_blocks import DECODERS, decode_into
-from loratool.bases.weights import Plain
+from loratool.bases.packed import Packed
+from loratool.bases.weights import WIDENED, Plain, widen
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.addends import ALL, GENEROUS, ROUNDOFF, TINIEST
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from loratool.bases.weights import StoredWeight
     from loratool.merging.output_layout import Span
 
+Read = Callable[["NDArray[Any]", int], None]
 TILE = 1 << 17  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 TOGETHER = 1 << 16  # products of undecided elements that are computed at a time: more would take fresh memory each time
 MANY = 16  # where more than one of so many elements is undecided, torch finds out why
@@ -35,14 +36,13 @@ ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the callin
 WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
 LARGEST = 2.0**120  # of weights, so that no sum is near the largest number
 SMALLEST = 2.0**-120  # of results: bfloat16 has fewer digits from 2^-126 on
-PLAIN = ("BF16", "F16", "F32")
 HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
 LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
 
 
 def suits(span: Span) -> bool:
     """Whether a span is a weight and its edit of the most common kind, which goes to the output in bfloat16."""
-    if len(span.edits) != 1 or span.packed or span.placed.dtype != "BF16" or not kind_of(span.weight):
+    if len(span.edits) != 1 or span.packed or span.placed.dtype != "BF16" or readable(span.weight) is None:
         return False
     (edit,) = span.edits
     update = update_of(edit)
@@ -54,13 +54,15 @@ def suits(span: Span) -> bool:
         return False
     whole = (edit.first_row, edit.update_row, edit.rows) == (0, 0, span.rows)
     fits = (up.shape, down.shape) == ((span.rows, update.rank), (update.rank, span.width))
-    return up.info.dtype in PLAIN and down.info.dtype in PLAIN and whole and fits
+    return up.info.dtype in WIDENED and down.info.dtype in WIDENED and whole and fits
 
 
-def kind_of(weight: StoredWeight) -> str:
-    """How the rows of a weight are stored, for `decode`; empty where numpy does not read them."""
-    kind = weight.info.dtype if isinstance(weight, Plain) else type_of(weight)
-    return kind if kind in PLAIN or kind in DECODERS else ""
+def readable(weight: StoredWeight) -> Plain | Packed | None:
+    """A weight whose rows numpy reads; None for any other."""
+    if not isinstance(weight, Plain | Packed) or len(weight.shape) != 2:
+        return None
+    whole = isinstance(weight, Plain) or weight.line == weight.shape[1]
+    return weight if whole and weight.by_numpy else None
 
 
 def update_of(edit: Edit) -> LowRank | None:
@@ -173,27 +175,26 @@ class Tiles:
         self.differ = numpy.empty(self.rows * width, numpy.bool_)
 
     def merge(
-        self, added: Added, kind: str, raw: NDArray[Any], first: int, after: NDArray[Any], every: int, look: bool
+        self, added: Added, read: Read, first: int, after: NDArray[Any], every: int, look: bool
     ) -> Measured | None:
         """Put W + ΔW of some rows into `after`; None where torch has to do it.
 
         Args:
             added: ΔW.
-            kind: how W is stored.
-            raw: (bytes,) of uint8: the rows of W from `first` on.
+            read: puts rows of W, from some row on, into (n, width) of float32.
             first: the first row.
             after: (n, width) of uint16, for the bits of the result.
             every: of so many rows one is looked at for what rounding leaves of the update.
             look: whether it is asked if any element changes.
         """
-        seen, each = Measured(), len(raw) // len(after)
+        seen = Measured()
         odd: list[tuple[NDArray[Any], NDArray[Any]]] = []  # places of undecided elements, and W there
         sampled: list[tuple[int, NDArray[Any]]] = []
         with numpy.errstate(all="ignore"):  # of what is not finite
             for at in range(0, len(after), self.rows):
                 count = min(self.rows, len(after) - at)
                 weight = self.weight[:count]
-                decode(weight.reshape(-1), raw[at * each : (at + count) * each], kind)
+                read(weight, first + at)
                 lap("decode")
                 largest = max(float(weight.max()), -float(weight.min()))
                 if not largest < LARGEST:
@@ -281,24 +282,12 @@ def rows_of_tile(width: int) -> int:
     return max(1, TILE // max(1, width))
 
 
-def decode(values: NDArray[Any], raw: NDArray[Any], kind: str) -> None:
-    """Put stored rows, (bytes,) of uint8, into (count,) of float32."""
-    if kind in DECODERS:
-        decode_into(values, raw, kind)
-    elif kind == "BF16":
-        bits = values.view(numpy.uint32)
-        bits[:] = raw.view(numpy.uint16)
-        numpy.left_shift(bits, 16, out=bits)
-    else:
-        values[:] = raw.view({"F16": numpy.float16, "F32": numpy.float32}[kind])
-
-
 def values_of(tensor: StoredTensor) -> NDArray[Any]:
     """A factor in float32."""
     raw = numpy.empty(tensor.info.nbytes, numpy.uint8)
     tensor.read(0, raw.data)
     values = numpy.empty(tensor.info.shape, numpy.float32)
-    decode(values.reshape(-1), raw, tensor.info.dtype)
+    widen(values.reshape(-1), raw, tensor.info.dtype)
     return numpy.ascontiguousarray(values.T) if tensor.transposed else values
 
 
@@ -334,7 +323,7 @@ def kept_of(
     rows = numpy.array([row for row, _ in sampled])
     change = added.of_rows(rows + first)
     applied = numpy.empty_like(change)
-    decode(applied.reshape(-1), after[rows].reshape(-1).view(numpy.uint8), "BF16")
+    widen(applied.reshape(-1), after[rows].reshape(-1).view(numpy.uint8), "BF16")
     applied -= numpy.stack([weight for _, weight in sampled])
     applied *= change
     product = float(applied.sum(1).sum(dtype=numpy.float64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from loratool.bases.weights import Memory
 from loratool.devices import exact_arithmetic
 from loratool.files.open_sources import OpenSources
 from loratool.files.sink import PAGE
@@ -12,7 +13,7 @@ from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.exact_rows import Seen
 from loratool.merging.gain import rows_apart
-from loratool.merging.numpy_sums import Added, Measured, Tiles, kind_of
+from loratool.merging.numpy_sums import Added, Measured, Tiles, readable
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
 from loratool.merging.row_blocks import EditedSpan, Worker
@@ -25,8 +26,7 @@ class NumpyWorker:
         self.spans, self.resources, self.number = spans, resources, number
         touched = [span for span in spans if not span.carried]
         most = max((rows_of_block(span, resources.block) * span.width for span in touched), default=0)
-        raw = max((rows_of_block(span, resources.block) * row_bytes(span) for span in touched), default=0)
-        self.raw, self.outgoing = numpy.empty(raw, numpy.uint8), pages(2 * most + 2 * PAGE)
+        self.memory, self.outgoing = Memory(), pages(2 * most + 2 * PAGE)
         self.tiles: dict[int, Tiles] = {}
         self.worker: Worker | None = None  # which computes with torch
 
@@ -46,16 +46,18 @@ class NumpyWorker:
         self, work: EditedSpan, added: Added, first: int, after: NDArray[Any], sources: OpenSources
     ) -> Measured | None:
         """Put merged rows into `after`, (n, width) of bits; None where that takes torch."""
-        span = work.span
-        (tensor,) = span.weight.tensors
-        raw = self.raw[: len(after) * row_bytes(span)]
-        tensor.read(first * row_bytes(span), raw.data, sources)
-        lap("read", len(raw))
+        span, weight = work.span, readable(work.span.weight)
+        assert weight is not None
+        self.memory.sources, self.memory.held = sources, work.held
+
+        def read(values: NDArray[Any], first: int) -> None:
+            weight.decode_into(values, first, self.memory)
+
         if span.width not in self.tiles:
             self.tiles = {span.width: Tiles(span.width)}
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
         every = rows_apart(span.rows, span.width)
-        return self.tiles[span.width].merge(added, kind_of(span.weight), raw, first, after, every, look)
+        return self.tiles[span.width].merge(added, read, first, after, every, look)
 
     def account(self, work: EditedSpan, added: Added, count: int, seen: Measured) -> None:
         """Note what was seen of a block."""
@@ -78,11 +80,6 @@ def added_to(span: Span) -> Added:
     """What the one edit of a span adds."""
     (edit,) = span.edits
     return Added.by(edit)
-
-
-def row_bytes(span: Span) -> int:
-    """Bytes of a row as it is stored."""
-    return span.weight.tensors[0].info.nbytes // max(1, span.rows)
 
 
 def pages(size: int) -> NDArray[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
-from loratool.bases.weights import Room
+from loratool.bases.packed import Packed
+from loratool.bases.weights import Memory, Room
 from loratool.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,6 +64,18 @@ def check_rows(folder: Path, name: str, wanted: NDArray[Any]) -> None:
             room.sources.close()
         assert torch.equal(weight.rows(first, count, CPU, torch.float64, Room()), flat[first : first + count].double())
     assert weight.check(Room()) == ""
+    check_numpy(weight, wanted)
+
+
+def check_numpy(weight: Packed, wanted: NDArray[Any]) -> None:
+    """Some rows from anywhere are the same by numpy, where it reads the weight."""
+    if weight.by_numpy:
+        memory, flat = Memory(), wanted.reshape(-1, weight.line)
+        for first in range(0, len(flat), max(1, len(flat) // 3)):
+            found = np.full((min(5, len(flat) - first), weight.line), np.nan, np.float32)
+            weight.decode_into(found, first, memory)
+            assert np.array_equal(found, flat[first : first + 5])
+        memory.sources.close()
 
 
 def room_on(device: torch.device, size: int) -> Room:

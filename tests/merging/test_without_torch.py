@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from merged_models import CONFIG, Scene, rounded, scene, write_adapter, write_mo
 from safetensors.torch import load_file
 
 import loratool
+from loratool.bases.weights import widen
 from loratool.merging import numpy_sums, resources
-from loratool.merging.numpy_sums import Added, Tiles, decode
+from loratool.merging.numpy_sums import Added, Tiles
 
 ROWS, COLUMNS, RANK = 12, 32, 3
 ODD = "model.layers.0.self_attn.v_proj.weight"
@@ -39,12 +41,16 @@ def as_bits(values: torch.Tensor) -> np.ndarray:
     return found
 
 
+def read(weight: torch.Tensor, kind: str, values: np.ndarray, first: int) -> None:
+    widen(values.reshape(-1), as_bits(weight[first : first + len(values)]), kind)
+
+
 def merged(weight: torch.Tensor, kind: str, added: Added) -> torch.Tensor | None:
     """W + ΔW in bfloat16, in blocks of some rows; None where numpy leaves it to torch."""
     after, tiles = np.zeros(weight.shape, np.uint16), Tiles(weight.shape[1])
     for first in range(0, len(weight), 5):
-        rows = weight[first : first + 5]
-        if tiles.merge(added, kind, as_bits(rows), first, after[first : first + 5], 2, look=True) is None:
+        rows = after[first : first + 5]
+        if tiles.merge(added, partial(read, weight, kind), first, rows, 2, look=True) is None:
             return None
     return torch.from_numpy(after.view(np.int16)).view(torch.bfloat16)
 
@@ -103,7 +109,7 @@ def test_bits_of_numbers_are_read_as_they_are() -> None:
     for kind, dtype in KINDS.items():
         values = torch.cat([numbers(500, seed=4), torch.tensor([0.0, -0.0, 1e-40, math.inf])]).to(dtype)
         found = np.empty(len(values), np.float32)
-        decode(found, as_bits(values), kind)
+        widen(found, as_bits(values), kind)
         assert np.array_equal(found.view(np.int32), values.float().numpy().view(np.int32))
 
 

@@ -41,13 +41,14 @@ from loratool.bases.codecs.parts import (
 from loratool.bases.codecs.plain_modules import grown, last_name, matched_in_diffusers
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settings, plain_dtype
-from loratool.bases.weights import Plain, Room
+from loratool.bases.weights import Memory, Plain, Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import json_object
 from loratool.files.open_sources import OpenSources
+from loratool.files.stopwatch import lap
 from loratool.layouts.architectures import CONV1D_TYPES
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
@@ -115,6 +116,31 @@ class FourBit(Requantizable):
             part.mul_(outer[first // block :][which, None])
         return values.add_(self.statistics.offset)
 
+    @property
+    def by_numpy(self) -> bool:
+        return self.line % self.statistics.block == 0
+
+    def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
+        block = self.statistics.block
+        absmax = self.absmax_by_numpy(first * self.line // block, values.size // block, memory)
+        pairs = memory.held.of("pairs by numpy", lambda: numpy_pairs(memory.small(self.tensors[2])))
+        raw = memory.read(self.tensors[0], first * self.line // 2, values.size // 2)
+        numpy.take(pairs, raw, out=values.reshape(-1).view(numpy.int64), mode="clip")  # which takes no other memory
+        blocks = values.reshape(-1, block)
+        numpy.multiply(blocks, absmax[:, None], out=blocks)
+        lap("decode")
+
+    def absmax_by_numpy(self, first: int, count: int, memory: Memory) -> NDArray[Any]:
+        """Those of blocks from block `first` on."""
+        if not (block := self.statistics.nested_block):
+            return memory.small(self.tensors[1], 4 * first, 4 * count).view(numpy.float32)
+        outer, table = (memory.held.of(f"{at} by numpy", lambda at=at: memory.small(self.tensors[at])) for at in (4, 5))  # type: ignore[misc]
+        values = table.view(numpy.float32)[memory.small(self.tensors[1], first, count)]
+        values *= outer.view(numpy.float32)[numpy.arange(first, first + count) // block]
+        values += numpy.float32(self.statistics.offset)
+        found: NDArray[Any] = values
+        return found
+
     def check(self, room: Room) -> str:
         # a nested absmax near zero may be decoded to a negative number
         nested = bool(self.statistics.nested_block)
@@ -175,6 +201,15 @@ class FourBit(Requantizable):
 def pairs_of(values: Tensor) -> Tensor:
     """The two values of each byte, as the bits of one number of 64 bits: one look-up gives both."""
     return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten()
+
+
+def numpy_pairs(raw: NDArray[Any]) -> NDArray[Any]:
+    """The same by numpy, of the bytes of the values."""
+    values = raw.view(numpy.float32)
+    found: NDArray[Any] = (
+        numpy.stack([numpy.repeat(values, 16), numpy.tile(values, 16)], 1).view(numpy.int64).reshape(-1)
+    )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

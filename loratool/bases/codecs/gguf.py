@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from loratool.bases.codecs.gguf_blocks import DECODERS, decoded
+from loratool.bases.codecs.gguf_blocks import DECODERS, decode_into, decoded
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, WithoutParameters
-from loratool.bases.weights import Plain, Room, plain_of
+from loratool.bases.weights import Memory, Plain, Room, plain_of
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.gguf import GgufFile, bytes_of
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ggml import DECODED, ENCODED, TYPES
-from loratool.lazy import Tensor, numpy, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 if TYPE_CHECKING:
     from loratool.bases.weights import StoredWeight
@@ -59,6 +59,15 @@ class Blocks(Packed):
         raw = room.read(self.tensors[0], first * width, count * width, place)
         return unpacked(raw, self.kind, self.line).to(device)
 
+    @property
+    def by_numpy(self) -> bool:
+        return self.kind in DECODERS
+
+    def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
+        width = bytes_of(self.kind, (self.line,))
+        raw = memory.read(self.tensors[0], first * width, len(values) * width)
+        decode_into(values.reshape(-1), raw, self.kind)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Repacked(WithoutParameters):
@@ -70,6 +79,14 @@ class Repacked(WithoutParameters):
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         return self.source.matrix(self.line).rows(first, count, device, torch.float32, room)
 
+    @property
+    def by_numpy(self) -> bool:
+        return isinstance(self.source, Blocks) and self.source.by_numpy
+
+    def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
+        assert isinstance(self.source, Blocks)
+        self.source.decode_into(values, first, memory)
+
     def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         quants = package()
         packed = quants.quantize(values.cpu().numpy(), quants.GGMLQuantizationType[self.kind])
@@ -77,12 +94,6 @@ class Repacked(WithoutParameters):
 
     def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
         return unpacked(packed, self.kind, self.line)
-
-
-def type_of(weight: StoredWeight) -> str:
-    """The type of llama.cpp's in whose blocks a weight lies, row after row; empty for any other weight."""
-    read = weight.source if isinstance(weight, Repacked) else weight
-    return read.kind if isinstance(read, Blocks) else ""
 
 
 def blocks_of(tensor: Plain) -> Packed:

@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
-from loratool.bases.weights import Plain, Room, plain_of
+from loratool.bases.weights import WIDENED, Plain, Room, plain_of, widen
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 TOGETHER = 1 << 16  # values that are looked up at a time, in the cache
 KEYS = 1 << 16  # upper halves of a float32
@@ -104,13 +104,23 @@ def wrong_scales(tensor: StoredTensor, room: Room, sign: str = "any") -> str:
 
     `sign` is "any", "not zero", "not negative" or "positive". Empty where nothing is wrong.
     """
-    values = read_whole(tensor, room).float()
-    wrong = {"NaN or infinite": ~values.isfinite()}
+    values = floats_of(tensor, room)
+    wrong = {"NaN or infinite": ~numpy.isfinite(values)}
     wrong |= {"negative": values < 0} if sign in ("not negative", "positive") else {}
     wrong |= {"zero": values == 0} if sign in ("not zero", "positive") else {}
     counts = {kind: int(which.sum()) for kind, which in wrong.items()}
-    found = [f"{count} of {values.numel()} values are {kind}" for kind, count in counts.items() if count]
+    found = [f"{count} of {values.size} values are {kind}" for kind, count in counts.items() if count]
     return f"{printable(tensor.info.name)}: {', '.join(found)}" if found else ""
+
+
+def floats_of(tensor: StoredTensor, room: Room) -> NDArray[Any]:
+    """All values of a small tensor, (n,) of float32; without torch where numpy has the dtype."""
+    if tensor.info.dtype not in WIDENED:
+        found: NDArray[Any] = read_whole(tensor, room).float().flatten().numpy()
+        return found
+    values = numpy.empty(tensor.info.elements, numpy.float32)
+    widen(values, numpy.frombuffer(bytes_of(tensor, room), numpy.uint8), tensor.info.dtype)
+    return values
 
 
 def in_blocks(values: Tensor, start: int, block: int) -> Iterator[tuple[Tensor, slice]]:
