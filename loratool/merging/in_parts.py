@@ -26,6 +26,7 @@ from loratool.files.journal import FinishedShard
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord, PublishedError, SharedOutput
 from loratool.files.process import peak_memory
+from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage
 from loratool.merging.dealing import plan_of, share_of
 from loratool.merging.engine import Engine
@@ -86,19 +87,6 @@ class PartDestination:
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:  # noqa: ARG002 (that of the whole file)
         return self.output.open(self.parts[name], stop)
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Weight files that are complete, as a destination that has nothing left to do."""
-
-    finished: Mapping[str, FinishedShard]
-
-    def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
-        return [names]
-
-    def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:
-        raise NotImplementedError
 
 
 def merge_part(
@@ -180,7 +168,7 @@ def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Pr
         todo = [part for part in parts if part.name not in records or part.name in redone]
         plan = plan_of(merge.plan, todo)
         notes = tuple(plan.check_packed(plan.spans))
-        runtime = runtime_for(plan.spans, options.device)
+        runtime = runtime_for(plan.spans, options.device, options.is_simple)
         workers, profile = 0, Profile({})
         if computed := output.make_alone(todo):
             job = Job(plan_of(merge.plan, computed), PartDestination(output, {p.name: p for p in computed}), apart=True)
@@ -315,7 +303,7 @@ def put_together(merge: PartedMerge, stage: Stage, records: Mapping[str, PartRec
         stage.keep(whole_file(plan, shard, own, known))
     resources = Resources((kind_of_device(stage),), len(workers_of(records)), 0)
     unchanged = f"{printable(output.out)}: not written, {NOTHING}"
-    job, invoked = Job(plan, Joined(stage.finished), known), repeated(plan, merge.paths, options)
+    job, invoked = Job(plan, LocalFolder(stage), known), repeated(plan, merge.paths, options)
     merged = describe(job, resources, merge.digests, invoked, unchanged)
     merged.table["base"] |= told_model(plan.base, ModelDigests.of(plan.base, compute=full))
     merged.table["plan"] = output.plan

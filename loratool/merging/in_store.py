@@ -35,9 +35,6 @@ def merge_into_store(
         report = published(merge, progress)
     except PublishedError:  # by an earlier run, or by another one at the same time
         return complete_already(merge)
-    except FitError:  # which no other run could do anything about
-        merge.output.abort()
-        raise
     left = {part.file for part in made.made}
     return dataclasses.replace(
         report,
@@ -60,6 +57,9 @@ def published(merge: PartedMerge, progress: Progress | None) -> MergeReport:
                     error.problems,
                 ) from None
             make(merge, merge.parts, WHOLE, progress)
+        except FitError:  # which no other run could do anything about
+            merge.output.abort()
+            raise
         else:
             if found.merge is not None:
                 return found.merge

@@ -271,6 +271,16 @@ def test_a_merge_that_changes_nothing_leaves_nothing(store: StoreServer, models:
     assert store.uploads(BUCKET) == []
 
 
+def test_a_merge_that_is_refused_before_it_begins_ends_nobody_elses_upload(store: StoreServer, models: Path) -> None:
+    """One of the output's own keys, begun by another program, is still there."""
+    words = {"Bucket": BUCKET, "Key": "out/nothing/model-00001-of-00002.safetensors"}
+    upload = store.client.create_multipart_upload(**words)["UploadId"]
+    with pytest.raises(FitError, match="nothing to merge"):
+        loratool.merge(models / "base", [models / "adapter"], f"s3://{BUCKET}/out/nothing", weights=[0])
+    assert store.uploads(BUCKET) == [words["Key"]]
+    store.client.abort_multipart_upload(**words, UploadId=upload)
+
+
 def test_other_outputs_are_built_here_and_committed_by_their_record(
     store: StoreServer, models: Path, tmp_path: Path
 ) -> None:
