@@ -29,16 +29,18 @@ from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage
 from loratool.merging.dealing import plan_of, share_of
-from loratool.merging.engine import Engine
 from loratool.merging.merge import (
     NOTHING,
+    Making,
     Merged,
     MergeOptions,
     PathLike,
     Progress,
+    Report,
     check_values,
     cost,
     describe,
+    make_all,
     make_report,
     read_again,
     repeated,
@@ -60,6 +62,9 @@ from loratool.results.profile import Profile
 from loratool.stores.upload_part import UploadPart
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from loratool.devices import Runtime
     from loratool.files.safefile import Layout
     from loratool.files.sink import Sink
 
@@ -150,15 +155,31 @@ class Made:
 
 def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None) -> Made:
     """Make those of some parts that are not there; raises `PublishedError` where the output is complete."""
+    runtime = runtime_for(plan_of(merge.plan, parts).spans, merge.options.device, merge.options.is_simple)
+    return done(making(merge, parts, share, runtime), merge, runtime, progress)
+
+
+def done(making: Making[Report], merge: PartedMerge, runtime: Future[Runtime], progress: Progress | None) -> Report:
+    """What comes of the making of one merge, or of parts of it."""
+    watch = stopwatch.begin("main")
+    try:
+        (result,) = make_all([making], merge.options, runtime, progress, watch, merge.output.held(merge.parts))
+    finally:
+        stopwatch.end()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: Future[Runtime]) -> Making[Made]:
+    """Make some parts, as a generator: it gives its job, and is to be sent the engine that has run it."""
     if merge.published:
         raise PublishedError
     output, options, limit = merge.output, merge.options, merge.options.max_memory
     check_values(merge.plan)
-    sent = output.held(parts)
     if limit is not None:  # refused before anything is written
-        spans = plan_of(merge.plan, parts).spans
-        devices = runtime_for(spans, options.device).result().devices
-        choose_resources(spans, devices, options.threads, limit, resident_memory(), sent)
+        spans, devices = plan_of(merge.plan, parts).spans, runtime.result().devices
+        choose_resources(spans, devices, options.threads, limit, resident_memory(), output.held(merge.parts))
     with output.at_work(share, parts):
         records = output.records()
         there = [part for part in parts if part.name in records]
@@ -168,17 +189,15 @@ def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Pr
         todo = [part for part in parts if part.name not in records or part.name in redone]
         plan = plan_of(merge.plan, todo)
         notes = tuple(plan.check_packed(plan.spans))
-        runtime = runtime_for(plan.spans, options.device, options.is_simple)
-        workers, profile = 0, Profile({})
-        if computed := output.make_alone(todo):
-            job = Job(plan_of(merge.plan, computed), PartDestination(output, {p.name: p for p in computed}), apart=True)
-            engine = Engine([job], runtime, options.threads, limit, progress, sent)
-            engine.run()
-            if job.failure is not None:
-                raise job.failure
-            workers, profile = engine.resources().workers, Profile(stopwatch.together(engine.watches))
+        computed = output.make_alone(todo)
+        destination = PartDestination(output, {part.name: part for part in computed})
+        job = Job(plan_of(merge.plan, computed), destination, apart=True)
+        engine = yield job
+        if job.failure is not None:
+            raise job.failure
     kept = tuple(part.name for part in there if part.name not in redone)
-    return Made(todo, kept, redone, notes, cost(runtime, merge.started), workers, profile)
+    profile = Profile(stopwatch.together(engine.watches))
+    return Made(todo, kept, redone, notes, cost(runtime, merge.started), engine.resources().workers, profile)
 
 
 def merge_status(
@@ -216,10 +235,10 @@ def finish(
 def publish(merge: PartedMerge, progress: Progress | None = None, check: Check | None = None) -> FinishReport:
     """Publish a merge from `open_parts`; `check` tells what is wrong with its parts, in the place of the output."""
     output = merge.output
-    done = FinishReport(output.out, output.plan, len(merge.parts), (), False, None)
+    nothing = FinishReport(output.out, output.plan, len(merge.parts), (), False, None)
     if merge.published or output.is_published():  # perhaps since the merge was opened
         output.clear()  # of a run that was killed after it had published
-        return done
+        return nothing
     try:
         with output.finishing() as stage:
             records = complete(merge, check or output.problems, progress)
@@ -230,12 +249,12 @@ def publish(merge: PartedMerge, progress: Progress | None = None, check: Check |
             took = dataclasses.replace(spent(merge), device=kind_of_device(stage))
             report = make_report(merged, stage, (), took, len(workers), Profile({}))
     except PublishedError:  # by another one, at the same time
-        return done
+        return nothing
     verified = len(stage.files) if merge.options.verify and not output.read_to_check else 0
     report = dataclasses.replace(
         report, out=output.out, verified=verified, notes=(*report.notes, *copied_notes(merge.parts))
     )
-    return dataclasses.replace(done, workers=workers, published=True, merge=report, cost=report.cost)
+    return dataclasses.replace(nothing, workers=workers, published=True, merge=report, cost=report.cost)
 
 
 def kind_of_device(stage: Stage) -> str:

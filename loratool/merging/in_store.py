@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loratool.errors import FitError, StoreError, printable
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import read_recorded
 from loratool.files.part_records import PublishedError
-from loratool.merging.in_parts import IncompleteError, make, publish, spent
-from loratool.merging.merge import MergeOptions, PathLike, Progress
+from loratool.merging.in_parts import IncompleteError, done, make, making, publish, spent
+from loratool.merging.merge import Making, MergeOptions, PathLike, Progress, cost
 from loratool.merging.parted_merge import PartedMerge, open_parts
+from loratool.merging.resources import runtime_for
 from loratool.notes import Note
 from loratool.results.merge import MergeReport
 from loratool.stores.begun import read_record
 from loratool.stores.bucket import Bucket
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from loratool.devices import Runtime
 
 MOST_TRIES = 3  # of parts that were found wrong when they were put together
 WHOLE = "1/1"  # the share of a process that makes all parts
@@ -30,9 +37,15 @@ def merge_into_store(
 ) -> MergeReport:
     """Merge into a store; `loratool.commands.merge` says all of it. Raises as `merge` does."""
     merge = open_parts(base, adapters, out, options, joining=False)
+    runtime = runtime_for(merge.plan.spans, options.device, options.is_simple)
+    return done(making_in_store(merge, runtime), merge, runtime, progress)
+
+
+def making_in_store(merge: PartedMerge, runtime: Future[Runtime]) -> Making[MergeReport]:
+    """Make an output in a store, as a generator: it gives its job, and is to be sent the engine that has run it."""
     try:
-        made = make(merge, merge.parts, WHOLE, progress)
-        report = published(merge, progress)
+        made = yield from making(merge, merge.parts, WHOLE, runtime)
+        report = published(merge)
     except PublishedError:  # by an earlier run, or by another one at the same time
         return complete_already(merge)
     left = {part.file for part in made.made}
@@ -41,11 +54,11 @@ def merge_into_store(
         resumed=tuple(shard.name for shard in merge.plan.shards if shard.name not in left),
         workers=made.workers,
         profile=made.profile,
-        cost=dataclasses.replace(made.cost, seconds=spent(merge).seconds, peak_memory=spent(merge).peak_memory),
+        cost=cost(runtime, merge.started),
     )
 
 
-def published(merge: PartedMerge, progress: Progress | None) -> MergeReport:
+def published(merge: PartedMerge) -> MergeReport:
     """Publish a merge whose parts were made; those that are found wrong are made again."""
     for number in range(MOST_TRIES):
         try:
@@ -56,7 +69,7 @@ def published(merge: PartedMerge, progress: Progress | None) -> MergeReport:
                     f"{printable(merge.output.out)}: parts of its uploads keep changing; is another run using it?",
                     error.problems,
                 ) from None
-            make(merge, merge.parts, WHOLE, progress)
+            make(merge, merge.parts, WHOLE)
         except FitError:  # which no other run could do anything about
             merge.output.abort()
             raise

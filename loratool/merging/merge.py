@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter, replaceable
 from loratool.adapters.writer import as_input, versions
@@ -126,7 +126,7 @@ def making(
     options: MergeOptions,
     runtime: Future[Runtime],
     started: float,
-) -> Making:
+) -> Making[MergeReport]:
     """Make one output, as a generator: it gives its job, and is to be sent the engine that has run it."""
     plan, target, paths = prepared
     check_values(plan)
@@ -163,31 +163,36 @@ def making(
     return dataclasses.replace(report, verified=len(stage.files) if options.verify else 0)
 
 
-Making = Generator["Job", "Engine", MergeReport]
+Report = TypeVar("Report")
+Making = Generator["Job", "Engine", Report]
 
 
 def make_all(
-    makings: Sequence[Making],
+    makings: Sequence[Making[Report]],
     options: MergeOptions,
     runtime: Future[Runtime],
     progress: Progress | None,
     watch: stopwatch.Stopwatch,
-) -> list[MergeReport | Exception]:
+    sent: int = 0,
+) -> list[Report | Exception]:
     """Make several outputs at one reading of their base: of each the report, or what went wrong with it alone.
 
-    After an interrupt, each of them keeps the files that it has finished.
+    `sent` are bytes that a worker may hold of what it sends elsewhere. After an interrupt, each of the outputs keeps the
+    files that it has finished.
     """
-    results: dict[int, MergeReport | Exception] = {}
+    results: dict[int, Report | Exception] = {}
     jobs: dict[int, Job] = {}
     try:
         for number, each in enumerate(makings):
             try:
                 jobs[number] = next(each)
+            except StopIteration as done:  # there was nothing to do
+                results[number] = done.value
             except Exception as error:
                 results[number] = error
         for job in jobs.values():
             job.share_seen(next(iter(jobs.values())))
-        engine = Engine([*jobs.values()], runtime, options.threads, options.max_memory, progress)
+        engine = Engine([*jobs.values()], runtime, options.threads, options.max_memory, progress, sent)
         engine.watches.append(watch)
         lap("stage")
         try:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
 from loratool.bases.opening import open_checkpoint
@@ -22,7 +23,9 @@ from loratool.files.outputs import check_stage, stage_of
 from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
+from loratool.merging.in_store import making_in_store
 from loratool.merging.merge import (
+    Making,
     MergeOptions,
     PathLike,
     Progress,
@@ -33,6 +36,7 @@ from loratool.merging.merge import (
     read_all,
 )
 from loratool.merging.one_file import as_one_file, target_of
+from loratool.merging.parted_merge import PartedMerge, apart_from_inputs, checked_place, stored
 from loratool.merging.plan import MergePlan
 from loratool.merging.resources import runtime_for
 from loratool.results.base import Cost
@@ -40,6 +44,11 @@ from loratool.results.merge import MergeReport
 from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
 from loratool.results.profile import Profile
 from loratool.stores.names import is_in_store
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from loratool.devices import Runtime
 
 Weighted = tuple[PathLike, float]  # an adapter with its weight
 Adapters = PathLike | Weighted | Sequence[PathLike | Weighted]  # of one output
@@ -59,8 +68,13 @@ class Wanted:
         return os.fspath(self.out)
 
     @property
+    def stored(self) -> bool:
+        """Whether it is in a store."""
+        return is_in_store(self.out)
+
+    @property
     def place(self) -> Path:
-        return Path(os.path.realpath(self.out))
+        return Path(str(checked_place(self.out))) if self.stored else Path(os.path.realpath(self.out))
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,10 @@ class Prepared:
     plan: MergePlan
     target: Path
     paths: list[Path]  # of its adapters
+
+    def making(self, runtime: Future[Runtime], started: float) -> Making[MergeReport]:
+        """The making of a local output."""
+        return making((self.plan, self.target, self.paths), self.wanted.out, self.wanted.options, runtime, started)
 
 
 def merge_many(
@@ -84,16 +102,20 @@ def merge_many(
     try:
         ready = prepare_many(base, wanted, errors)
         check_space(ready, errors)
+        into_stores = opened_in_stores(ready, errors, started)
         ready = [each for each in ready if each.wanted.key not in errors]
         lap("plan")
         spans = [span for each in ready for span in each.plan.spans]
         simple = all(each.wanted.options.is_simple for each in ready)
         runtime = runtime_for(spans, options.device, simple)
         makings = [
-            making((each.plan, each.target, each.paths), each.wanted.out, each.wanted.options, runtime, started)
+            making_in_store(into_stores[each.wanted.key], runtime)
+            if each.wanted.stored
+            else each.making(runtime, started)
             for each in ready
         ]
-        results = make_all(makings, options, runtime, progress, watch)
+        sent = max((merge.output.held(merge.parts) for merge in into_stores.values()), default=0)
+        results = make_all(makings, options, runtime, progress, watch, sent)
     finally:
         stopwatch.end()
     for each, result in zip(ready, results, strict=True):
@@ -109,6 +131,19 @@ def merge_many(
         profile=Profile(stopwatch.together([watch])) if not reports else next(iter(reports.values())).profile,
         cost=cost(runtime, started) if reports else Cost(),
     )
+
+
+def opened_in_stores(
+    ready: Iterable[Prepared], errors: dict[str, LoratoolError], started: float
+) -> dict[str, PartedMerge]:
+    """The merges of those outputs that are in a store; what is wrong with one goes to `errors`."""
+    found: dict[str, PartedMerge] = {}
+    for each in ready:
+        if each.wanted.stored:
+            with attempt(each.wanted, errors):
+                out, options = each.wanted.out, each.wanted.options
+                found[each.wanted.key] = stored(each.plan, each.paths, out, options, False, started)
+    return found
 
 
 def plan_many(base: PathLike, outputs: Outputs, options: MergeOptions) -> ResultsOfOutputs[MergePlan]:
@@ -127,11 +162,6 @@ def wanted_outputs(outputs: Outputs, options: MergeOptions) -> list[Wanted]:
             "weights are given with the adapters of each output, as (adapter, weight); weights= is for loratool.merge"
         )
     wanted = [wanted_output(out, adapters, options) for out, adapters in outputs.items()]
-    if stored := [each for each in wanted if is_in_store(each.out)]:
-        raise UsageError(
-            f"{printable(stored[0].key)}: several outputs at a time (--also) must be local; merge into a store with one "
-            "command for each output"
-        )
     for one, other in permutations(wanted, 2):
         if one.place == other.place:
             raise UsageError(f"{printable(one.key)} and {printable(other.key)} are the same folder")
@@ -168,7 +198,7 @@ def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, Lor
     places: dict[str, list[Path]] = {}
     for each in wanted:
         with attempt(each, errors):
-            target_of(Path(each.out), inputs, replaceable(each.options.overwrite))  # before anything is downloaded
+            real_target(each, inputs)  # before anything is downloaded
             places[each.key] = [local(adapter, "adapter") for adapter in each.adapters]
     if not places:
         return []
@@ -179,11 +209,19 @@ def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, Lor
         if each.key in places:
             with attempt(each, errors):
                 paths = places[each.key]
-                target = target_of(Path(each.out), [model.root, *every], replaceable(each.options.overwrite))
+                target = real_target(each, [model.root, *every])
                 adapters = read_all(paths, each.options.readings(len(paths)))
                 plan = as_one_file(planned(model, adapters, each.options), target)
                 ready.append(Prepared(each, plan, target, paths))
     return ready
+
+
+def real_target(wanted: Wanted, inputs: Sequence[Path]) -> Path:
+    """An output as it will be written; raises `UsageError` where it is an input, or may not be replaced."""
+    if not wanted.stored:
+        return target_of(Path(wanted.out), inputs, replaceable(wanted.options.overwrite))
+    apart_from_inputs(checked_place(wanted.out), inputs)
+    return wanted.place
 
 
 @contextmanager
@@ -202,6 +240,8 @@ def check_space(ready: Iterable[Prepared], errors: dict[str, LoratoolError]) -> 
     """Put an error where the disk has room for an output, but not for those before it as well."""
     promised: Counter[int] = Counter()
     for each in ready:
+        if each.wanted.stored:
+            continue
         with attempt(each.wanted, errors):
             disk, free = each.target.parent.stat().st_dev, free_space(each.target.parent)
             found = check_stage(stage_of(each.target))

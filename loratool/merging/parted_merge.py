@@ -83,25 +83,27 @@ def open_parts(
     started = time.monotonic()
     _ = options.threads  # raises where a cluster was asked for
     if is_in_store(out):
-        place = checked_place(out)
-        plan, paths = planned_for(place, base, several(adapters), options)
-    else:
-        plan, target, paths = prepare(base, adapters, out, dataclasses.replace(options, overwrite=True))
+        plan, paths = planned_for(checked_place(out), base, several(adapters), options)
+        return stored(plan, paths, out, options, joining, started)
+    plan, target, paths = prepare(base, adapters, out, dataclasses.replace(options, overwrite=True))
     digests = [adapter.digests() for adapter in plan.adapters]
-    fingerprint = content_fingerprint(plan, digests)
-    if is_in_store(out):
-        bucket = bucket_of(plan, place, fingerprint)
-        parts: tuple[FilePart, ...] = tuple(bucket.parts.values())
-        return PartedMerge(
-            plan, paths, digests, parts, bucket, options, bucket.settle(options.overwrite, joining), started
-        )
-    folder = folder_of(plan, target, fingerprint, options.overwrite)
-    published, parts = folder.is_published(), tuple(folder.parts.values())
+    folder = folder_of(plan, target, content_fingerprint(plan, digests), options.overwrite)
+    published = folder.is_published()
     if os.path.lexists(target) and not published and not options.overwrite:
         raise UsageError(f"{printable(out)} already exists; pass --overwrite to replace it", hint="--overwrite")
     if not published:
         folder.check()
-    return PartedMerge(plan, paths, digests, parts, folder, options, published, started)
+    return PartedMerge(plan, paths, digests, tuple(folder.parts.values()), folder, options, published, started)
+
+
+def stored(
+    plan: MergePlan, paths: list[Path], out: PathLike, options: MergeOptions, joining: bool, started: float
+) -> PartedMerge:
+    """A merge into a store of a plan whose adapters are at `paths`; the rest is as for `open_parts`."""
+    digests = [adapter.digests() for adapter in plan.adapters]
+    bucket = bucket_of(plan, checked_place(out), content_fingerprint(plan, digests))
+    published = bucket.settle(options.overwrite, joining)
+    return PartedMerge(plan, paths, digests, tuple(bucket.parts.values()), bucket, options, published, started)
 
 
 def folder_of(plan: MergePlan, target: Path, fingerprint: str, overwrite: bool) -> SharedFolder:

@@ -59,10 +59,8 @@ def test_an_output_in_a_store_is_that_in_a_folder(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("merge base adapter -o OUT --also OUT-2=adapter", "several outputs at a time"),
-        ("merge base adapter -o local --also OUT=adapter", "several outputs at a time"),
-        ("merge base adapter -o local --also OUT=adapter --dry-run", "several outputs at a time"),
         ("merge base adapter -o OUT.safetensors", "must be a folder"),
+        ("merge base adapter -o OUT --also OUT/x=adapter", "is inside"),
         ("merge base adapter -o OUT --push-to-hub me/it", "needs a local OUT"),
         ("merge base adapter -o OUT --html OUT.html", "cannot be written into a store"),
         ("merge base adapter -o local --svg OUT", "cannot be written into a store"),
