@@ -154,8 +154,8 @@ def merge_many(
 
     Args:
         base: as for `merge`; "auto" for the base that all adapters name.
-        outputs: for each output folder its adapter, or a sequence of adapters, any of which may be a pair (adapter,
-            weight).
+        outputs: for each output, which is as for `merge`, its adapter, or a sequence of adapters, any of which may be a
+            pair (adapter, weight).
         progress: called with (bytes done, total bytes) of all outputs, from any thread, one call at a time.
 
     Raises:
