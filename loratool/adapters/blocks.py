@@ -66,7 +66,7 @@ class BlockWeights:
         """Raise `UsageError` where a word names no block of some weights, or a list leaves one of their blocks out."""
         there = {block_of(name) for name in names}
         known = {name for block in there for name in names_of(block)}
-        shown = ", ".join(sorted(there)[:12])
+        shown = ", ".join(runs(there))
         if idle := [word for word, blocks in self.spelled.items() if known.isdisjoint(blocks)]:
             raise UsageError(
                 f"{FLAG}: no adapted weight lies in {', '.join(map(printable, idle))}; they are in {shown}"
@@ -75,7 +75,7 @@ class BlockWeights:
         covered = {
             block for block in there if self.listed.intersection((block, WIDER.get(block))) or own & {*names_of(block)}
         }
-        left = sorted(block for block in there - covered if block != BASE)
+        left = runs(there - covered - {BASE})
         if self.listed and left:
             raise UsageError(
                 f"{FLAG}: the list has no number for {', '.join(left)}, where adapted weights lie; the tools that such "
@@ -83,6 +83,18 @@ class BlockWeights:
             )
         if self.factors and all(self.named(block) is None for block in there):
             raise UsageError(f"{FLAG}: no adapted weight lies in {', '.join([*self.factors][:6])}; they are in {shown}")
+
+
+def runs(blocks: Iterable[str]) -> list[str]:
+    """Blocks as they may be typed, those that follow one another as a range."""
+    found: list[list[str]] = []
+    for block in sorted(blocks):
+        number = block.removeprefix(kind_of(block))
+        if found and number and found[-1][-1] == f"{kind_of(block)}{int(number) - 1:02d}":
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return [run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found]
 
 
 def kind_of(block: str) -> str:

@@ -93,6 +93,19 @@ def test_rslora_becomes_an_alpha(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_layer_that_was_never_trained_is_the_same_at_any_scale(tmp_path: Path) -> None:
+    """B = 0 keeps its bytes when the scale goes into it, which halves the other layer's B."""
+    adapter = write(tmp_path / "adapter")
+    tensors = load_file(adapter / WEIGHTS)
+    zeros, other = (f"base_model.model.{module}.lora_B.weight" for module in SHAPES)
+    save_file({**tensors, zeros: torch.zeros_like(tensors[zeros])}, adapter / WEIGHTS)
+    report = loratool.convert(adapter, tmp_path / "served", server="sglang")
+    assert [layer.error for layer in report.modules.values()] == [0.0, 0.0]
+    after = load_file(tmp_path / "served" / WEIGHTS)
+    assert not after[zeros].any()
+    assert torch.equal(after[other], tensors[other] / 2)
+
+
 def test_what_a_dialect_cannot_say_is_refused_by_name_and_left_out_on_request(tmp_path: Path) -> None:
     adapter = write(tmp_path / "adapter", modules_to_save=["head"])
     tensors = load_file(adapter / WEIGHTS) | {"base_model.model.head.weight": numbers(3, 4, seed=5)}

@@ -32,7 +32,7 @@ PATTERNS: tuple[tuple[str, str, tuple[int, ...], int], ...] = (
     (AT + r"up_blocks[._](\d+)[._]upsamplers[._]", "OUT", (3,), 2),
     (AT + r"single_(?:transformer_)?blocks[._](\d+)[._]", "S", (1,), 0),
     (AT + r"(?:double|joint|transformer)_blocks[._](\d+)[._]", "D", (1,), 0),
-    (AT + r"(?:layers|blocks)[._](\d+)[._]", "L", (1,), 0),
+    (AT + r"(?:layers?|blocks?|h)[._](\d+)[._]", "L", (1,), 0),
     (
         ALONE
         + r"(?:(?:img|txt|time|vector|guidance)_in|(?:x|context|t|y)_embedder|time_(?:text|guidance)_embed|pos_embed)(?:[._]|$)",

@@ -163,7 +163,8 @@ class Comparison:
         if self.is_as_it_was(layer, places):
             after = self.after[places[0].target]
             error = abs(1 - after.scale / layer.scale) if layer.scale else abs(after.scale)
-            return Compared(None, error, EXACT)
+            if error <= EXACT:  # else the same bytes are the same update only where they are zeros
+                return Compared(None, error, EXACT)
         whole = loaded(layer)
         norm = length(whole)
         lost = math.hypot(
