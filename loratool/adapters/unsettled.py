@@ -16,10 +16,7 @@ from loratool.algebra.updates.base import Update
 from loratool.lazy import Tensor
 
 Parts = Mapping[str, Update]  # by target
-WAY_OUT = (
-    "copy config.json of the model that was trained into the adapter's folder, or convert the adapter first: loratool "
-    "convert ADAPTER --base BASE -o OUT --to peft"
-)
+WAY_OUT = "pass the model that was trained with --base, or copy its config.json into the adapter's folder"
 
 
 @dataclass(frozen=True)

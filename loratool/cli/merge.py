@@ -105,14 +105,16 @@ def merge(
 ) -> None:
     """Merge adapters into a base model, shard by shard.
 
-    BASE is a model folder or one .safetensors file, ADAPTER a folder as saved by PEFT; either may be
-    org/name[@revision] on the Hub, and BASE may be auto. A single ADAPTER is merged into the base it names; a model
-    saved with its adapter unmerged needs no ADAPTER. OUT becomes a complete model folder: weights, index, config,
-    tokenizer. It appears only when it is complete; after an interruption, run the same command again to continue.
+    BASE is a model folder, a pipeline of diffusers, or one .safetensors or .gguf file; ADAPTER a folder as saved by
+    PEFT, or a file of kohya, ComfyUI, llama.cpp or another tool. Either may be org/name[@revision] on the Hub, and BASE
+    may be auto. A single ADAPTER is merged into the base it names; a model saved with its adapter unmerged needs no
+    ADAPTER. OUT becomes a complete model folder: weights, index, config, tokenizer; or one file like BASE. It appears
+    only when it is complete; after an interruption, run the same command again to continue.
 
     \b
     Examples:
       loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
+      loratool merge ./sdxl.safetensors ./style.safetensors -w 0.8 -o ./styled.safetensors
       loratool merge ./base ./style ./facts -w 0.7 -w 1.2 -o ./merged --shard-size 5GB
       loratool merge ./merged ./my-adapter -w -1 -o ./base-again
       loratool merge ./base ./my-adapter -o ./merged --html merged.html --svg ./figures

@@ -28,7 +28,16 @@ AN_ADAPTER = Place("adapter")
 BASE = click.argument("base", type=A_MODEL)
 ADAPTER = click.argument("adapter", type=AN_ADAPTER)
 ADAPTERS = click.argument("adapters", type=AN_ADAPTER, nargs=-1, required=True, metavar="ADAPTER...")
-OUT = click.option("-o", "--output", "out", type=PATH, cls=Output, required=True, metavar="OUT", help="Output folder.")
+OUT = click.option(
+    "-o",
+    "--output",
+    "out",
+    type=PATH,
+    cls=Output,
+    required=True,
+    metavar="OUT",
+    help="Output folder; a file for an adapter of one file.",
+)
 
 
 LAYERS = {"unit": " layers"}  # how a bar counts

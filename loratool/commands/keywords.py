@@ -175,10 +175,14 @@ class DialectKeywords(TypedDict, total=False):
     to: str | None
 
 
-class OutputDialectKeywords(DialectKeywords, total=False):
-    """Of OutputDialect."""
+class ModelKeywords(TypedDict, total=False):
+    """Of ModelOption."""
 
     base: str | os.PathLike[str] | None
+
+
+class OutputDialectKeywords(DialectKeywords, ModelKeywords, total=False):
+    """Of OutputDialect."""
 
 
 class RescaleKeywords(
@@ -285,7 +289,7 @@ class ExtractKeywords(
     seed: int
 
 
-class CompareKeywords(ReadingKeywords, DeviceKeywords, total=False):
+class CompareKeywords(ReadingKeywords, DeviceKeywords, ModelKeywords, total=False):
     """Of CompareOptions."""
 
     pairs: bool

@@ -16,7 +16,7 @@ from loratool.errors import (
     escaped,
 )
 from loratool.fetching.client import is_offline
-from loratool.fetching.operands import Operand, is_list, proposals
+from loratool.fetching.operands import Operand, is_list, kind_of, proposals
 from loratool.files.system import shell_line
 
 REPEATED = ("--from",)  # options of which one more value is meant; of any other the value that was typed will not do
@@ -86,6 +86,8 @@ def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequenc
         about = [each.word for each in operands if is_concerned(each, error) and each.kind]
         if about and command != "inspect" and not any(each.is_wrong for each in operands):
             return typed("inspect", about[0], "--check")
+        if adapters and not error.about and all(kind_of(adapter) == "adapter" for adapter in adapters):
+            return f"loratool {command} --help"  # they can be read: an option is missing or wrong
         return "loratool help operands"
     if isinstance(error, VerificationError):
         return "" if command == "verify" else "loratool help exit-codes"

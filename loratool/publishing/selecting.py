@@ -117,7 +117,7 @@ def select(
         UsageError: no folder, or what makes it a model is excluded.
         InputError: neither a model nor an adapter, unfinished, or a file holds a secret.
     """
-    if root.is_file() and root.suffix == ".safetensors":
+    if root.is_file() and root.suffix in (".safetensors", ".gguf"):
         raise UsageError(
             f"{printable(root)}: a repository holds a folder; put the file into one of its own: {alone(root, place)}"
         )

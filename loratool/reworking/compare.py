@@ -37,6 +37,7 @@ from loratool.results.compare import FEW, CompareReport, Forecast, Meeting, Nota
 from loratool.results.matrix import Join, Matrix
 from loratool.results.text import mean_of
 from loratool.reworking.aligned_layers import AlignedLayer, align_layers, contents_apart
+from loratool.reworking.dialects import ModelOption
 from loratool.reworking.renaming import named_alike
 
 # which pairs are worth knowing about: by their cosine, and by directions that they share without being alike
@@ -45,7 +46,7 @@ SHARED, TIMES_CHANCE = 0.2, 3.0  # a part of the directions, and how often the p
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions(ReadingOptions, DeviceOption):
+class CompareOptions(ReadingOptions, DeviceOption, ModelOption):
     """Of `compare`."""
 
     pairs: bool = option(
@@ -66,7 +67,8 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     paths = [local(path, "adapter") for path in adapters]
     if len(paths) < 2:
         raise UsageError("compare needs at least two adapters")
-    sources = named_alike(contents_apart(paths, ways, "compare"))
+    base = options.model()
+    sources = named_alike(contents_apart(paths, ways, "compare", base.config if base else {}))
     layers = align_layers(sources, [1.0] * len(sources))
     if not any(len(found) > 1 for found in layers.values()):
         raise FitError(

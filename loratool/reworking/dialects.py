@@ -63,8 +63,8 @@ class Manner:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputDialect(DialectOption):
-    """Of a command whose adapters may be those of a model that the dialect of OUT depends on."""
+class ModelOption(Options):
+    """Of a command on adapters of which some dialects leave to the model what they change."""
 
     base: str | None = option(
         help="Base model of the adapters, whose config decides names and rows in some dialects (gguf, torchtune).",
@@ -74,6 +74,11 @@ class OutputDialect(DialectOption):
     def model(self) -> Checkpoint | None:
         """The base; None where none is given."""
         return open_checkpoint(local(self.base, "model")) if self.base is not None else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputDialect(DialectOption, ModelOption):
+    """Of a command whose adapters may be those of a model that the dialect of OUT depends on."""
 
 
 def manner_of(source: Contents, asked: str | None, config: Mapping[str, Any]) -> Manner:

@@ -241,11 +241,9 @@ def factors_to(
     spectral: float | None,
     each: bool,
 ) -> dict[str, float]:
-    """The factor of each layer that brings the norms to what was asked for: 1 where an update is rounding."""
+    """The factor of each layer that brings the norms to what was asked for: 1 where an update is zero, or rounding."""
     wanted = frobenius if frobenius is not None else spectral
     assert wanted is not None, "one of them is given"
-    if zero := [target for target, size in sizes.items() if each and not size]:
-        raise FitError("cannot scale updates that are zero to a norm:", map(printable, zero))
 
     def whole(parts: Mapping[str, float]) -> float:
         return math.hypot(*parts.values()) if frobenius is not None else max(parts.values())
@@ -383,7 +381,7 @@ def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) 
         text = (
             f"{len(rounded)} of {len(modules)} updates keep their strength, such as {printable(rounded[0])}: each is "
         )
-        yield Note("update-is-rounding", f"{text}{ROUNDING_ONLY}, so scaling it to a norm would amplify noise")
+        yield Note("update-is-rounding", f"{text}zero, or {ROUNDING_ONLY}, which scaling it to a norm would amplify")
 
 
 def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool, unscaled: int = 0) -> Iterator[Note]:

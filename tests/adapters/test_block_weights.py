@@ -102,7 +102,7 @@ def test_a_block_that_a_list_leaves_out_is_asked_for() -> None:
     names = ["unet.up_blocks.0.attentions.0.proj_in.weight", "unet.down_blocks.1.attentions.0.proj_in.weight"]
     with pytest.raises(UsageError, match=r"no number for OUT00.*add OUT00=0"):
         BlockWeights.of(["ALL"]).check(names)
-    with pytest.raises(UsageError, match="no number for L00-L02, L04, where.*add L00-L02=0,L04=0, or"):
+    with pytest.raises(UsageError, match=r"no number for L00-L02, L04, where.*add L00-L02=0,L04=0, or"):
         BlockWeights.of(["ALL"]).check([f"transformer.h.{n}.attn.c_attn" for n in (0, 1, 2, 4)])
     for more in ("OUT00=0.5", "OUT=0.5"):
         weights = BlockWeights.of(["INALL", more])

@@ -135,7 +135,7 @@ def test_commands_without_a_base_take_the_heads_from_the_model_config_in_the_fol
     assert measured.values is not None
     skipped = {target for target, why in measured.values.skipped.items() if "number of heads" in why}
     assert skipped == {f"{LAYER}.self_attn.{part}_proj.weight" for part in "qk"}
-    with pytest.raises(loratool.InputError, match=r"copy config\.json"):
+    with pytest.raises(loratool.InputError, match=r"copy its config\.json"):
         loratool.resize(adapter, tmp_path / "smaller", rank=1)
     shutil.copy(base / "config.json", adapter)
     loratool.rescale(adapter, tmp_path / "double", scale=2.0, bake=True)
@@ -306,7 +306,7 @@ def test_litgpt_rows_go_to_bases_that_take_turns_by_head(tmp_path: Path, model: 
 def test_a_conversion_takes_the_heads_of_its_base(base: Path, tmp_path: Path) -> None:
     """Which the refusal without them names as a way out; what is written merges to the same weights."""
     adapter = litgpt(tmp_path / "a", "qv")
-    with pytest.raises(loratool.InputError, match="convert ADAPTER --base BASE"):
+    with pytest.raises(loratool.InputError, match="pass the model that was trained with --base"):
         loratool.convert(adapter, tmp_path / "peft", to="peft")
     loratool.convert(adapter, tmp_path / "peft", to="peft", base=base)
     found = weights(merged(base, tmp_path / "peft", tmp_path / "out"))

@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import faults
 import pytest
 import torch
+from dialect_samples import DIALECTS, gguf_of
 from hub_client import Client
 from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
 from safetensors.torch import save_file
@@ -571,7 +572,9 @@ def test_a_single_file_is_refused_with_the_commands_that_push_it(
     merged = tmp_path / "merged.safetensors"
     loratool.merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", merged, device="cpu")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat.gguf").write_bytes(gguf_of(DIALECTS["gguf"].tensors))
     for name, kind, files in (
+        ("chat.gguf", "adapter", {"README.md", "loratool-spectrum.svg", "chat.gguf"}),
         ("lora.safetensors", "adapter", {"README.md", "loratool-spectrum.svg", "lora.safetensors"}),
         ("merged.safetensors", "model", {"README.md", "merged.safetensors", "merged.safetensors.loratool.json"}),
     ):

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dialect_samples import gguf_of
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trainer_layouts import HEADS, HIDDEN, WIDTH, halves_from_pairs, numbers, write_base
 from workbench import Workbench
 
 import loratool
+from loratool import cli
 
 SHAPES = {"model.a": (30, 20), "model.b": (16, 40)}
 
@@ -174,3 +177,27 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
     next(iter(tensors.values()))[0, 0] = math.inf
     save_file(tensors, apart / "adapter_model.safetensors")
     bench.refuses("compare", apart, apart, told=["contains NaN or infinite"], code=3)
+
+
+def test_the_base_tells_which_rows_adapters_of_other_tools_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp has a head's rows 0, h, 1, h + 1, … of its halves; without the number of heads nothing is compared."""
+    b, a = numbers(HEADS * WIDTH, 2, seed=1), numbers(2, HIDDEN, seed=2)
+    gguf = {"blk.0.attn_q.weight.lora_a": a, "blk.0.attn_q.weight.lora_b": b}
+    (tmp_path / "adapter.gguf").write_bytes(gguf_of(gguf))
+    base = write_base(tmp_path / "base")
+    peft, module = tmp_path / "peft", "base_model.model.model.layers.0.self_attn.q_proj"
+    peft.mkdir()
+    ours = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": halves_from_pairs(b, HEADS)}
+    save_file(ours, peft / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (peft / "adapter_config.json").write_text(json.dumps(config))
+    words = ["compare", str(tmp_path / "adapter.gguf"), str(peft)]
+    assert cli.run(words) == 3
+    told = capsys.readouterr().err
+    assert "pass the model that was trained with --base" in told
+    assert "hint: loratool compare --help" in told
+    assert cli.run([*words, "--base", str(base), "--json"]) == 0
+    (pair,) = json.loads(capsys.readouterr().out)["totals"].values()
+    assert pair["cosine"] == pytest.approx(1)

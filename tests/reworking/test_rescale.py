@@ -221,9 +221,23 @@ def test_a_norm_of_nothing_is_refused(bench: Workbench) -> None:
     tensors = load_file(path)
     save_file({n: t * 0 if "lora_B" in n else t for n, t in tensors.items()}, path)
     bench.refuses("rescale", bench.adapter, "-o", bench.out, "--spectral", "1", told=["every update is zero"], code=4)
-    bench.refuses(
-        "rescale", bench.adapter, "-o", bench.out, "--spectral", "1", "--each", told=["that are zero to a norm"], code=4
-    )
+    bench.refuses("rescale", bench.adapter, "-o", bench.out, "--spectral", "1", "--each", told=["is zero"], code=4)
+
+
+def test_layers_that_were_never_trained_stay_zero_when_each_gets_a_norm(tmp_path: Path) -> None:
+    """Real adapters have some; the others get their norm, and a note names the first that does not."""
+    adapter, out = made(tmp_path, target_modules=["linear", "square"]).adapter, tmp_path / "out"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    zeros = "base_model.model.square.lora_B.weight"
+    save_file({**tensors, zeros: tensors[zeros] * 0}, adapter / "adapter_model.safetensors")
+    report = loratool.rescale(adapter, out, spectral=1.0, each=True)
+    assert "such as square.weight: each is zero" in next(n.text for n in report.notes if n.code == "update-is-rounding")
+    after = load_file(out / "adapter_model.safetensors")
+    config = json.loads((out / "adapter_config.json").read_text())
+    for module, wanted in (("linear", 1.0), ("square", 0.0)):
+        up, down = (after[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "BA")
+        scale = config["alpha_pattern"].get(module, config["lora_alpha"]) / config["r"]
+        assert float(torch.linalg.matrix_norm(scale * up @ down, 2)) == pytest.approx(wanted)
 
 
 def test_nan_is_refused_and_nothing_written(bench: Workbench) -> None:

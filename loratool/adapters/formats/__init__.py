@@ -128,7 +128,7 @@ def not_an_adapter(path: Path) -> LoratoolError:
     if told := instead_of_weights(path):
         return InputError(f"{printable(path)}: not an adapter; {told}")
     if not path.is_dir():
-        return InputError(f"{printable(path)}: not an adapter; expected its folder or its .safetensors file")
+        return InputError(f"{printable(path)}: not an adapter; expected its folder, or its .safetensors or .gguf file")
     if any((path / name).is_file() for name in (MODEL_CONFIG, MODEL_INDEX)):
         return InputError(f"{printable(path)}: this is a model; an adapter is expected here")
     return InputError(

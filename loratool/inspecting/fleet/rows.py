@@ -15,6 +15,7 @@ from loratool.adapters.reading import Reading
 from loratool.errors import FitError, InputError, LoratoolError, code_of, folded, printable
 from loratool.fetching import Located, headers, local, place_of
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.containers import foreign_file
 from loratool.files.heads import read_head
 from loratool.inspecting.fleet.alike import likeness
 from loratool.inspecting.fleet.members import Member, is_model, names_in
@@ -68,7 +69,7 @@ class Reader:
             place = self.located(member, stack)
             if is_adapter(place.path):
                 row, sketch = self.of_adapter(member, place.path)
-            elif holds_other(place.path):
+            elif not foreign_file(place.path) and holds_other(place.path):
                 return None
             else:
                 raise not_an_adapter(place.path)
