@@ -98,6 +98,19 @@ def test_kohya_has_the_authors_names_of_sdxl_and_alpha_as_a_tensor(tmp_path: Pat
     assert {layer.error for layer in report.modules.values()} == {0.0}
 
 
+def test_text_encoders_have_their_usual_names_also_where_transformers_5_saved_them(tmp_path: Path) -> None:
+    """Its CLIP models begin with `encoder`, where those of all tools and older releases begin with `text_model.encoder`."""
+    newer = {name.replace(".text_model.", "."): shape for name, shape in SDXL.items()}
+    sources = [in_diffusers(names, tmp_path / f"{n}.safetensors", alpha=1) for n, names in enumerate((SDXL, newer))]
+    for dialect in ("kohya", "comfy", "diffusers"):
+        found = []
+        for n, source in enumerate(sources):
+            loratool.convert(source, tmp_path / f"{n}-{dialect}.safetensors", to=dialect)
+            found.append(load_file(tmp_path / f"{n}-{dialect}.safetensors"))
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
 def test_comfy_has_paths_under_the_names_of_its_own_models(tmp_path: Path) -> None:
     source = in_diffusers(SDXL, tmp_path / "lora.safetensors", alpha=1)
     loratool.convert(source, tmp_path / "comfy.safetensors", to="comfy")
@@ -331,6 +344,16 @@ def test_a_server_refuses_by_name_what_it_does_not_take(tmp_path: Path) -> None:
             tmp_path / "out",
             server="vllm",
         )
+    kernels = {
+        "vision.conv.lora_A.weight": numbers(2, 3, 2, 2, seed=1),
+        "vision.conv.lora_B.weight": numbers(4, 2, 1, 1, seed=2),
+    }
+    pixels = peft_adapter(tmp_path / "pixels", LAYERS, **PATTERNS)
+    weights = pixels / "adapter_model.safetensors"
+    save_file(load_file(weights) | {f"base_model.model.{name}": tensor for name, tensor in kernels.items()}, weights)
+    for server in ("vllm", "sglang"):
+        with pytest.raises(FitError, match=r"does not take LoRA of convolutions: vision\.conv\.weight"):
+            loratool.convert(pixels, tmp_path / "out", server=server)
     with pytest.raises(UsageError, match="one of vllm"):
         loratool.convert(adapter, tmp_path / "out", server="vlm")
     with pytest.raises(UsageError, match=r"before 0\.32"):

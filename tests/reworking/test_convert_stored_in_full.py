@@ -176,6 +176,9 @@ def test_control_adapters_keep_their_norms_in_comfy_in_diffusers_and_in_peft(tmp
         assert torch.equal(peft[f"base_model.model.{name}"], value)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert sorted(config["modules_to_save"]) == sorted(name.removesuffix(".weight") for name in names)
+    for server, dialect in (("comfyui", "comfy"), ("diffusers", "diffusers")):
+        loratool.convert(source, tmp_path / f"for-{server}", server=server)
+        same(written(tmp_path / f"for-{server}"), {"comfy": comfy, "diffusers": diffusers}[dialect])
     for here, there in (("comfy", "diffusers"), ("diffusers", "comfy"), ("peft", "diffusers")):
         loratool.convert(tmp_path / here, tmp_path / f"{here}-{there}", to=there)
         same(written(tmp_path / f"{here}-{there}"), {"comfy": comfy, "diffusers": diffusers}[there])

@@ -41,6 +41,7 @@ LAYOUTS: Mapping[str, Callable[[str], str]] = {
 FLAT = ("kohya", "lycoris")
 # What kohya's tools call text encoders, of a model with several.
 KOHYA_TEXTS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}
+TEXT_MODEL = "text_model."  # what the names of CLIP begin with
 LAST = frozenset({"z-image"})  # architectures whose names in diffusers are the last of those of their family
 WORDS = tuple(sorted({*DENOISER, *SECOND_DENOISERS, *TEXT_WORDS}, key=len, reverse=True))
 
@@ -78,7 +79,10 @@ def names_of(architecture: str, component: str) -> Names:
             continue
         original.setdefault(flat(row.original.removesuffix(".scale")), Known(component, row, -1))
         for number, part in enumerate(row.parts):
-            diffusers.setdefault(flat(part.removesuffix(".weight")), Known(component, row, number))
+            known, module = Known(component, row, number), part.removesuffix(".weight")
+            diffusers.setdefault(flat(module), known)
+            if module.startswith(TEXT_MODEL):  # which transformers 5 leaves out
+                diffusers.setdefault(flat(module.removeprefix(TEXT_MODEL)), known)
     return Names(architecture, original, diffusers)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.model_settings import model_types
-from loratool.algebra.updates.additive import Add
+from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
@@ -23,6 +23,7 @@ WORDS: Mapping[type[Update], str] = {
     ReplaceRows: "token rows",
     Add: "biases",
 }
+CONVOLUTIONS = "LoRA of convolutions"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Server:
     plain: bool = False  # whether α must be the rank, so that the scale is in the factors
     ranks: tuple[int, ...] = ()  # that can be asked of it; any where there are none
     refuses: tuple[type[Update], ...] = ()
+    convolutions: bool = True  # whether it takes LoRA of them
     apart: bool = False  # whether it reads LoRA on experts one by one
     fused: frozenset[str] = frozenset()  # model types whose experts it reads in one parameter all the same
     why: str = ""  # what it makes of adapters that are written otherwise
@@ -59,7 +61,14 @@ class Server:
 
     def refused(self, update: Update) -> str:
         """What of an update it refuses, in words; empty for nothing."""
+        if not self.convolutions and isinstance(update, LowRank) and update.kernel:
+            return CONVOLUTIONS
         return next((WORDS[kind] for kind in self.refuses if isinstance(update, kind)), "")
+
+    @property
+    def refused_kinds(self) -> tuple[str, ...]:
+        """All that it refuses, in words."""
+        return (*(WORDS[kind] for kind in self.refuses), *(() if self.convolutions else (CONVOLUTIONS,)))
 
 
 NOT_LORA = (Magnitude, Replace, ReplaceRows, Add)
@@ -81,7 +90,9 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
                 {"gpt_oss", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
                 | {"qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
             ),
-            why="older releases ignore rank and alpha patterns; it refuses DoRA, saved modules and biases",
+            convolutions=False,
+            why="older releases ignore rank and alpha patterns; it refuses DoRA, saved modules and biases, and takes LoRA "
+            "of embeddings and output heads for models whose class lists them",
         ),
     ),
     "sglang": (
@@ -94,6 +105,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             plain=True,
             refuses=NOT_LORA,
             apart=True,
+            convolutions=False,
             why="it scales by lora_alpha / r whatever rsLoRA and patterns say",
         ),
     ),
@@ -114,7 +126,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             "of 2026-01",
             "2026-11",
             "comfy",
-            refuses=(Magnitude, Replace, ReplaceRows),
+            refuses=(Magnitude, ReplaceRows),
             why="it reads alpha from tensors only, and divides by the norm of W where DoRA divides by that of W + ΔW",
         ),
     ),
@@ -124,8 +136,8 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             "0.42.1",
             "2026-11",
             "diffusers",
-            refuses=(Replace, ReplaceRows),
-            why="without alpha in the file every module has the scale 1",
+            refuses=(ReplaceRows,),
+            why="without alpha in the file every module has the scale 1; of new values it takes those of Flux's norms",
         ),
         Server(
             "diffusers",
@@ -133,7 +145,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             "2026-08",
             "diffusers",
             uniform=True,
-            refuses=(Replace, ReplaceRows),
+            refuses=(ReplaceRows,),
             why="before 0.42 adapters of several ranks get one wrong alpha for all modules",
         ),
     ),
