@@ -12,6 +12,8 @@ from typing import Any
 from loratool.errors import UsageError, printable
 from loratool.options.described import Kind
 
+MOST = 100_000  # workers
+WHOLE = re.compile(r"\s*-?\d{1,18}\s*", re.ASCII)
 WORD = re.compile(r"(?P<index>-?\d{1,9}|auto)/(?P<count>-?\d{1,9})|auto", re.ASCII)
 SLURM, SLURM_OTHERS = "SLURM_ARRAY_TASK_ID", ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
@@ -28,6 +30,8 @@ class Share:
     def __post_init__(self) -> None:
         if self.count < 1 or not 1 <= self.index <= self.count:
             raise UsageError(f"--part must be I/N with I from 1 to N (got {self.index}/{self.count})")
+        if self.count > MOST:
+            raise UsageError(f"--part: there can be at most {MOST:,} workers (got {self.count:,})")
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -96,6 +100,8 @@ def of_array(environ: Mapping[str, str]) -> Share:
 
 def of_kubernetes(environ: Mapping[str, str], count: int) -> Share:
     """The share of a pod of an indexed job of `count` completions."""
+    if count < 1:
+        raise UsageError(f"--part auto/N: N must be at least 1 (got {count})")
     if KUBERNETES not in environ:
         raise UsageError(
             f"--part auto/{count} needs {KUBERNETES} in the environment, which is not set; pass --part I/N"
@@ -114,10 +120,9 @@ def number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name)
     if value is None:
         raise UsageError(f"--part auto: {name} is not set")
-    try:
-        return int(value)
-    except ValueError:
-        raise UsageError(f"--part auto: {name} must be a whole number (got {printable(repr(value))})") from None
+    if not WHOLE.fullmatch(value):
+        raise UsageError(f"--part auto: {name} must be a whole number (got {printable(repr(value))})")
+    return int(value)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ def ranked(rank: int, size: int) -> dict[str, str]:
         ("auto", slurm(2, 1, 1, 4) | ranked(0, 1), (2, 4)),
         ("auto/16", {"JOB_COMPLETION_INDEX": "0"}, (1, 16)),
         ("auto/16", {"JOB_COMPLETION_INDEX": "15"}, (16, 16)),
+        ("auto", {"RANK": " 03\n", "WORLD_SIZE": "4"}, (4, 4)),
+        ("auto", ranked(1, 4) | {"JOB_COMPLETION_INDEX": "2"}, (2, 4)),
+        ("auto/4", ranked(1, 4) | {"JOB_COMPLETION_INDEX": "2"}, (3, 4)),
     ],
 )
 def test_a_share_is_what_the_word_or_the_scheduler_says(
@@ -75,6 +78,20 @@ def test_a_share_is_what_the_word_or_the_scheduler_says(
         ("auto", {"JOB_COMPLETION_INDEX": "1"}, "auto/N"),
         ("auto/4", {}, "not set"),
         ("auto/4", {"JOB_COMPLETION_INDEX": "4"}, "numbered from 0 to 3"),
+        ("auto/0", {"JOB_COMPLETION_INDEX": "0"}, r"N must be at least 1 \(got 0\)"),
+        ("auto/-4", {"JOB_COMPLETION_INDEX": "0"}, r"N must be at least 1 \(got -4\)"),
+        ("auto/4", {"JOB_COMPLETION_INDEX": ""}, "JOB_COMPLETION_INDEX must be a whole number"),
+        ("auto", slurm(1, 1, 1, 0), "not one of 0"),
+        ("auto", ranked(0, 0), "from 0 to WORLD_SIZE - 1"),
+        ("auto", ranked(-1, 4), "from 0 to WORLD_SIZE - 1"),
+        *(
+            ("auto", {"RANK": rank, "WORLD_SIZE": "99"}, "RANK must be a whole")
+            for rank in ("1_0", "+1", "١", "1.0", "")
+        ),
+        ("auto", {"RANK": "9" * 5000, "WORLD_SIZE": "4"}, "RANK must be a whole number"),
+        ("1/999999999", {}, r"at most 100,000 workers \(got 999,999,999\)"),
+        ("auto", ranked(0, 10**9), "at most 100,000 workers"),
+        ("auto", slurm(0, 0, 1, 10**9), "at most 100,000 workers"),
     ],
 )
 def test_what_is_no_share_is_refused_with_the_reason(word: str, environ: dict[str, str], said: str) -> None:
@@ -94,15 +111,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def as_called(home: Path, shell: list[str], environ: dict[str, str]) -> list[list[str]]:
     """The commands of loratool that a script runs: a stand-in of that name writes down what it is called with."""
-    stand_in, log = home / "bin" / "loratool", home / "called"
-    stand_in.parent.mkdir(exist_ok=True)
-    code = "import json, sys; open(sys.argv[1], 'a').write(json.dumps(sys.argv[2:]) + chr(10))"
-    stand_in.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", "-c", code, str(log)])} "$@"\n')
-    stand_in.chmod(0o755)
+    log = home / "called"
+    stand_in_for(home, "loratool")
     log.write_text("")
-    path = f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(shell, check=True, cwd=home, env={"PATH": path, **environ}, timeout=30)
     return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def stand_in_for(home: Path, name: str, says: str = "") -> None:
+    """A program that writes down what it is called with, and says something."""
+    stand_in = home / "bin" / name
+    stand_in.parent.mkdir(exist_ok=True)
+    code = "import json, sys; open(sys.argv[1], 'a').write(json.dumps(sys.argv[3:]) + chr(10)); print(sys.argv[2])"
+    words = shlex.join([sys.executable, "-S", "-c", code, str(home / "called"), says])
+    stand_in.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    stand_in.chmod(0o755)
 
 
 def with_environment(words: list[str], environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -122,6 +146,24 @@ def test_the_example_for_slurm_merges(home: Path, monkeypatch: pytest.MonkeyPatc
         assert with_environment([*words, "--device", "cpu"], slurm(task, 1, 1, 16), monkeypatch) == 0
     assert run(["merge", "base", "adapter", "-o", "merged", "--finish"]) == 0
     assert run(["verify", "merged", "--base", "base", "--adapter", "adapter"]) == 0
+
+
+def test_the_first_commands_of_the_page_start_the_array_and_what_follows_it(home: Path) -> None:
+    """The block of docs/distributed.md in a shell, with Slurm and loratool replaced: whatever it names is there, and the
+    merge that is published and looked at is that of the array."""
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    block = page.partition("```console\n")[2].partition("```")[0]
+    stand_in_for(home, "sbatch", "77")
+    (home / "docs").symlink_to(ROOT / "docs")
+    shell = "\n".join(line.removeprefix("$ ") for line in block.splitlines())
+    array, finish, status = as_called(home, ["bash", "-euc", shell], {})
+    name, *operands = array[1:]
+    assert (array[0], (home / name).resolve()) == ("--parsable", (SCRIPTS / "slurm.sh").resolve())
+    assert finish[:2] == ["--dependency=afterok:77", "--wrap"]
+    base, adapter, out = operands
+    merge = ["merge", base, adapter, "-o", out]
+    assert shlex.split(finish[2]) == ["loratool", *merge, "--finish"]
+    assert status == [*merge, "--status"]
 
 
 def test_the_example_for_kubernetes_merges(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
