@@ -43,15 +43,20 @@ def printable(text: object) -> str:
 
     Tensor names, paths and config values come from files that anyone may have written.
     """
-    raw = os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text)
-    if raw.startswith("s3:/") and not raw.startswith("s3://"):
-        raw = raw.replace("/", "//", 1)  # of which a Path has one
-    for folder, place in shown_as.items():
-        raw = raw.replace(folder, place)
+    raw = as_typed(os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text))
     if len(raw) > LONGEST_SHOWN:
         half = LONGEST_SHOWN // 2
         raw = f"{raw[:half]}…{raw[-half:]}"  # of a path the end tells most
     return escaped(raw)
+
+
+def as_typed(text: str) -> str:
+    """A path as it would be typed: places in a store by their addresses, and not by the folders that stand for them."""
+    if text.startswith("s3:/") and not text.startswith("s3://"):
+        text = text.replace("/", "//", 1)  # of which a Path has one
+    for folder, place in shown_as.items():
+        text = text.replace(folder, place)
+    return text
 
 
 def escaped(text: str, keep: str = "") -> str:

@@ -86,6 +86,10 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
             return InputError(f"{shown}: is a link to {printable(os.readlink(path))}, which does not exist")
         case errno.ENOENT | errno.ENOTDIR if address := ADDRESS.match(path.as_posix()):
             scheme, rest = f"{address[1]}/", path.as_posix()[address.end() :]
+            if scheme == "s3://":  # which operands may be; this is a file that an option names, or the like
+                return InputError(
+                    f"{printable(scheme + rest)}: must be a local file, not an address in an object store"
+                )
             return InputError(
                 f"{printable(scheme + rest)}: {scheme} addresses are not supported; expected s3://bucket/prefix, "
                 "hf://org/name, org/name or a local path"

@@ -13,12 +13,14 @@ from typing import Any
 
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching import local
+from loratool.fetching.stores import look_up
 from loratool.files.digests import HASHES, OTHER, Digest, digest_of_part, is_hex, is_plain, sha256_of, why_unlike
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.hub_names import parse
 from loratool.files.system import link_or_copy
 from loratool.files.weight_formats import read_weight_file
 from loratool.provenance.record import sound_blob
+from loratool.stores.names import is_in_store, parse_store
 
 DEEPEST = 6  # folders below one that is searched
 MOST_FILES = 20_000  # of one that is searched
@@ -141,6 +143,25 @@ class Search:
                     path = Path(at, each)
                     if path.suffix == Path(name).suffix and facts.get("size") in (None, size_of(path)):
                         yield path
+
+
+def here(place: Path) -> Path:
+    """Where an output can be read: itself, or the local folder that stands for it where it is in a store.
+
+    Raises as `fetching.local` does for a place in a store at which there is nothing.
+    """
+    return local(place, "any") if is_in_store(place) else place
+
+
+def is_there(place: Path) -> bool:
+    """Whether an output is there, in a store or on this disk, whoever made it."""
+    if not is_in_store(place):
+        return os.path.lexists(place)
+    stored = parse_store(place)
+    try:
+        return stored is not None and bool(look_up(stored))
+    except InputError:  # nothing, or an unfinished merge
+        return False
 
 
 def walked(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:

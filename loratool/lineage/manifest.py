@@ -16,6 +16,7 @@ from loratool.files.inputs import read_bounded
 from loratool.lazy import yaml
 from loratool.lineage.makers import Maker, Makers
 from loratool.options.described import JsonFile, Options, PathKind, described_by, made_of
+from loratool.stores.names import is_in_store, parse_store
 
 LARGEST = 1 << 20  # bytes of a manifest
 OURS = ("overwrite", "dry_run")  # what `run` decides itself
@@ -49,6 +50,8 @@ class Step:
 def read_manifest(path: Path, makers: Makers) -> list[Step]:
     """The steps of a manifest. Raises `InputError` with everything that is wrong with it."""
     shown = printable(path)
+    if is_in_store(path):
+        raise InputError(f"{shown}: a manifest must be a local file; its steps may name s3:// addresses")
     root = parsed(path)
     table = entries(root, shown)
     if unknown := sorted(table.keys() - {"steps"}):
@@ -167,7 +170,9 @@ def operand(word: str, home: Path) -> str:
 
 
 def place(word: str, home: Path) -> Path:
-    """A path from a folder, as an absolute one."""
+    """A path from a folder, as an absolute one, or a place in a store."""
+    if (stored := parse_store(word)) is not None:
+        return Path(str(stored))
     return Path(os.path.abspath(home / os.path.expanduser(word)))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loratool.lineage.bill import Part, bill_of
 from loratool.lineage.documents import FORMATS, document
+from loratool.lineage.locating import here
 from loratool.notes import Note, as_records
 from loratool.options.described import Choice, Options, option
 from loratool.results.record import Record
@@ -28,7 +29,7 @@ class RecordOptions(Options):
 
 def record(out: str | os.PathLike[str], options: RecordOptions) -> Record:
     """The bill of an output; `loratool.commands.record` says all of it."""
-    bill = bill_of(Path(out))
+    bill = bill_of(here(Path(out)))
     notes = tuple(remarks(bill))
     written = document(bill, options.format)
     own = {"notes": as_records(notes)} if options.format == "json" else {}

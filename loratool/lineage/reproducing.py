@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import InputError, escaped, printable
+from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.digests import is_plain, read_recorded
-from loratool.lineage.locating import Found, Search, Wanted, why_unlike_facts
+from loratool.lineage.locating import Found, Search, Wanted, here, why_unlike_facts
 from loratool.lineage.makers import Maker, Makers
 from loratool.notes import Note
 from loratool.options.described import PathKind, option
@@ -22,8 +22,11 @@ from loratool.provenance import record as records
 from loratool.provenance.recorded import inputs_of, models_of, record_at
 from loratool.results.base import Cost
 from loratool.results.reproduce import Difference, FoundInput, ReproduceReport
+from loratool.stores.names import is_in_store
 
 PathLike = str | os.PathLike[str]
+# Keys of a record that are compared otherwise, or tell how the work was divided: a merge in parts has a fingerprint.
+APART = {"files", "plan"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,9 @@ class Run:
 def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers: Makers) -> ReproduceReport:
     """Repeat the run that made `out`; `loratool.commands.reproduce` says all of it."""
     started = time.monotonic()
-    place, target = Path(out), Path(again)
+    if away := [folder for folder in options.folders if is_in_store(folder)]:
+        raise UsageError(f"--from must be a local folder (got {printable(away[0])})")
+    place, target = here(Path(out)), Path(again)
     table = record_at(place)
     run = Run.of(table, printable(place), makers)
     home = Path(os.path.abspath(place)).parent
@@ -104,7 +109,7 @@ def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers:
             **{each.role: path for each, path in zip(run.models, paths, strict=True)},
         }
         run.maker.function(**run.maker.arguments(operands), out=target, overwrite=options.overwrite, **keywords)
-    differences = tuple(compared(place, target, table))
+    differences = tuple(compared(place, here(target), table))
     return ReproduceReport(
         out=target,
         command=run.command,
@@ -162,7 +167,8 @@ def compared(place: Path, target: Path, table: Mapping[str, Any]) -> Iterator[Di
     for name in sorted(read_recorded(again).keys() - listed.keys()):
         if not single:
             yield Difference(printable(name), "was not written before")
-    if keys := sorted(key for key in {*table, *again} if key != "files" and table.get(key) != again.get(key)):
+    unlike = {key for key in {*table, *again} - APART if table.get(key) != again.get(key)}
+    if keys := sorted(unlike):
         yield Difference("loratool.json", f"differs in {', '.join(map(printable, keys))}")
 
 

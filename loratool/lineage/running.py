@@ -13,7 +13,7 @@ from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO
 from loratool.files.digests import read_recorded
-from loratool.lineage.locating import Wanted, why_unlike_facts
+from loratool.lineage.locating import Wanted, here, is_there, why_unlike_facts
 from loratool.lineage.makers import Makers
 from loratool.lineage.manifest import Step, is_within, read_manifest
 from loratool.options.described import FLAG, Options, option, place_word
@@ -56,7 +56,7 @@ def run(
 
 def check_outputs(steps: Collection[Step]) -> None:
     """Raise `UsageError` where outputs are there that no step may replace, before anything is done."""
-    foreign = [step for step in steps if os.path.lexists(step.out) and not made_here(step.out)]
+    foreign = [step for step in steps if is_there(step.out) and not made_here(step.out)]
     if foreign:
         raise UsageError(
             "these outputs exist and were not made by loratool, so no step replaces them:",
@@ -66,7 +66,7 @@ def check_outputs(steps: Collection[Step]) -> None:
 
 def made_here(out: Path) -> bool:
     try:
-        return isinstance(record_at(out).get("made_by"), str)
+        return isinstance(record_at(here(out)).get("made_by"), str)
     except LoratoolError:
         return False
 
@@ -74,7 +74,7 @@ def made_here(out: Path) -> bool:
 def looked_at(step: Step, pending: Collection[Path]) -> StepReport:
     """What would be done of a step; `pending` are outputs of earlier steps that may come out different."""
     waits = [each for each in step.inputs if any(is_within(out, each) for out in pending)]
-    reason = "" if waits and os.path.lexists(step.out) else "its output is missing" if waits else why_stale(step)
+    reason = "" if waits and is_there(step.out) else "its output is missing" if waits else why_stale(step)
     status = TO_MAKE if reason else TO_SEE if waits else UP_TO_DATE
     return report(step, status, reason)
 
@@ -84,7 +84,7 @@ def seen_to(step: Step) -> StepReport:
     reason = why_stale(step)
     if reason:
         try:
-            step.make(overwrite=os.path.lexists(step.out))
+            step.make(overwrite=is_there(step.out))
         except LoratoolError as error:
             raise type(error)(f"{step.where}: {error.message}", error.problems, error.own_hint) from None
     return report(step, MADE if reason else UP_TO_DATE, reason)
@@ -92,7 +92,7 @@ def seen_to(step: Step) -> StepReport:
 
 def report(step: Step, status: str, reason: str) -> StepReport:
     try:
-        digests = {printable(name): str(digest) for name, digest in read_recorded(record_at(step.out)).items()}
+        digests = {printable(name): str(digest) for name, digest in read_recorded(record_at(here(step.out))).items()}
     except LoratoolError:
         digests = {}
     return StepReport(step.number, step.command, step.out, status, reason, digests)
@@ -101,7 +101,8 @@ def report(step: Step, status: str, reason: str) -> StepReport:
 def why_stale(step: Step) -> str:
     """Empty where the output of a step is what the step would make of its inputs as they are; else what is not."""
     try:
-        record = record_at(step.out)
+        made = here(step.out)
+        record = record_at(made)
     except InputError:
         return "its output is missing"
     operands, models = resolved(step)
@@ -124,7 +125,7 @@ def why_stale(step: Step) -> str:
         for name, facts in Wanted(os.fspath(place), role, entry).files.items():
             if reason := why_unlike_facts(home / name, facts):
                 return f"{place_word(place)}: {printable(name)} {reason}"
-    folder, only = (step.out.parent, step.out.name) if step.out.is_file() else (step.out, "")
+    folder, only = (made.parent, made.name) if made.is_file() else (made, "")
     if problems := records.compare(folder, only).problems:
         return f"its output was changed: {problems[0]}"
     return ""

@@ -18,6 +18,7 @@ from loratool.files.digests import parts_of
 from loratool.files.hub_cache import is_hub_id
 from loratool.lazy import hub, hub_errors
 from loratool.notes import Note
+from loratool.stores.names import is_in_store
 
 REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as a streaming merge is not complete
 LARGE = 1 << 20  # bytes from which a file is uploaded by itself, before the commit
@@ -78,6 +79,11 @@ class Commit:
 
 def check_name(repo: str) -> None:
     """Raise `UsageError` for what can be no name of a repository."""
+    if is_in_store(repo):
+        raise UsageError(
+            f"{printable(repo)}: only repositories of the Hub can be pushed to; to write into a store, make the output "
+            "there, with s3://bucket/prefix as -o"
+        )
     if repo.count("/") > 1 or not is_hub_id(repo if "/" in repo else f"me/{repo}"):
         raise UsageError(f"{printable(repo)}: not a valid repository name; expected org/name")
 

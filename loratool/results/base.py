@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.errors import as_typed
 from loratool.files.process import peak_memory
 from loratool.shown import Shown
 
@@ -78,7 +79,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, Path):
-        return os.fspath(value)
+        return as_typed(os.fspath(value))
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -54,6 +54,14 @@ def test_every_command_is_repeated_from_inputs_next_to_its_output(name: str, hom
     assert weak == (["input-known-by-header"] if name in ("quick", "with base") else [])
 
 
+def test_a_merge_in_parts_is_repeated_by_one_process(home: Path, tmp_path: Path) -> None:
+    """Its record has the fingerprint that its workers compared; the output is the same without."""
+    loratool.merge_part(home / "base", home / "adapter", tmp_path / "parts", part="1/1", device="cpu")
+    loratool.finish_merge(home / "base", home / "adapter", tmp_path / "parts")
+    found = loratool.reproduce(tmp_path / "parts", tmp_path / "again", folders=[home])
+    assert (found.passes, found.differences) == (True, ())
+
+
 def test_inputs_are_found_by_their_digests_under_other_names_and_the_bytes_are_the_same(
     home: Path, tmp_path: Path
 ) -> None:
