@@ -83,20 +83,22 @@ def piece_of(memory: memoryview, at: int) -> memoryview:
 
 
 class Arrived:
-    """How many bytes have come; whoever waits for more wakes when they come, or when the work is stopped."""
+    """How many bytes have come; the one who waits for more wakes when they are there, or when the work is stopped."""
 
     def __init__(self, stop: threading.Event) -> None:
-        self.stop, self.count, self.changed = stop, 0, threading.Condition()
+        self.stop, self.count, self.wanted, self.changed = stop, 0, 0, threading.Condition()
 
     def add(self, count: int) -> None:
         """Account for some more bytes."""
         with self.changed:
             self.count += count
-            self.changed.notify_all()
+            if self.count >= self.wanted:  # to wake for less would take Python's lock from the workers
+                self.changed.notify_all()
 
     def wait_for(self, count: int) -> bool:
         """Until `count` bytes have come; False when the work is being stopped."""
         with self.changed:
+            self.wanted = count
             while self.count < count and not self.stop.is_set():
                 self.changed.wait(0.2)
             return not self.stop.is_set()
