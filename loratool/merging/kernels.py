@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 from typing import Any, List, ParamSpec, Tuple, TypeVar
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+COMPILING = Lock()  # Python 3.11 counts the depth of what it parses for all threads together, and fails where two parse
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """A function that runs without Python's lock, if possible."""
-    script = script_of(function)
+    with COMPILING:
+        script = script_of(function)
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.jit.optimized_execution(False):  # which takes longer than it saves, for shapes vary

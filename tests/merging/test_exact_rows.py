@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -207,6 +210,24 @@ def test_torchscript_takes_the_kernels() -> None:
         kernels.kept_in_rows,
     ):
         assert isinstance(kernels.script_of(function), torch.jit.ScriptFunction)
+
+
+def test_kernels_are_compiled_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 fails where two threads parse source at once, which TorchScript does."""
+    from loratool.merging import kernels
+
+    at_once: list[int] = []
+    busy = threading.Semaphore(4)
+
+    def script(_function: object) -> None:
+        with busy:
+            at_once.append(4 - busy._value)
+            time.sleep(0.005)
+
+    monkeypatch.setattr(torch.jit, "script", script)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(kernels.compiled, [lambda: None for _ in range(4)]))
+    assert at_once == [1, 1, 1, 1]
 
 
 def test_the_bytes_are_the_same_without_torchscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
