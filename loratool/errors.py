@@ -31,6 +31,9 @@ ALONE = re.compile(r"(?P<whose>)(?P<name>)(?P<said>.*)", re.DOTALL)  # one that 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer, within a name
 TENSOR_ENDS = frozenset({"weight", "bias"})
 FILE_ENDS = frozenset({"safetensors", "json"})
+# What people may have copied into an address; a Path has one slash of two. In hf://org/name@main, @ is something else.
+WITH_PASSWORD = re.compile(r"\b((?:s3|https?):/{1,2}(?=[^\s/@]+@)|[a-z][a-z0-9+.-]*:/{1,2}(?=[^\s/@:]*:))[^\s/@]+@")
+SIGNED = re.compile(r"([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token)=)[^&\s'\"]+", re.IGNORECASE)
 shown_as: dict[str, str] = {}  # a folder of this disk → the place elsewhere that it stands for, as it is shown
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -44,6 +47,7 @@ def printable(text: object) -> str:
     Tensor names, paths and config values come from files that anyone may have written.
     """
     raw = as_typed(os.fsdecode(text) if isinstance(text, (bytes, os.PathLike)) else str(text))
+    raw = without_credentials(raw)
     if len(raw) > LONGEST_SHOWN:
         half = LONGEST_SHOWN // 2
         raw = f"{raw[:half]}…{raw[-half:]}"  # of a path the end tells most
@@ -57,6 +61,13 @@ def as_typed(text: str) -> str:
     for folder, place in shown_as.items():
         text = text.replace(folder, place)
     return text
+
+
+def without_credentials(text: str) -> str:
+    """`text` without the user, the password and the signature that addresses in it may have."""
+    if ":/" not in text or not {"@", "="} & {*text}:
+        return text
+    return SIGNED.sub(r"\1<TOKEN>", WITH_PASSWORD.sub(r"\1<TOKEN>@", text))
 
 
 def escaped(text: str, keep: str = "") -> str:

@@ -17,7 +17,15 @@ import click
 
 from loratool import __version__
 from loratool.cli.operands import forgiving
-from loratool.errors import LoratoolError, StorageError, UsageError, escaped, printable, without_tokens
+from loratool.errors import (
+    LoratoolError,
+    StorageError,
+    UsageError,
+    escaped,
+    printable,
+    without_credentials,
+    without_tokens,
+)
 from loratool.files.process import on_stop, prepare_streams, silence_stdout
 from loratool.files.system import lacking
 from loratool.results.base import SCHEMA
@@ -278,7 +286,7 @@ def failed(arguments: list[str], error: LoratoolError, before: str = "") -> int:
     """The exit code of an error, which is said with the next command; with `--json` it is the object on stdout, too."""
     from loratool.fetching.next_steps import in_full
 
-    step = in_full(error.hint, arguments)
+    step = without_credentials(in_full(error.hint, arguments))
     complain(f"{before}Error: {error}\nhint: {step}")
     if "--json" in arguments:
         with suppress(OSError):

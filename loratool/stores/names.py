@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from loratool.errors import UsageError, printable
+from loratool.errors import UsageError, printable, without_credentials
 from loratool.files.hub_names import slashed
 
 SCHEME = re.compile(r"s3:/{1,2}")  # a Path has lost one of its slashes
@@ -55,6 +55,11 @@ def parse_store(operand: str | os.PathLike[str]) -> StorePath | None:
     text = slashed(operand)
     if (scheme := SCHEME.match(text)) is None:
         return None
+    if without_credentials(text) != text:
+        raise UsageError(
+            f"{printable(operand)}: credentials are never taken from an address; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and pass s3://bucket/prefix"
+        )
     bucket, _, key = text[scheme.end() :].partition("/")
     key = key.removesuffix("/")
     if not BUCKET.fullmatch(bucket):
