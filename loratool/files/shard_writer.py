@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,7 +27,6 @@ from loratool.files.system import (
 )
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from loratool.files.source import Source
     from loratool.files.staging import Stage
 
+# into one file in memory at a time: a kernel lets one in, and others spin; the second is there for when the first waits
+# for Python's lock
+WRITERS = 2
 RESERVED = 64 << 20  # bytes whose pages are taken at a time
 SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent to the disk
 
@@ -76,7 +80,8 @@ class OpenFile:
         self.start, self.size, self.in_memory = start, size, is_in_memory(descriptor)
         self.opened = self.direct = open_direct(path, descriptor, size, start) if size >= PAGE else None
         self.clones = True  # until the file system has refused to
-        self.cached = 0  # bytes that went into the page cache
+        self.cached = 0  # bytes that went into the page cache; about right is enough
+        self.turns = threading.Semaphore(WRITERS) if self.in_memory else nullcontext()
         self.written = Arrived(stop)
 
     def part(self, at: int, count: int) -> LocalPart:
@@ -108,19 +113,20 @@ class OpenFile:
 
     def write_cached(self, memory: memoryview, at: int) -> None:
         """Write through the page cache."""
-        write_fully(self.descriptor, memory, at)
+        with self.turns:
+            write_fully(self.descriptor, memory, at)
         self.cached += len(memory)
 
     def copy_cached(self, source: LocalSource, start: int, count: int, at: int) -> None:
         """Copy from another file through the page cache."""
-        source.copy_to(self.descriptor, start, count, at)
+        with self.turns:
+            source.copy_to(self.descriptor, start, count, at)
         self.cached += count
 
     def reserve(self) -> None:
         """Take the pages of a file that lies in memory, while the first bytes are read and computed.
 
-        A kernel takes pages for one file one after the other, and whoever writes would wait for them. To take turns at a
-        lock of our own instead was measured to be slower: its holder waits for Python's lock before it lets go.
+        A kernel takes pages for one file one after the other, and whoever writes would wait for them.
         """
         for at in range(self.start, self.start + self.size, RESERVED):
             if self.stop.is_set() or not reserve(self.descriptor, at, min(RESERVED, self.start + self.size - at)):
