@@ -15,9 +15,7 @@ job() {
   printf -v command '%q ' loratool merge "$base" "$adapter" -o "s3://$bucket/merged" "$@"
   hf jobs run --detach --quiet --flavor cpu-xl --timeout 12h \
     --secrets HF_TOKEN --secrets AWS_ACCESS_KEY_ID --secrets AWS_SECRET_ACCESS_KEY \
-    --env "AWS_ENDPOINT_URL=https://s3.hf.co/$namespace" --env AWS_REGION=us-east-1 \
-    --env AWS_REQUEST_CHECKSUM_CALCULATION=when_required --env AWS_RESPONSE_CHECKSUM_VALIDATION=when_required \
-    --env LORATOOL_S3_PARTS=uncopied \
+    --env "AWS_ENDPOINT_URL=https://s3.hf.co/$namespace" \
     python:3.12 bash -c "pip install -q 'loratool[s3]' && $command"
 }
 

@@ -11,9 +11,11 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from loratool import __version__
 from loratool.errors import LoratoolError, StoreError, UsageError, printable, without_tokens
@@ -34,6 +36,9 @@ EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "Req
 UNKNOWN_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId"}
 GONE = {"NoSuchKey", "NoSuchUpload", "404"}
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+HUB_GATEWAY = "s3.hf.co"  # before the storage buckets of Hugging Face
+WITHOUT_TRAILERS = (HUB_GATEWAY,)  # hosts that do not read the checksums which boto3 appends to what it sends
+CHECKSUMS = ("request_checksum_calculation", "response_checksum_validation")  # settings of boto3
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -73,7 +78,8 @@ def connected(_process: int, settings: frozenset[tuple[str, str]]) -> Connection
     from botocore.config import Config
 
     named = dict(settings)
-    own = any(named.get(name) for name in ENDPOINTS)
+    own = next((named[name] for name in ENDPOINTS if named.get(name)), "")
+    plain = dict.fromkeys(CHECKSUMS, "when_required") if host_of(own) in WITHOUT_TRAILERS else {}
     config = Config(
         retries={"total_max_attempts": 1},
         max_pool_connections=MOST_REQUESTS,
@@ -81,6 +87,7 @@ def connected(_process: int, settings: frozenset[tuple[str, str]]) -> Connection
         read_timeout=READ,
         user_agent_extra=f"loratool/{__version__}",
         s3={"addressing_style": "path"} if own else None,  # a bucket of MinIO has no host name of its own
+        **plain,
     )
     try:
         session = boto3.session.Session()
@@ -90,6 +97,13 @@ def connected(_process: int, settings: frozenset[tuple[str, str]]) -> Connection
         raise StoreError(f"boto3 cannot be set up ({type(error).__name__}); check AWS_* and its config files") from None
     pool = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix=THREADS)
     return Connection(client, pool, without_tokens(str(client.meta.endpoint_url)))
+
+
+def host_of(endpoint: str) -> str:
+    """The host of an address; empty for what is none, which boto3 refuses."""
+    with suppress(ValueError):
+        return urlsplit(endpoint).hostname or ""
+    return ""
 
 
 def ask(operation: str, place: StorePath, **words: Any) -> Any:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from loratool.errors import UsageError, printable
-from loratool.stores.client import connection
+from loratool.stores.client import HUB_GATEWAY, connection
 
 WAYS = ("any", "uncopied", "uniform")
 SETTING = "LORATOOL_S3_PARTS"
+UNCOPIED_HOSTS = (HUB_GATEWAY,)  # which copy no ranges
 UNIFORM_HOSTS = (".r2.cloudflarestorage.com",)  # where all parts of an object but the last must have one size
 
 
@@ -36,4 +37,5 @@ def limits() -> Limits:
         raise UsageError(f"{SETTING} must be one of {', '.join(WAYS)} (got {printable(repr(way))})")
     host = urlsplit(connection().endpoint).hostname or ""
     uniform = way == "uniform" or (not way and host.endswith(UNIFORM_HOSTS))
-    return Limits(copies=way != "uncopied" and not uniform, uniform=uniform)
+    uncopied = way == "uncopied" or (not way and host in UNCOPIED_HOSTS)
+    return Limits(copies=not uncopied and not uniform, uniform=uniform)
