@@ -67,8 +67,19 @@ def verifier_of(
     progress: Progress | None,
 ) -> Verifier:
     """What holds `merged` to `base` and `adapters`."""
-    plan = plan_of(AUTO_BASE if base is None else base, several(adapters), options)
-    return Verifier(plan, decoded(open_checkpoint(local(merged, "model"))), options, progress)
+    base, paths = AUTO_BASE if base is None else base, several(adapters)
+    plan, model = plan_of(base, paths, options), decoded(open_checkpoint(local(merged, "model")))
+    if keeps_packed(plan) and not isinstance(model, Decoded):
+        plan = plan_of(base, paths, dataclasses.replace(options, dequantize=True))
+        text = f"{printable(model.name)} has no quantised weights, so it is compared with a merge by --dequantize"
+        plan = dataclasses.replace(plan, notes=(*plan.notes, Note("taken-as-dequantized", text)))
+    return Verifier(plan, model, options, progress)
+
+
+def keeps_packed(plan: MergePlan) -> bool:
+    """Whether weights stay as they are packed in the base."""
+    packed = plan.base.packed if isinstance(plan.base, Decoded) else {}
+    return any(span.carried is not None and span.placed.name in packed for span in plan.spans)
 
 
 def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> MergePlan:
@@ -215,7 +226,8 @@ class Verifier:
             *diagnose_pairing(pairing, heads, tie_changed),
             *(each for each in small if isinstance(each, Diagnosis)),
         ]
-        written = [note for note in plan.notes if note.code != "config-edit"]  # tells what a merge would write
+        to_write = ("config-edit", *(["siblings-plain"] if pairing.quantised else []))  # what a merge would write
+        written = [note for note in plan.notes if note.code not in to_write]
         notes = [*written, *(each for each in small if isinstance(each, Note))]
         edited = sum(1 for each in pairing.pairs if each.span.edits)
         if len(found) < edited:

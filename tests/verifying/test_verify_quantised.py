@@ -56,6 +56,9 @@ def test_an_output_of_a_merge_into_a_quantised_base_is_proven(packed: Packed, tm
     assert (found.verdict, codes(found)) == ("proven", []), str(found)
     assert found.tensors is not None
     assert {proof.equal for proof in found.tensors.values()} == {1.0}
+    seen = loratool.verify(tmp_path / "merged", base, plain.adapter, device=CPU)
+    assert (seen.verdict, seen.tensors) == ("proven", found.tensors)
+    assert ("taken-as-dequantized" in [note.code for note in seen.notes]) == dequantize
 
 
 def test_a_dequantised_base_is_proven_without_an_adapter(packed: Packed, tmp_path: Path) -> None:
