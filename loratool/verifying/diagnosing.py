@@ -14,6 +14,7 @@ from loratool.verifying.causes import NOT_MERGED, Cause, causes_of
 from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, UNEXPLAINED, Explained
 from loratool.verifying.looking import SURE
 from loratool.verifying.options import TWICE
+from loratool.verifying.updates import Module
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit
@@ -127,14 +128,20 @@ def of_factors(plan: MergePlan, found: Mapping[str, Explained]) -> Iterator[Diag
     """Modules that contain more or less of an update than they should."""
     edits = {(s.placed.name, e.adapter, e.target): e for s in plan.edited for e in s.edits if not e.update.replaces}
     all_of: dict[int, int] = {}
-    parts: dict[int, list[Part]] = {}
+    sound: set[Module] = set()
+    odd: list[tuple[str, Module, float, float]] = []
     for name, each in found.items():
-        for number, (adapter, target) in enumerate(each.modules):
-            all_of[adapter] = all_of.get(adapter, 0) + 1
+        for number, module in enumerate(each.modules):
+            all_of[module[0]] = all_of.get(module[0], 0) + 1
             if each.kind == FACTOR and each.fit is not None and not each.fit.is_one(number, 0.0):
-                edit = edits.get((name, adapter, target))
-                part = Part(adapter, target or name, each.fit.factors[number], each.fit.errors[number], edit)
-                parts.setdefault(adapter, []).append(part)
+                odd.append((name, module, each.fit.factors[number], each.fit.errors[number]))
+            else:
+                sound.add(module)
+    parts: dict[int, list[Part]] = {}
+    for name, (adapter, target), factor, error in odd:
+        shown = target if target and (adapter, target) not in sound else name  # one of several tensors that it changes
+        part = Part(adapter, shown, factor, error, edits.get((name, adapter, target)))
+        parts.setdefault(adapter, []).append(part)
     for adapter, some in parts.items():
         rslora = plan.adapters[adapter].training.rslora
         groups: dict[tuple[str, ...], list[tuple[Part, ...]]] = {}

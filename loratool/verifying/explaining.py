@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from loratool.verifying.updates import modules_of
 
 if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
+    from loratool.merging.shared_updates import SharedUpdates
     from loratool.verifying.distances import Distances
     from loratool.verifying.pairing import Pair
 
@@ -62,13 +64,13 @@ def as_it_should(pair: Pair) -> Explained:
     return Explained("proven", modules=modules, fit=Fit((1.0,) * len(modules), (0.0,) * len(modules)))
 
 
-def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str) -> Explained:
+def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, shared: SharedUpdates) -> Explained:
     """What a tensor is some of whose elements are not the formula's; some rows of it are read again."""
     if not distances.unequal:
         return as_it_should(pair)
     if is_quantised(pair.theirs):
         return Explained("different", QUANTISED, "", tuple(modules_of(pair.span.edits)))
-    look = Look(pair, distances.rows)
+    look = Look(pair, distances.rows, shared)
     modules = tuple(look.modules)
     fit = look.fit() if modules else None
     once = look.agreement(look.once(look.weight, look.changes))
@@ -102,7 +104,8 @@ def as_meant(look: Look, distances: Distances, fit: Fit | None, once: Agreement,
 def best_guess(look: Look, plan: MergePlan, factor: Agreement) -> Guess | None:
     """The guess that explains some rows better than any factor; None where none does."""
     found, best = None, factor
-    for guess in guesses(look.span, plan):
+    span = dataclasses.replace(look.span, edits=look.edits)  # whose factors are loaded
+    for guess in guesses(span, plan):
         agreement = look.agreement(look.once(*look.rows_with(guess.edits)))
         if agreement.is_better(best):
             found, best = guess, agreement

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
 
 MOST_PARTS = 4  # of a fused tensor whose orders are tried
+MOST_SLICES = 8  # of an update that are tried in place of a tensor's own, the nearest ones: experts may be hundreds
 TRANSPOSED, EXPERT_MAJOR, FUSED_ORDER = "transposed", "expert-major", "fused-order"
 
 
@@ -180,9 +181,12 @@ def other_slices(span: Span, plan: MergePlan) -> Iterator[Guess]:
     if len(span.edits) != 1 or not span.edits[0].shared:
         return
     (edit,) = span.edits
+    found: list[tuple[int, str, int]] = []
     for other in plan.edited:
         for theirs in other.edits:
             same = (theirs.adapter, theirs.target, theirs.rows) == (edit.adapter, edit.target, edit.rows)
             if same and theirs.update_row != edit.update_row and other.placed.name != span.placed.name:
-                words = f"it has the part of the update that belongs to {other.placed.name}"
-                yield Guess(FUSED_ORDER, words, (dataclasses.replace(edit, update_row=theirs.update_row),))
+                found.append((abs(theirs.update_row - edit.update_row), other.placed.name, theirs.update_row))
+    for _, name, row in sorted(found)[:MOST_SLICES]:
+        words = f"it has the part of the update that belongs to {name}"
+        yield Guess(FUSED_ORDER, words, (dataclasses.replace(edit, update_row=row),))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import load_update
 from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.measuring.delta_statistics import sample
+from loratool.merging.shared_updates import SharedUpdates
 from loratool.verifying.distances import ulp_of
 from loratool.verifying.updates import MOST_MODULES, Updates, modules_of, rounded_twice
 
 if TYPE_CHECKING:
+    from loratool.algebra.updates.base import Update
     from loratool.bases.edits import Edit
     from loratool.merging.output_layout import Span
     from loratool.verifying.pairing import Pair
@@ -66,14 +70,15 @@ class Fit:
 class Look:
     """Some rows of a tensor: W, W' of the merged model, and what each module adds."""
 
-    def __init__(self, pair: Pair, beyond: Sequence[int]) -> None:
-        """`beyond` are rows that are to be among them."""
+    def __init__(self, pair: Pair, beyond: Sequence[int], shared: SharedUpdates | None = None) -> None:
+        """`beyond` are rows that are to be among them; `shared` has updates that several tensors share."""
         self.pair, self.span = pair, pair.span
         self.target: torch.dtype = getattr(torch, FLOAT_NAMES[pair.span.placed.dtype])
         self.runs = [*runs_of(pair.span, pair.rows)]
         seen = [range(first, first + count) for first, count in self.runs]
         self.runs += [(row, 1) for row in beyond if row < pair.rows and not any(row in rows for rows in seen)]
         self.stored, self.theirs = self.read()
+        self.edits = with_factors(pair.span.edits, shared or SharedUpdates(1))
         self.scales: list[float] = []
         self.weight, self.changes = self.rows_with(None)
         self.modules = modules_of(pair.span.edits)
@@ -96,7 +101,7 @@ class Look:
 
         `dtype` is one to which factors are rounded first.
         """
-        updates = Updates(self.span, torch.device("cpu"), edits, dtype)
+        updates = Updates(self.span, torch.device("cpu"), self.edits if edits is None else edits, dtype)
         self.scales = updates.scales if edits is None else self.scales
         weights: list[Tensor] = []
         changes: list[list[Tensor]] = []
@@ -166,6 +171,17 @@ class Look:
         unknown = gram.diagonal() == 0
         errors[unknown] = math.inf
         return Fit(tuple(best.tolist()), tuple(errors.tolist()))
+
+
+def with_factors(edits: Sequence[Edit], shared: SharedUpdates) -> tuple[Edit, ...]:
+    """Edits whose updates are loaded in float64, but for replacements, which are read row by row."""
+    cpu = torch.device("cpu")
+    loaded: dict[int, Update] = {}
+    for edit in edits:
+        if not edit.update.replaces and id(edit.update) not in loaded:
+            load = shared.load if edit.shared else load_update
+            loaded[id(edit.update)] = load(edit.update, cpu, torch.float64)
+    return tuple(dataclasses.replace(edit, update=loaded.get(id(edit.update), edit.update)) for edit in edits)
 
 
 def runs_of(span: Span, rows: int) -> Iterator[tuple[int, int]]:

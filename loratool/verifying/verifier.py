@@ -21,6 +21,8 @@ from loratool.files.process import cores, peak_memory
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import GGUF_FLOATS, PlanOptions
+from loratool.merging.resources import MOST_SHELVED
+from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note
 from loratool.options.described import described_by
 from loratool.results.base import Cost
@@ -185,9 +187,11 @@ class Verifier:
     ) -> dict[str, Explained]:
         """What each edited tensor is; of very many that differ, only some are looked at."""
         odd = [each for each in edited if distances[each.name].unequal]
-        step = max(1, -(-len(odd) // MOST_LOOKED_AT))
+        step, shared = max(1, -(-len(odd) // MOST_LOOKED_AT)), SharedUpdates(MOST_SHELVED)
         with ThreadPoolExecutor(cores(), "loratool-explain") as pool:
-            results = pool.map(lambda each: explain(each, distances[each.name], self.plan, rounding), odd[::step])
+            results = pool.map(
+                lambda each: explain(each, distances[each.name], self.plan, rounding, shared), odd[::step]
+            )
             found = {each.name: one for each, one in zip(odd[::step], results, strict=True)}
         for each in edited:
             if not distances[each.name].unequal:

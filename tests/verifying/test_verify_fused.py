@@ -173,3 +173,24 @@ def test_experts_in_one_parameter(fault: str, tmp_path: Path) -> None:
         assert found.verdict == "proven", str(found)
     else:
         assert only(found).code == fault
+
+
+def test_one_expert_of_a_stack_that_was_left_out_is_named_alone(tmp_path: Path) -> None:
+    """The adapter has one module for all experts, and the base a weight for each."""
+    module, parts = "model.layers.0.mlp.experts", ("gate_proj", "up_proj")
+    names = [f"{module}.{expert}.{part}.weight" for expert in range(EXPERTS) for part in parts]
+    base = {name: (normal(INNER, HIDDEN, seed=number) * 0.05).bfloat16() for number, name in enumerate(names)}
+    down, up = normal(EXPERTS * RANK, HIDDEN, seed=50), normal(2 * INNER, RANK * EXPERTS, seed=51) * 0.01
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": [], "peft_version": "0.21.0"}
+    config |= {"target_parameters": ["mlp.experts.gate_up_proj"]}
+    factors = {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
+    save_peft(tmp_path / "adapter", factors, **config)
+    changes = {}
+    for expert in range(EXPERTS):
+        a, b = down.double()[expert * RANK : (expert + 1) * RANK], up.double()[:, expert::EXPERTS]
+        for part, change in zip(parts, torch.split(b @ a * (ALPHA / RANK), INNER), strict=True):
+            changes[f"{module}.{expert}.{part}"] = change
+    left = f"{module}.2.up_proj"
+    changes[left] = torch.zeros_like(changes[left])
+    told = only(verified(tmp_path, base, with_changes(base, changes), "qwen3_moe"))
+    assert (told.code, told.modules) == ("left-out", (left,))
