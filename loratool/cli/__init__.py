@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from loratool.errors import (
     without_credentials,
     without_tokens,
 )
-from loratool.files.process import on_stop, prepare_streams, silence_stdout
+from loratool.files.process import on_stop, prepare_streams, silence_stdout, without_collections
 from loratool.files.system import lacking
 from loratool.results.base import SCHEMA
 from loratool.results.failure import error_data
@@ -77,7 +78,10 @@ MODULES = {"run": "manifest"}  # of commands whose module has another name
 @cache
 def command(name: str) -> click.Command:
     """A command by its name."""
-    found: click.Command = getattr(import_module(f"loratool.cli.{MODULES.get(name, name)}"), name)
+    with without_collections():
+        module = import_module(f"loratool.cli.{MODULES.get(name, name)}")
+        gc.freeze()  # all of it stays as long as the process
+    found: click.Command = getattr(module, name)
     found.context_settings = {**HELP, **found.context_settings}  # Click keeps what the first context had
     return forgiving(found)
 
