@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from loratool.merging.exact_rows import ExactSum, Scratch, Seen
+    from loratool.merging.numpy_sums import Added, Tiles
 
 
 def peft_merge(base: str, adapter: str, out: str, device: str = "cpu") -> None:
@@ -66,7 +68,7 @@ def altered(*words: str) -> None:
     """Loratool's command line, with its engine computing in plain float32 or with blocks of another size."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from loratool.cli import main
-    from loratool.merging import exact_rows, resources
+    from loratool.merging import exact_rows, numpy_sums, resources
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--float32", action="store_true")
@@ -75,6 +77,8 @@ def altered(*words: str) -> None:
     if options.float32:
         exact_rows.ExactSum.merge = merge_in_float32  # type: ignore[method-assign]
         exact_rows.SMALL = 0  # weights that are computed in float64
+        numpy_sums.Tiles.sum = sum_in_float32  # type: ignore[method-assign]
+        numpy_sums.Tiles.rounded = rounded_in_float32  # type: ignore[method-assign]
     if options.block:
         resources.CPU_BLOCK = resources.CUDA_BLOCK = options.block
     sys.argv = ["loratool", *command]
@@ -153,6 +157,26 @@ def merge_in_float32(
         rounded.copy_(weight)
         lap("round")
     return seen
+
+
+def sum_in_float32(self: Tiles, added: Added, weight: NDArray[Any], first: int, largest: float) -> None:  # noqa: ARG001
+    """What `Tiles.sum` would do without exactness."""
+    import numpy
+
+    count, parts = len(weight), len(added.cut)
+    sums, up = self.sums[:count], added.up[first : first + count]
+    numpy.matmul(up, added.cut[:, :-1], out=sums.reshape(count, parts, -1).transpose(1, 0, 2))
+    numpy.add(sums, weight, out=sums)
+
+
+def rounded_in_float32(self: Tiles, after: NDArray[Any]) -> NDArray[Any]:
+    """What `Tiles.rounded` would do: no element is left undecided."""
+    import numpy
+
+    from loratool.merging.numpy_sums import nearest_bits
+
+    after[...] = nearest_bits(self.sums[: len(after)])
+    return numpy.empty(0, numpy.int64)
 
 
 def main(words: Sequence[str]) -> None:
