@@ -5,7 +5,8 @@
 The rates that a simulation needs are those that single processes report of themselves: a merge of which every byte is
 copied gives that of copying, the merge of all layers that of computing, and `verify` by the record, with files that
 are not in the page cache, that of reading again. What a process takes besides comes from a tiny model, whose bytes cost
-nothing: a `--part 1/1` gives the start-up of a worker, and its `--finish` what that takes apart from reading.
+nothing: a `--part 1/1` gives the start-up of a worker, to which torch comes where the large merge needs it, and its
+`--finish` gives what that takes apart from reading.
 
 All processes share the cores and the disk of this machine, so each of N has an N-th of these rates. The simulation then
 has to foresee how long N processes take together, and the check of `--finish` after them.
@@ -51,17 +52,18 @@ class Known:
     @classmethod
     def of(cls, runs: dict[str, list[Run]], computed: int, copied: int) -> Known:
         """From the runs of one process, by name; the merge computes and copies so many bytes."""
-        size = computed + copied
+        size, torch = computed + copied, middle(one.startup for one in runs["merge"])
         copying = middle(one.work for one in runs["copy"]) / size
         # bytes are copied while torch is imported
-        left = max(0.0, copied * copying - middle(one.startup for one in runs["merge"]))
+        left = max(0.0, copied * copying - torch)
+        more = max(0.0, torch - middle(one.startup for one in runs["start"]))  # small merges do without it
         computing = max(middle(one.work for one in runs["merge"]) - left, 1e-3) / computed
         return cls(
             1 / computing,
             1 / copying,
             size / middle(one.work for one in runs["verify"]),
-            middle(one.wall for one in runs["start"]),
-            middle(one.processor for one in runs["start"]),
+            middle(one.wall for one in runs["start"]) + more,
+            middle(one.processor for one in runs["start"]) + more,
             middle(one.wall for one in runs["end"]),
         )
 

@@ -182,7 +182,10 @@ def facts_of(report: MergeReport) -> Facts:
             ("merged into", printable(report.out)),
             ("read", size(report.bytes_read)),
             ("written", size(report.bytes_written)),
-            ("device", f"{report.cost.device}, {report.workers} workers, start-up {report.cost.startup_seconds:.2f} s"),
+            (
+                "device",
+                f"{report.cost.device}, {plural(report.workers, 'worker')}, start-up {report.cost.startup_seconds:.2f} s",
+            ),
             ("peak memory", memory(report.cost.peak_memory) + gpu),
             *([("verified", f"{report.verified} files read again, each as it was written")] if report.verified else []),
             *(

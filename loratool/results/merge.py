@@ -10,7 +10,7 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
 from loratool.results.profile import Profile
-from loratool.results.text import aligned, memory, size
+from loratool.results.text import aligned, memory, plural, size
 
 MOST_WORST = 3  # tensors that are named
 
@@ -70,7 +70,7 @@ class MergeReport(Written):
             ("written", f"{size(self.bytes_written)} in {self.cost.seconds:.2f} s ({rate:.2f} GB/s)"),
             (
                 "device",
-                f"{self.cost.device}, {self.workers} workers, start-up {self.cost.startup_seconds:.2f} s",
+                f"{self.cost.device}, {plural(self.workers, 'worker')}, start-up {self.cost.startup_seconds:.2f} s",
             ),
             (
                 "peak memory",
