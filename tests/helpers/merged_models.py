@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft_files import save_peft
+from peft_files import named_by_peft, save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,14 +102,10 @@ def write_model(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Pa
 def write_adapter(
     folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Path:
-    tensors: Tensors = {}
-    for name, (down, up) in factors.items():
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = down.to(dtype).contiguous()
-        tensors[f"{module}.lora_B.weight"] = up.to(dtype).contiguous()
+    modules = {name.removesuffix(".weight"): (up, down) for name, (down, up) in factors.items()}
     return save_peft(
         folder,
-        tensors,
+        named_by_peft(modules, dtype),
         **{"r": RANK, "lora_alpha": ALPHA, "target_modules": [name.rpartition(".")[2] for name in TARGETS], **settings},
     )
 

@@ -27,7 +27,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from peft_files import save_peft
+from peft_files import named_by_peft, save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
@@ -59,12 +59,8 @@ def llama(**settings: Any) -> LlamaConfig:
 
 def write_factors(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
     """An adapter with (B, A) of some modules."""
-    tensors = {}
-    for module, (up, down) in factors.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = down.contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = up.contiguous()
     rank = next(iter(factors.values()))[1].shape[0]
-    return save_peft(folder, tensors, **{"r": rank, "lora_alpha": 2 * rank, **config})
+    return save_peft(folder, named_by_peft(factors), **{"r": rank, "lora_alpha": 2 * rank, **config})
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

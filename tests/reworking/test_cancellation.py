@@ -21,7 +21,7 @@ import torch
 from checkpoints import draw
 from numpy.typing import NDArray
 from paths import REAL
-from peft_files import save_peft
+from peft_files import named_by_peft, save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -297,10 +297,8 @@ TARGETS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 def write(folder: Path, products: Sequence[Product], dtype: torch.dtype) -> Path:
     """A PEFT adapter of one product for each target, α = r."""
     rank = products[0].rank
-    tensors = {}
-    for target, product in zip(TARGETS, products, strict=True):
-        tensors[f"base_model.model.{target}.lora_A.weight"] = product.down.to(dtype).contiguous()
-        tensors[f"base_model.model.{target}.lora_B.weight"] = product.up.to(dtype).contiguous()
+    factors = {target: (product.up, product.down) for target, product in zip(TARGETS, products, strict=True)}
+    tensors = named_by_peft(factors, dtype)
     return save_peft(folder, tensors, r=rank, lora_alpha=rank, target_modules=["q_proj"])
 
 

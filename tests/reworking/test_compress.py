@@ -19,7 +19,7 @@ import pytest
 import torch
 from checkpoints import draw
 from numpy.typing import NDArray
-from peft_files import save_peft
+from peft_files import named_by_peft, save_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,14 +39,10 @@ PREFIX = "base_model.model."
 def write_adapter(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float32, **config: Any) -> None:  # fmt: skip
     """Up and down of each module, of equal rank, with α twice that."""
     rank = max(up.shape[1] for up, _ in factors.values())
-    tensors = {}
-    for module, (up, down) in factors.items():
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = (up / 2).to(dtype).contiguous()
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = down.to(dtype).contiguous()
-    tensors |= config.pop("more", {})
+    halves = {module: (up / 2, down) for module, (up, down) in factors.items()}
     save_peft(
         folder,
-        tensors,
+        {**named_by_peft(halves, dtype), **config.pop("more", {})},
         **{
             "r": rank,
             "lora_alpha": 2 * rank,

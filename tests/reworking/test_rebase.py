@@ -13,7 +13,7 @@ import torch
 from checkpoints import draw
 from numpy.typing import NDArray
 from oracle import sha256
-from peft_files import save_peft
+from peft_files import named_by_peft, save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,13 +60,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The old base and its adapter."""
     folder = tmp_path_factory.mktemp("rebase")
     write_base(folder / "old", weights())
-    tensors = {}
-    for module, (up, down) in factors().items():
-        tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
-        tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
     save_peft(
         folder / "adapter",
-        tensors,
+        named_by_peft(factors()),
         r=RANK,
         lora_alpha=ALPHA,
         target_modules=["q_proj", "down_proj"],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sketch_definition
 import torch
-from peft_files import save_peft
+from peft_files import named_by_peft, save_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -47,17 +47,10 @@ def factors(seed: int = 0) -> Factors:
 
 def write(folder: Path, given: Factors, dtype: torch.dtype = torch.float32, scale: float = SCALE, **more: Any) -> Path:
     """An adapter of PEFT's; `more` are tensors besides the factors."""
-    folder.mkdir(parents=True)
-    tensors = dict(more)
-    for name, (up, down) in given.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.to(dtype).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(dtype).contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
     rank = {name: pair[1].shape[0] for name, pair in given.items()}
-    table = {"peft_type": "LORA", "r": 3, "lora_alpha": 3 * scale, "rank_pattern": rank}
-    table["alpha_pattern"] = {name: scale * r for name, r in rank.items()}
-    (folder / "adapter_config.json").write_text(json.dumps(table))
-    return folder
+    alpha = {name: scale * r for name, r in rank.items()}
+    tensors = {**more, **named_by_peft(given, dtype)}
+    return save_peft(folder, tensors, r=3, lora_alpha=3 * scale, rank_pattern=rank, alpha_pattern=alpha)
 
 
 def dense(given: Factors, scale: float = SCALE) -> dict[str, NDArray[np.float64]]:
