@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from checkpoints import save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -76,9 +77,7 @@ def trained() -> Net:
 
 def plain_net(folder: Path) -> None:
     """`Net` as a checkpoint of loratool's, without LoRA."""
-    folder.mkdir()
-    save_file(Net().state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text('{"architectures": ["Net"]}')
+    save_model(folder, Net().state_dict(), {"architectures": ["Net"]})
 
 
 # The formula

@@ -7,7 +7,6 @@ by itself, with names in the place of what it imports; `pip install --no-deps to
 from __future__ import annotations
 
 import importlib.util
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -148,10 +148,8 @@ def test_loralib_merges_its_layers_to_the_same_weights(tmp_path: Path, turned: b
         if "lora_" in name:
             parameter.data = numbers(*parameter.shape, seed=at).double()
     base = tmp_path / "base"
-    base.mkdir()
     own = {name: t.clone().contiguous() for name, t in model.state_dict().items() if "lora_" not in name}
-    save_file(own, base / "model.safetensors")
-    (base / "config.json").write_text(json.dumps({"model_type": "thing"}))
+    save_model(base, own, {"model_type": "thing"})
     header = {"lora_alpha": str(ALPHA), "enable_lora": "true,false,true"}
     factors = {name.replace("conv.lora", "conv.conv.lora"): t for name, t in lora.lora_state_dict(model).items()}
     save_file(factors, tmp_path / "lora.safetensors", header)

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantised_models import FAMILIES, STACKS, Maker, Quantised, Weights, fp8
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -111,12 +112,9 @@ def made_of(kind: str, plain: Path, folder: Path) -> Path:
     tensors = load_file(plain / "model.safetensors")
     linear = {name: value.float() for name, value in tensors.items() if "proj" in name}
     made = MADE[kind](linear)
-    folder.mkdir()
     rest = {name: value for name, value in tensors.items() if name not in linear}
-    save_file({**rest, **made.tensors}, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((plain / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": made.config}))
-    return folder
+    return save_model(folder, {**rest, **made.tensors}, {**config, "quantization_config": made.config})
 
 
 def logits(model: Any) -> Tensor:
@@ -173,11 +171,9 @@ def test_a_merged_gpt_oss_computes_what_the_base_does_with_the_adapter(tmp_path:
     experts = {n: v.float() for n, v in tensors.items() if n.endswith(("gate_up_proj", "experts.down_proj"))}
     made = STACKS["gpt-oss"](experts)
     base = tmp_path / "base"
-    base.mkdir()
     rest = {name: value for name, value in tensors.items() if name not in experts}
-    save_file({**rest, **made.tensors}, base / "model.safetensors", {"format": "pt"})
     said = json.loads((tmp_path / "plain" / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**said, "quantization_config": made.config}))
+    save_model(base, {**rest, **made.tensors}, {**said, "quantization_config": made.config})
     loratool.merge(base, [], tmp_path / "decoded", device="cpu", dequantize=True)
     settings = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj"], "layers_to_transform": [1]}
     parameters = ["1.mlp.experts.gate_up_proj"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save
+from checkpoints import save_model
 from hub_client import Client
 from hub_server import HubServer
 from paths import REAL
@@ -279,7 +279,7 @@ def test_litgpt_rows_go_to_bases_that_take_turns_by_head(tmp_path: Path, model: 
     called = dict(zip(sides, (fused, dense, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), strict=True))
     base_weights = {f"{start}.{called[name]}": numbers(*shape, seed=3) for name, shape in sides.items()}
     config = {"model_type": model, "num_attention_heads": 2, **settings}
-    base = save(tmp_path / "base", {f"{name}.weight": tensor for name, tensor in base_weights.items()}, config)
+    base = save_model(tmp_path / "base", {f"{name}.weight": tensor for name, tensor in base_weights.items()}, config)
     tensors = {}
     for name, (rows, columns) in sides.items():
         ranks = 3 * RANK if name == "attn.qkv" else RANK
@@ -379,7 +379,9 @@ LAYERS_OF_QWEN = {"q_proj": (896, 896), "v_proj": (128, 896)}  # of the last 4 l
 def test_a_published_adapter_of_mlx_merges_to_the_formula(tmp_path: Path, file: str) -> None:
     """The last weights, and a checkpoint by its own name; its config has an alpha that mlx-lm does not use."""
     shapes = {f"model.layers.{n}.self_attn.{p}": shape for n in range(20, 24) for p, shape in LAYERS_OF_QWEN.items()}
-    base = save(tmp_path / "base", {f"{m}.weight": numbers(*s, seed=n) for n, (m, s) in enumerate(shapes.items())})
+    base = save_model(
+        tmp_path / "base", {f"{m}.weight": numbers(*s, seed=n) for n, (m, s) in enumerate(shapes.items())}
+    )
     adapter = REAL / "mlx-qwen0.5b" / file
     tensors = load_file(adapter)
     scale = json.loads((adapter.parent / "adapter_config.json").read_text())["lora_parameters"]["scale"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save
+from checkpoints import save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trainer_layouts import (
@@ -320,7 +320,7 @@ PLAIN, TABLE, WIDER = "enc.0.proj", "embed_tokens", "enc.0.fc"
 def model(folder: Path, more: dict[str, Tensor] | None = None, config: dict[str, Any] | None = None) -> Path:
     tensors = {f"{PLAIN}.weight": numbers(6, 4, seed=1), f"{TABLE}.weight": numbers(TOKENS, 4, seed=2)}
     tensors |= {f"{WIDER}.weight": numbers(12, 4, seed=3), f"{PLAIN}.bias": numbers(6, seed=4)}
-    return save(folder, tensors | (more or {}), config or {"model_type": "thing"})
+    return save_model(folder, tensors | (more or {}), config or {"model_type": "thing"})
 
 
 def test_loralib_layers_embeddings_and_biases_take_an_alpha_of_the_caller(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from hub_client import Client
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
@@ -41,12 +42,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
-    folder.mkdir()
     tensors = {f"{module}.weight": numbers(*shape, seed=1) for module, shape in SHAPES.items()}
-    save_file(tensors, folder / "model.safetensors")
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return save_model(
+        folder, tensors, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    )
 
 
 def factors(*modules: str) -> dict[str, Tensor]:
@@ -228,7 +227,6 @@ def expert_weight(leaf: str, expert: int) -> Tensor:
 
 def write_experts(folder: Path, kind: str) -> Path:
     """A base with the experts of one layer: each a tensor, all in one as transformers 5 or as MLX has them, or Mixtral's."""
-    folder.mkdir()
     start, old = "model.layers.0.mlp", "model.layers.0.block_sparse_moe.experts"
     every = {leaf: [expert_weight(leaf, e) for e in range(EXPERTS)] for leaf in SWITCH}
     tensors = {
@@ -246,10 +244,8 @@ def write_experts(folder: Path, kind: str) -> Path:
         },
         "mlx": {f"{start}.switch_mlp.{leaf}.weight": torch.stack(every[leaf]) for leaf in SWITCH},
     }[kind]
-    save_file(tensors, folder / "model.safetensors")
     model = "mixtral" if kind == "mixtral" else "qwen3_moe"
-    (folder / "config.json").write_text(json.dumps({"model_type": model, "num_experts": EXPERTS}))
-    return folder
+    return save_model(folder, tensors, {"model_type": model, "num_experts": EXPERTS})
 
 
 def weight_of_expert(tensors: dict[str, Tensor], kind: str, leaf: str, expert: int) -> Tensor:
@@ -419,7 +415,6 @@ HIDDEN, WIDE, TOKENS = 8, 12, 10
 
 def llama(folder: Path) -> dict[str, Tensor]:
     """A Llama of two layers that mlx-lm can load."""
-    folder.mkdir()
     shapes = {"model.embed_tokens": (TOKENS, HIDDEN), "lm_head": (TOKENS, HIDDEN)}
     for layer in range(2):
         start = f"model.layers.{layer}"
@@ -429,19 +424,21 @@ def llama(folder: Path) -> dict[str, Tensor]:
     tensors = {f"{module}.weight": numbers(*shape, seed=at) for at, (module, shape) in enumerate(shapes.items())}
     norms = [f"model.layers.{n}.{part}_layernorm" for n in range(2) for part in ("input", "post_attention")]
     tensors |= {f"{name}.weight": torch.ones(HIDDEN) for name in (*norms, "model.norm")}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": 2,
-        "hidden_size": HIDDEN,
-        "intermediate_size": WIDE,
-        "num_attention_heads": 2,
-        "vocab_size": TOKENS,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    save_model(
+        folder,
+        tensors,
+        {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "num_hidden_layers": 2,
+            "hidden_size": HIDDEN,
+            "intermediate_size": WIDE,
+            "num_attention_heads": 2,
+            "vocab_size": TOKENS,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+        },
+    )
     return tensors
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from oracle import PREFIX, picture, read_tensors
 from safetensors.torch import save_file
 from torch import Tensor
@@ -270,10 +271,7 @@ REFUSALS: dict[str, Refusal] = {
 
 
 def write_base(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Path:
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": False, **config}))
-    return folder
+    return save_model(folder, tensors, {"tie_word_embeddings": False, **config})
 
 
 def write_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Path:

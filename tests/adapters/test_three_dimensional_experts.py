@@ -6,17 +6,16 @@ The oracle is α/r · B[e] @ A[e] in float64, put where each kind of checkpoint 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_model
 from expert_routers import build
 from oracle import read_tensors
 from peft import PeftModel
 from peft_files import save_peft
-from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
@@ -113,9 +112,11 @@ def write_base(folder: Path, kind: str, **sizes: int) -> tuple[Path, Tensors]:
     like = factors("by layer", "each", **sizes)
     shapes = {n: t for layer in range(LAYERS) for n, t in place(layer, *changes(like, "by layer", layer)).items()}
     weights = {name: draw(*tensor.shape, seed=7 + at) for at, (name, tensor) in enumerate(shapes.items())}
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "num_local_experts": EXPERTS}))
+    save_model(
+        folder,
+        weights,
+        {"model_type": model_type, "num_local_experts": EXPERTS},
+    )
     return folder, weights
 
 

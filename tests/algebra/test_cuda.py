@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from peft_files import save_peft
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import loratool
@@ -88,9 +89,7 @@ def test_extract(tmp_path: Path) -> None:
         for name, tensor in base.items()
     }
     for name, tensors in (("base", base), ("tuned", tuned)):
-        (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / "model.safetensors")
-        (tmp_path / name / "config.json").write_text("{}")
+        save_model(tmp_path / name, tensors, {})
     for device in ("cpu", "cuda"):
         loratool.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / device, rank=8, device=device)
     assert_alike(tmp_path / "cuda", tmp_path / "cpu", 1e-5)

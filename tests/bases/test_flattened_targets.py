@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from checkpoints import save_model
 from named_updates import Targets, save_targets
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import loratool
 from loratool.adapters import formats
@@ -33,10 +33,11 @@ def eighths(seed: int, *shape: int) -> Tensor:
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, Targets()))
     folder = tmp_path / "base"
-    folder.mkdir()
-    save_file({name: eighths(at, 6, 8) for at, name in enumerate(NAMES)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
-    return folder
+    return save_model(
+        folder,
+        {name: eighths(at, 6, 8) for at, name in enumerate(NAMES)},
+        {"model_type": "llama", "tie_word_embeddings": False},
+    )
 
 
 def adapter_of(folder: Path, *modules: str) -> tuple[Path, Mapping[str, Tensor]]:

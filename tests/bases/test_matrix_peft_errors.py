@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from layout_facts import linear
 from matrix_models import ALPHA, ARCHITECTURES, EXPERTS, RANK, Architecture, adapt, build, load, train
 from oracle import PREFIX, Exact, assert_single_rounding, nearest, read_tensors, same_bits
@@ -41,10 +42,7 @@ class Attention(nn.Module):
 
 
 def save_module(folder: Path, module: nn.Module) -> Path:
-    folder.mkdir()
-    save_file({n: t.contiguous() for n, t in module.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
-    return folder
+    return save_model(folder, module.state_dict(), {})
 
 
 def output(module: nn.Module, given: Tensor) -> Tensor:

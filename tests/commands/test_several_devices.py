@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import planted, save, seeded
+from checkpoints import planted, save_model, seeded
 from peft_files import save_peft
 from workbench import snapshot
 
@@ -71,8 +71,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {name: torch.randn(shape, generator=seeded(at)) for at, (name, shape) in enumerate(SHAPES.items())}
     base = {name: weight.bfloat16() for name, weight in weights.items()}
     tuned = {name: (weight + planted(weight, 3, seed=7)).bfloat16() for name, weight in weights.items()}
-    save(folder / "base", base, files=2)
-    save(folder / "tuned", tuned)
+    save_model(folder / "base", base, files=2)
+    save_model(folder / "tuned", tuned)
     adapter(folder / "one", 1)
     adapter(folder / "two", 2)
     return folder

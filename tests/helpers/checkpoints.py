@@ -31,7 +31,9 @@ def planted(weight: Tensor, rank: int, seed: int = 0, size: float = 0.05) -> Ten
     return found
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, files: int = 1) -> Path:
+def save_model(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, files: int = 1
+) -> Path:
     """A checkpoint of some files."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
@@ -39,7 +41,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] 
         mine = {name: tensors[name].contiguous().clone() for name in names[number::files]}
         name = f"model-{number + 1:05d}-of-{files:05d}" if files > 1 else "model"
         save_file(mine, folder / f"{name}.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} if config is None else config))
     return folder
 
 

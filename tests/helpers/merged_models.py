@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import save_model
 from peft_files import named_by_peft, save_peft
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from loratool.results.verify import Diagnosis, Verification
@@ -93,10 +93,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_model(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> Path:
-    folder.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return save_model(folder, tensors, config)
 
 
 def write_adapter(

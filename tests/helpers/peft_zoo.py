@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import save_model
 from oracle import read_tensors
 from peft import get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -79,11 +79,8 @@ class Pair:
 
 
 def save_base(folder: Path, model: nn.Module) -> Path:
-    folder.mkdir(parents=True)
     tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')  # which has Conv1D layers, called c_attn say
-    return folder
+    return save_model(folder, tensors, {"model_type": "gpt2"})
 
 
 def train(

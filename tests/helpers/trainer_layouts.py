@@ -5,13 +5,13 @@ Row by row and head by head, so that nothing here is shared with a reader that w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoints import save_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 HIDDEN, WIDE, TOKENS, HEADS, KEY_HEADS, WIDTH = 8, 12, 10, 4, 2, 4
@@ -55,14 +55,11 @@ def config(**more: Any) -> dict[str, Any]:
 
 def write_base(folder: Path, **more: Any) -> Path:
     """The model, with the settings `more` in its config; a setting of None is left out."""
-    folder.mkdir()
-    save_file(
+    return save_model(
+        folder,
         {f"{m}.weight": numbers(*s, seed=n + 1) for n, (m, s) in enumerate(shapes().items())},
-        folder / "model.safetensors",
+        {name: value for name, value in config(**more).items() if value is not None},
     )
-    table = {name: value for name, value in config(**more).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(table))
-    return folder
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -54,13 +55,13 @@ def write(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Path:
 
 
 def write_base(folder: Path, **config: Any) -> Path:
-    folder.mkdir()
     tensors = {f"{layer}{name}.weight": normal(8, 8, seed=50) for layer in LAYERS for name in NAMES}
     tensors["model.embed_tokens.weight"] = normal(12, 8, seed=51)
-    save_file(tensors, folder / "model.safetensors")
-    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, **config}
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
+    return save_model(
+        folder,
+        tensors,
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, **config},
+    )
 
 
 def check(path: Path, base: Path | None = None) -> dict[str, Finding]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from malformed import write_adapter, write_base
 from paths import REAL, ROOT
 from peft import (
@@ -227,11 +228,12 @@ def test_facts_of_headers_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_with_a_base_every_module_names_the_tensor_it_lands_on(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
     fused = "model.layers.0.self_attn.qkv_proj.weight"
-    save_file({fused: normal(32, 16)}, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "phi3", "hidden_size": 16, "num_attention_heads": 2,'
-                                                  ' "num_key_value_heads": 1}')  # fmt: skip
+    save_model(
+        tmp_path / "base",
+        {fused: normal(32, 16)},
+        {"model_type": "phi3", "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
+    )
     factors = {"model.layers.0.self_attn.qkv_proj": (normal(32, 2), normal(2, 16))}
     facts = adapter_facts(write_factors(tmp_path / "a", factors), base=tmp_path / "base")
     (module,) = facts.modules
@@ -397,9 +399,7 @@ def test_against_a_base_norms_rounding_and_amplification_are_those_of_the_formul
 
 
 def weigh_one(folder: Path, weight: Tensor, up: Tensor, down: Tensor, **config: Any) -> MeasuredOnBase:
-    (folder / "base").mkdir()
-    save_file({"model.layers.0.self_attn.q_proj.weight": weight}, folder / "base" / "model.safetensors")
-    (folder / "base" / "config.json").write_text('{"model_type": "llama"}')
+    save_model(folder / "base", {"model.layers.0.self_attn.q_proj.weight": weight}, {"model_type": "llama"})
     path = write_factors(folder / "a", {"model.layers.0.self_attn.q_proj": (up, down)}, **config)
     (found,) = values_of(path, base=folder / "base").modules
     assert found.weight is not None
@@ -421,10 +421,8 @@ def test_a_large_weight_is_rounded_on_a_sample_of_rows_and_that_is_said(tmp_path
 
 
 def test_a_conv1d_and_an_embedding_are_weighed_the_way_round_they_are_stored(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
     base = {"h.0.attn.c_attn.weight": normal(16, 48, seed=1), "wte.weight": normal(30, 16, seed=2)}
-    save_file(base, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    save_model(tmp_path / "base", base, {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
     path = write_factors(tmp_path / "a", {"transformer.h.0.attn.c_attn": (normal(48, 2), normal(2, 16))})
     tensors = load_file(path / "adapter_model.safetensors")
     tensors[f"{PREFIX}transformer.wte.lora_embedding_A"] = normal(2, 30, seed=4)
@@ -455,11 +453,12 @@ def test_what_is_no_low_rank_product_is_told_as_not_measured(tmp_path: Path) -> 
 
 
 def test_a_tied_head_is_weighed_against_the_embedding_that_holds_it(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
     embedding = normal(30, 16, seed=2)
-    save_file({"model.embed_tokens.weight": embedding}, tmp_path / "base" / "model.safetensors")
-    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(settings))
+    save_model(
+        tmp_path / "base",
+        {"model.embed_tokens.weight": embedding},
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    )
     path = write_factors(tmp_path / "a", {"lm_head": (normal(30, 2), normal(2, 16))})
     (found,) = values_of(path, base=tmp_path / "base").modules
     assert found.weight is not None

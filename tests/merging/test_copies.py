@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save, seeded
+from checkpoints import save_model, seeded
 from peft_files import save_peft
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +28,7 @@ def weights(seed: int) -> dict[str, Tensor]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return save(tmp_path / "base", {name: tensor.bfloat16() for name, tensor in weights(0).items()}, files=2)
+    return save_model(tmp_path / "base", {name: tensor.bfloat16() for name, tensor in weights(0).items()}, files=2)
 
 
 def saved_whole(folder: Path, tensors: dict[str, Tensor], factors: bool = False) -> Path:
@@ -106,7 +106,7 @@ def test_a_saved_module_that_is_the_bases_changes_nothing_and_is_told(
 def test_one_element_that_differs_in_its_sign_alone_is_a_change(base: Path, tmp_path: Path) -> None:
     tensors = merged(base)
     tensors[HEAD][-1, -1] = 0.0
-    save(tmp_path / "zero", tensors)
+    save_model(tmp_path / "zero", tensors)
     tensors[HEAD][-1, -1] = -0.0
     report = loratool.merge(tmp_path / "zero", [saved_whole(tmp_path / "one", {HEAD: tensors[HEAD]})], tmp_path / "out")
     assert report.adapters[0].unchanged == ()

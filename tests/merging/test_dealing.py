@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save
+from checkpoints import save_model
 
 import loratool
 from loratool.files import digests
@@ -29,14 +29,14 @@ def planned(tmp_path: Path) -> Planned:
     def plan(**settings: object) -> MergePlan:
         names = [f"model.layers.{n}.self_attn.{m}_proj.weight" for n in range(4) for m in "qkvo"]
         tensors = {name: torch.zeros(64, 32, dtype=torch.bfloat16) for name in names}
-        base = save(tmp_path / "base", {**tensors, "odd": torch.zeros(3, 5)}, files=2)
+        base = save_model(tmp_path / "base", {**tensors, "odd": torch.zeros(3, 5)}, files=2)
         factors = {
             f"base_model.model.{name[:-7]}.lora_{which}.weight": torch.ones(shape)
             for name in names
             if "q_proj" in name
             for which, shape in (("A", (2, 32)), ("B", (64, 2)))
         }
-        adapter = save(tmp_path / "adapter", factors)
+        adapter = save_model(tmp_path / "adapter", factors)
         (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
         (adapter / "config.json").unlink()
         (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save, seeded
+from checkpoints import save_model, seeded
 from peft_files import save_peft
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +28,7 @@ SHAPES = {
 
 def make_base(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     tensors = {name: torch.randn(shape, generator=seeded(at)) * 0.02 for at, (name, shape) in enumerate(SHAPES.items())}
-    return save(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    return save_model(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
 def make_adapter(folder: Path, size: float, seed: int = 50, norms: Mapping[str, Tensor] | None = None) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from oracle import header, read_tensors, same_bits, weight_files
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
@@ -166,9 +167,7 @@ def test_tied_weights_are_those_of_the_files(tmp_path: Path, adapted: str, count
         "model.embed_tokens.weight": some(VOCABULARY, HIDDEN, seed=0, dtype=torch.bfloat16),
         f"{query}.weight": some(64, HIDDEN, seed=3, dtype=torch.bfloat16),
     }
-    (tmp_path / "base").mkdir()
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    save_model(tmp_path / "base", tensors, {"model_type": "llama", "tie_word_embeddings": True})
     table = {
         "model.embed_tokens.lora_embedding_A": some(4, VOCABULARY, seed=1),
         "model.embed_tokens.lora_embedding_B": some(HIDDEN, 4, seed=2),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import numbers
+from checkpoints import numbers, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -230,10 +230,11 @@ def test_experts_and_projections_become_one_layer_and_come_apart_again(tmp_path:
     own = [delta(adapter, f"model.layers.0.self_attn.{name}_proj", 0.5) for name in "qkv"]
     torch.testing.assert_close(whole, torch.cat(own), rtol=1e-12, atol=1e-14)
     base = tmp_path / "base"
-    base.mkdir()
-    save_file({"model.norm.weight": numbers(HIDDEN, seed=1)}, base / "model.safetensors")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "qwen3_moe"}
-    (base / "config.json").write_text(json.dumps(heads))
+    save_model(
+        base,
+        {"model.norm.weight": numbers(HIDDEN, seed=1)},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "qwen3_moe"},
+    )
     with pytest.raises(InputError, match="pass --base"):
         loratool.convert(tmp_path / "fused", tmp_path / "split", to="peft-split")
     loratool.convert(tmp_path / "fused", tmp_path / "split", to="peft-split", base=base)
@@ -258,9 +259,7 @@ def test_a_server_that_misreads_experts_in_one_parameter_gets_them_apart(tmp_pat
             found, wanted = delta(tmp_path / "apart", module, 1.0), delta(adapter, module, 0.5)
             torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     base = tmp_path / "base"
-    base.mkdir()
-    save_file({"model.norm.weight": numbers(HIDDEN, seed=1)}, base / "model.safetensors")
-    (base / "config.json").write_text(json.dumps({"model_type": "qwen3_vl_moe"}))
+    save_model(base, {"model.norm.weight": numbers(HIDDEN, seed=1)}, {"model_type": "qwen3_vl_moe"})
     loratool.convert(tmp_path / "fused", tmp_path / "of-base", server=server, base=base)
     config = json.loads((tmp_path / "of-base" / CONFIG).read_text())
     assert bool(config.get("target_parameters")) == (server == "vllm")
@@ -311,10 +310,11 @@ def test_torchtune_gets_rows_of_queries_and_keys_in_its_order(tmp_path: Path) ->
     with pytest.raises(InputError, match="--base"):
         loratool.convert(adapter, tmp_path / "out", to="torchtune")
     base = tmp_path / "base"
-    base.mkdir()
-    save_file({"model.norm.weight": numbers(4, seed=1)}, base / "model.safetensors")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"}
-    (base / "config.json").write_text(json.dumps(heads))
+    save_model(
+        base,
+        {"model.norm.weight": numbers(4, seed=1)},
+        {"num_attention_heads": 4, "num_key_value_heads": 2, "model_type": "llama"},
+    )
     loratool.convert(adapter, tmp_path / "out", to="torchtune", base=base)
     after = load_file(tmp_path / "out" / WEIGHTS)
     names = {"self_attn.q_proj": "attn.q_proj", "self_attn.k_proj": "attn.k_proj"}

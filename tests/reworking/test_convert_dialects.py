@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import numbers
+from checkpoints import numbers, save_model
 from dialect_samples import header
 from paths import ROOT
 from peft_files import save_peft
@@ -466,11 +466,8 @@ def round_trip(home: Path, way: str, case: str, base: Path) -> str:
 def test_the_page_has_the_table_of_round_trips(tmp_path: Path) -> None:
     """PEFT → dialect → PEFT, as it comes out: the same bytes, or what the dialect cannot say is refused."""
     base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text(json.dumps(LLAMA))
-    save_file(
-        {f"{module}.weight": torch.ones(out, inputs) for module, (out, inputs, _) in OF_LLAMA.items()},
-        base / "model.safetensors",
+    save_model(
+        base, {f"{module}.weight": torch.ones(out, inputs) for module, (out, inputs, _) in OF_LLAMA.items()}, LLAMA
     )
     lines = [f"| | {' | '.join(WAYS)} |", f"|---{'|---' * len(WAYS)}|"]
     for n, case in enumerate(CASES):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_model
 from dialect_samples import DIALECTS, O_PROJ
 from paths import ROOT
 from peft_files import save_peft
@@ -132,9 +133,7 @@ def test_experts_that_the_adapter_does_not_change_get_zeros(base: Path, tmp_path
     assert found.shape[0] == 3
     assert not bool(found[1].any())
     model = tmp_path / "model"
-    model.mkdir()
-    save_file({"model.norm.weight": torch.ones(4)}, model / "model.safetensors")
-    (model / "config.json").write_text(json.dumps({"model_type": "dots1", "n_routed_experts": 5}))
+    save_model(model, {"model.norm.weight": torch.ones(4)}, {"model_type": "dots1", "n_routed_experts": 5})
     loratool.convert(adapter, tmp_path / "dots", to="mlx", base=model)
     found = stacked(tmp_path / "dots", "up_proj", "experts")
     assert found.shape[0] == 5
@@ -189,11 +188,8 @@ def gguf_stacks(path: Path) -> dict[str, Tensor]:
 
 
 def moe_model(folder: Path, kind: str) -> Path:
-    folder.mkdir()
-    save_file({"model.norm.weight": torch.ones(4)}, folder / "model.safetensors")
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    (folder / "config.json").write_text(json.dumps({"model_type": kind, "num_experts": 4, **heads}))
-    return folder
+    return save_model(folder, {"model.norm.weight": torch.ones(4)}, {"model_type": kind, "num_experts": 4, **heads})
 
 
 @pytest.mark.parametrize(("kind", "packed"), [("qwen3_moe", False), ("qwen3_moe", True), ("mixtral", False)])
@@ -235,12 +231,10 @@ def mixtral_change(adapter: Path, expert: int, leaf: str) -> Tensor:
 def test_a_gguf_adapter_of_experts_merges_to_what_it_was_made_of(tmp_path: Path) -> None:
     """Written and read back, and merged into experts that are apart."""
     given, model = experts(tmp_path / "adapter"), tmp_path / "model"
-    model.mkdir()
     sizes = {"up_proj": (INNER, HIDDEN), "down_proj": (HIDDEN, INNER)}
     names = {(n, leaf): f"model.layers.0.mlp.experts.{n}.{leaf}.weight" for n in range(EXPERTS) for leaf in sizes}
     weights = {name: numbers(*sizes[leaf], seed=n) for (n, leaf), name in names.items()}
-    save_file(weights, model / "model.safetensors")
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "num_experts": EXPERTS}))
+    save_model(model, weights, {"model_type": "qwen3_moe", "num_experts": EXPERTS})
     loratool.convert(given, tmp_path / "a.gguf", to="gguf", base=model)
     loratool.merge(model, tmp_path / "a.gguf", tmp_path / "out", device="cpu")
     merged = load_file(tmp_path / "out" / "model.safetensors")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import numbers
+from checkpoints import numbers, save_model
 from dialect_samples import header
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
@@ -146,9 +145,7 @@ def test_a_fine_tune_is_extracted_into_mlx_at_one_rank(tmp_path: Path) -> None:
         before[target] = numbers(out, inputs, seed=n)
         after[target] = before[target] + numbers(out, n + 1, seed=n + 5) @ numbers(n + 1, inputs, seed=n + 9)
     for folder, tensors in (("base", before), ("tuned", after)):
-        (tmp_path / folder).mkdir()
-        save_file(tensors, tmp_path / folder / "model.safetensors")
-        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        save_model(tmp_path / folder, tensors, {"model_type": "llama"})
     loratool.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "mlx", energy=0.999999, to="mlx")
     tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
     assert {t.shape[1] for name, t in tensors.items() if name.endswith("lora_a")} == {2}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import numbers
+from checkpoints import numbers, save_model
 from peft_files import save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,10 +24,9 @@ SHAPES = {Q: (12, 8), OUT: (8, 12), TABLE: (20, 8)}
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     weights = {f"{module}.weight": numbers(*shape, seed=n) for n, (module, shape) in enumerate(SHAPES.items())}
-    save_file(weights, folder / "model.safetensors")
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return save_model(
+        folder, weights, {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    )
 
 
 def write(folder: Path, modules: tuple[str, ...] = (Q, OUT)) -> Path:
@@ -107,9 +106,7 @@ def test_rows_of_a_fused_weight_are_found(tmp_path: Path) -> None:
         ("fused", {"model.layers.0.self_attn.qkv_proj.weight": torch.cat([weight, others])}),
         ("plain", {f"{Q}.weight": weight}),
     ):
-        (tmp_path / name).mkdir()
-        save_file(tensors, tmp_path / name / "model.safetensors")
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        save_model(tmp_path / name, tensors, config)
         loratool.convert(adapter, tmp_path / f"of-{name}", server="vllm", base=tmp_path / name, rank=3)
         found.append(written(tmp_path / f"of-{name}", Q))
     torch.testing.assert_close(*found, rtol=0, atol=0)
@@ -121,10 +118,11 @@ def test_a_weight_that_is_stored_in_out_gives_factors_that_are_not(tmp_path: Pat
     weight, a, b, lengths = (numbers(*s, seed=n) for n, s in enumerate([(12, 8), (2, 8), (12, 2), (12,)]))
     for place in (folder, home):
         place.mkdir()
-    save_file(
-        {f"{module}.weight": weight.T.contiguous(), f"{module}.bias": numbers(12, seed=9)}, home / "model.safetensors"
+    save_model(
+        home,
+        {f"{module}.weight": weight.T.contiguous(), f"{module}.bias": numbers(12, seed=9)},
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
     )
-    (home / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     start = f"base_model.model.{module}"
     factors = {"lora_A.weight": a, "lora_B.weight": b, "lora_magnitude_vector": lengths}
     save_peft(

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from checkpoints import planted, save, seeded
+from checkpoints import planted, save_model, seeded
 from oracle import read_tensors
 from peft import PeftModel
 from peft_files import config_of
@@ -37,7 +37,7 @@ def moved(base: Path, tuned: Path, change: Callable[[str, Tensor], Tensor | None
     for name, tensor in tensors.items():
         if (new := change(name, tensor)) is not None:
             tensors[name] = (tensor.double() + new.double()).to(tensor.dtype)
-    return save(tuned, tensors, json.loads((base / "config.json").read_text()))
+    return save_model(tuned, tensors, json.loads((base / "config.json").read_text()))
 
 
 def low_rank(rank: int) -> Callable[[str, Tensor], Tensor | None]:
@@ -209,7 +209,7 @@ def test_experts_in_one_tensor_are_recovered_the_way_round_peft_writes_them(
         f"{experts}.down_proj": torch.randn(shape[0], shape[2], shape[1], generator=seeded(2)),
         "model.layers.0.self_attn.q_proj.weight": torch.randn(24, 24, generator=seeded(3)),
     }
-    base = save(tmp_path / "base", tensors, {"model_type": model_type})
+    base = save_model(tmp_path / "base", tensors, {"model_type": model_type})
     deltas = {
         f"{experts}.{name}": torch.stack([planted(tensors[f"{experts}.{name}"][e], 2, e + 7) for e in range(4)])
         for name in ("gate_up_proj", "down_proj")
@@ -264,10 +264,10 @@ def test_peft_runs_extracted_experts_of_gpt_oss(tmp_path: Path) -> None:
 
 def test_files_cut_otherwise_and_other_dtypes_give_the_difference_of_the_values(tmp_path: Path) -> None:
     tensors = small(torch.bfloat16)
-    base = save(tmp_path / "base", tensors, files=3)
+    base = save_model(tmp_path / "base", tensors, files=3)
     wide = {n: t.double() + planted(t, 4, len(n)) for n, t in tensors.items()}
     wide["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].double()
-    tuned = save(tmp_path / "tuned", {n: t.float() for n, t in wide.items()}, files=2)
+    tuned = save_model(tmp_path / "tuned", {n: t.float() for n, t in wide.items()}, files=2)
     report = extract(base, tuned, tmp_path / "out", rank=4)
     assert report.identical == 1  # the same values in another dtype
     assert report.dtype == "float32"
@@ -277,7 +277,7 @@ def test_files_cut_otherwise_and_other_dtypes_give_the_difference_of_the_values(
 
 
 def test_what_is_identical_is_skipped_and_named_by_no_pattern_of_the_config(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", small())
+    base = save_model(tmp_path / "base", small())
     tuned = moved(base, tmp_path / "tuned", lambda n, t: planted(t, 2) if "layers.1.self_attn" in n else None)
     report = extract(base, tuned, tmp_path / "out", rank=2)
     assert report.identical == 3
@@ -301,7 +301,7 @@ def test_a_vocabulary_that_grew_is_saved_whole(tied: bool, tmp_path: Path) -> No
     for name in [n for n in tensors if "embed_tokens" in n or "lm_head" in n]:
         tensors[name] = torch.cat([tensors[name], torch.ones(3, tensors[name].shape[1])])
     config = json.loads((base / "config.json").read_text())
-    save(tuned, tensors, {**config, "vocab_size": config["vocab_size"] + 3})
+    save_model(tuned, tensors, {**config, "vocab_size": config["vocab_size"] + 3})
     report = extract(base, tuned, tmp_path / "out", rank=2)
     assert "model.embed_tokens.weight" in report.saved
     assert "model.embed_tokens" in config_of(tmp_path / "out")["modules_to_save"]
@@ -311,9 +311,11 @@ def test_a_vocabulary_that_grew_is_saved_whole(tied: bool, tmp_path: Path) -> No
 def test_auto_finds_the_planted_rank_under_the_noise_of_bfloat16(tmp_path: Path) -> None:
     moves, stays = (f"model.layers.{at}.mlp.up_proj.weight" for at in range(2))
     exact = {name: torch.randn(512, 384, generator=seeded(len(name))) * 0.02 for name in (moves, stays)}
-    base = save(tmp_path / "base", {name: tensor.bfloat16() for name, tensor in exact.items()})
+    base = save_model(tmp_path / "base", {name: tensor.bfloat16() for name, tensor in exact.items()})
     after = exact[moves].bfloat16().double() + planted(exact[moves], 11, 3, 0.002)
-    tuned = save(tmp_path / "tuned", {moves: after.bfloat16(), stays: exact[stays]})  # all that differs is rounding
+    tuned = save_model(
+        tmp_path / "tuned", {moves: after.bfloat16(), stays: exact[stays]}
+    )  # all that differs is rounding
     report = extract(base, tuned, tmp_path / "out", rank="auto")
     layer = report.modules[moves]
     assert (layer.rank, layer.above_noise) == (11, 11)
@@ -334,8 +336,8 @@ def spectrum(rows: int, columns: int, values: Tensor, seed: int = 5) -> Tensor:
 def test_energy_keeps_the_smallest_rank_with_that_part(tmp_path: Path) -> None:
     values = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     zero = {"a.q_proj.weight": torch.zeros(40, 30)}
-    base = save(tmp_path / "base", zero)
-    tuned = save(tmp_path / "tuned", {"a.q_proj.weight": spectrum(40, 30, values).float()})
+    base = save_model(tmp_path / "base", zero)
+    tuned = save_model(tmp_path / "tuned", {"a.q_proj.weight": spectrum(40, 30, values).float()})
     squares = values.square()
     for energy in (0.5, 0.9, 0.95, 0.99):
         wanted = int((squares.cumsum(0) / squares.sum() < energy - 1e-6).sum()) + 1
@@ -355,7 +357,10 @@ def test_the_error_that_is_told_is_the_dense_error_and_next_to_the_least(
     decaying = 1 / torch.arange(1, min(shape) + 1, dtype=torch.float64)
     weight = torch.randn(shape, generator=seeded(1)).float()
     after = (weight.double() + spectrum(*shape, decaying)).float()
-    base, tuned = save(tmp_path / "b", {f"{name}.weight": weight}), save(tmp_path / "t", {f"{name}.weight": after})
+    base, tuned = (
+        save_model(tmp_path / "b", {f"{name}.weight": weight}),
+        save_model(tmp_path / "t", {f"{name}.weight": after}),
+    )
     report = extract(base, tuned, tmp_path / "out", rank=16, exact=exact, dtype=dtype)
     layer = report.modules[f"{name}.weight"]
     matrix = after.double() - weight.double()
@@ -377,8 +382,8 @@ def test_rank_64_is_next_to_the_least_error_where_the_spectrum_hardly_falls(fall
     else:
         change = torch.randn(1100, 700, generator=seeded(5), dtype=torch.float64) / 700
     name = "m.q_proj.weight"
-    base = save(tmp_path / "b", {name: torch.zeros(1100, 700)})
-    tuned = save(tmp_path / "t", {name: change.float()})
+    base = save_model(tmp_path / "b", {name: torch.zeros(1100, 700)})
+    tuned = save_model(tmp_path / "t", {name: change.float()})
     report = extract(base, tuned, tmp_path / "out", rank=64)
     values = torch.linalg.svdvals(change.float().double())
     least = float(values[64:].square().sum().sqrt() / values.square().sum().sqrt())
@@ -414,7 +419,7 @@ def test_a_sketch_comes_near_the_least_error_on_every_spectrum(name: str) -> Non
 def test_a_matrix_that_is_read_again_for_every_pass_gives_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = save(tmp_path / "base", {"m.q_proj.weight": torch.randn(700, 400, generator=seeded(1))})
+    base = save_model(tmp_path / "base", {"m.q_proj.weight": torch.randn(700, 400, generator=seeded(1))})
     tuned = moved(base, tmp_path / "tuned", lambda n, t: torch.randn(t.shape, generator=seeded(2)))
     first = extract(base, tuned, tmp_path / "held", rank=8)
     monkeypatch.setattr("loratool.reworking.extracting.extract.HELD", 0)
@@ -427,7 +432,7 @@ def test_a_matrix_that_is_read_again_for_every_pass_gives_the_same(
 
 
 def test_include_and_exclude_choose_modules(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", small())
+    base = save_model(tmp_path / "base", small())
     tuned = moved(base, tmp_path / "tuned", low_rank(2))
     some = extract(base, tuned, tmp_path / "out", rank=2, include=[r"layers\.(0|1)\."], exclude=["up_proj$", "^x|s.1"])
     assert set(some.modules) == {"model.layers.0.self_attn.q_proj.weight"}
@@ -443,8 +448,8 @@ def test_include_and_exclude_choose_modules(tmp_path: Path) -> None:
 
 def test_a_pattern_that_takes_for_ever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loratool.adapters.patterns.PATTERN_SECONDS", 0.5)
-    base = save(tmp_path / "base", {f"{'a' * 60}.weight": torch.ones(3, 3)})
-    tuned = save(tmp_path / "tuned", {f"{'a' * 60}.weight": torch.zeros(3, 3)})
+    base = save_model(tmp_path / "base", {f"{'a' * 60}.weight": torch.ones(3, 3)})
+    tuned = save_model(tmp_path / "tuned", {f"{'a' * 60}.weight": torch.zeros(3, 3)})
     started = time.monotonic()
     with pytest.raises(UsageError, match="too long"):
         extract(base, tuned, tmp_path / "out", include=["(a+)+$x"])
@@ -461,13 +466,13 @@ def test_what_an_adapter_cannot_hold_is_told_with_the_reason(tmp_path: Path) -> 
         "outer.gate": torch.ones(5),
         "outer.layers.0.weight": torch.ones(4, 4),
     }
-    base = save(tmp_path / "base", tensors)
+    base = save_model(tmp_path / "base", tensors)
     after = {n: (t.float() + 1).to(t.dtype) if t.dim() < 2 or n == "packed.weight" else t for n, t in tensors.items()}
     after["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] + 1
     after["new.weight"] = torch.ones(2, 2)
     after["score.weight"] = torch.ones(2, 64)
     del after["old.weight"]
-    report = extract(base, save(tmp_path / "tuned", after), tmp_path / "out", rank=1)
+    report = extract(base, save_model(tmp_path / "tuned", after), tmp_path / "out", rank=1)
     assert {name: reason.split(";")[0] for name, reason in report.left_out.items()} == {
         "scale": "it is not in a module, and PEFT saves only modules",
         "m.steps": "cannot compute with I64",
@@ -481,17 +486,17 @@ def test_what_an_adapter_cannot_hold_is_told_with_the_reason(tmp_path: Path) -> 
 
 
 def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", small())
+    base = save_model(tmp_path / "base", small())
     tuned = moved(base, tmp_path / "tuned", low_rank(2))
     names = list(small())
     broken = read_tensors(tuned)
     broken[names[0]][3, 4] = float("nan")
     broken[names[2]][0, 0] = float("inf")
-    other = save(tmp_path / "other", {f"x.{n}": t for n, t in read_tensors(tuned).items()})
+    other = save_model(tmp_path / "other", {f"x.{n}": t for n, t in read_tensors(tuned).items()})
     extract(base, tuned, tmp_path / "adapter", rank=2)
     large = moved(base, tmp_path / "large", lambda n, t: planted(t, 2) * 1e12)
-    vectors = save(tmp_path / "vectors", {**read_tensors(base), "n.norm.weight": torch.ones(4)})
-    vectors_after = save(tmp_path / "vectors-after", {**read_tensors(base), "n.norm.weight": torch.zeros(4)})
+    vectors = save_model(tmp_path / "vectors", {**read_tensors(base), "n.norm.weight": torch.ones(4)})
+    vectors_after = save_model(tmp_path / "vectors-after", {**read_tensors(base), "n.norm.weight": torch.zeros(4)})
     cases: list[tuple[type[LoratoolError], list[str], Callable[[], ExtractReport]]] = [
         (FitError, ["no tensor in common", "nearest in BASE"], lambda: extract(base, other, tmp_path / "out")),
         (FitError, ["are identical"], lambda: extract(base, base, tmp_path / "out")),
@@ -499,7 +504,7 @@ def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Pa
         (
             InputError,
             [f"{names[0]} of TUNED", f"{names[2]} of TUNED", "NaN or infinite"],
-            lambda: extract(base, save(tmp_path / "broken", broken), tmp_path / "out"),
+            lambda: extract(base, save_model(tmp_path / "broken", broken), tmp_path / "out"),
         ),
         (InputError, ["TUNED must be a model"], lambda: extract(base, tmp_path / "adapter", tmp_path / "out")),
         (
@@ -533,7 +538,7 @@ def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Pa
 
 
 def test_a_rank_above_what_a_shape_allows_is_capped(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", {"m.q_proj.weight": torch.zeros(30, 20), "m.score.weight": torch.zeros(3, 20)})
+    base = save_model(tmp_path / "base", {"m.q_proj.weight": torch.zeros(30, 20), "m.score.weight": torch.zeros(3, 20)})
     tuned = moved(base, tmp_path / "tuned", lambda n, t: torch.randn(t.shape, generator=seeded(1)))
     report = extract(base, tuned, tmp_path / "out", rank=500)
     assert {name: layer.rank for name, layer in report.modules.items()} == {"m.q_proj.weight": 20, "m.score.weight": 3}
@@ -542,7 +547,7 @@ def test_a_rank_above_what_a_shape_allows_is_capped(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_tells_the_same_and_writes_nothing_and_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
-    base = save(tmp_path / "base", small())
+    base = save_model(tmp_path / "base", small())
     tuned = moved(base, tmp_path / "tuned", lambda n, t: torch.randn(t.shape, generator=seeded(len(n))))
     steps: list[tuple[int, int]] = []
     dry = extract(base, tuned, tmp_path / "out", rank=4, dry_run=True, progress=lambda *s: steps.append(s))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import planted, save, seeded
+from checkpoints import planted, save_model, seeded
 from torch import Tensor
 
 from loratool import extract
@@ -23,7 +23,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def found(folder: Path, base: Tensor, tuned: Tensor, exact: bool = False) -> int:
     """The rank that `auto` gives the one layer; 0 where nothing is above the noise."""
-    one, two = save(folder / "base", {NAME: base}), save(folder / "tuned", {NAME: tuned})
+    one, two = save_model(folder / "base", {NAME: base}), save_model(folder / "tuned", {NAME: tuned})
     try:
         report = extract(one, two, folder / "out", rank="auto", exact=exact, dry_run=True)
     except FitError:

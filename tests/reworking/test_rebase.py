@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import draw
+from checkpoints import draw, save_model
 from numpy.typing import NDArray
 from oracle import sha256
 from peft_files import named_by_peft, save_peft
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loratool
@@ -47,10 +47,11 @@ def deltas() -> dict[str, Tensor]:
 
 def write_base(folder: Path, tensors: Mapping[str, Tensor], tokens: str = "{}") -> Path:
     """In float64, so that differences are exact."""
-    folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    save_model(
+        folder,
+        tensors,
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    )
     (folder / "tokenizer.json").write_text(tokens)
     return folder
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_model
 from expert_models import BOTH, FUSED, INPUTS, Layers
 from oracle import picture, read_tensors, same_bits
 from paths import REAL
@@ -964,9 +965,7 @@ def test_a_model_is_never_replaced_by_an_adapter(
 ) -> None:
     adapter = write(tmp_path / "adapter")
     model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    save_file({"w": torch.ones(2, 2)}, model / "model.safetensors")
+    save_model(model, {"w": torch.ones(2, 2)}, {})
     before = picture(tmp_path)
     assert run([*words, str(adapter), "-o", str(model), "--overwrite"]) == 2
     assert "is not an adapter" in capsys.readouterr().err

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_model
 from merged_models import CONFIG, RANK, Scene, Tensors, codes, only, rounded, scene, write_adapter
 from quantised_models import Quantised, ct_packed, fp8
-from safetensors.torch import save_file
 
 import loratool
 
@@ -28,11 +27,7 @@ def projections(weights: Tensors) -> Tensors:
 
 def written(folder: Path, made: Quantised, others: Tensors) -> Path:
     """A model of which some weights are quantised."""
-    folder.mkdir(parents=True)
-    save_file({**others, **made.tensors}, folder / "model.safetensors")
-    config = {**CONFIG, "quantization_config": made.config}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return save_model(folder, {**others, **made.tensors}, {**CONFIG, "quantization_config": made.config})
 
 
 @pytest.fixture(scope="module", params=MAKERS)
