@@ -156,10 +156,12 @@ class Made:
 def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None) -> Made:
     """Make those of some parts that are not there; raises `PublishedError` where the output is complete."""
     runtime = runtime_for(plan_of(merge.plan, parts).spans, merge.options.device, merge.options.is_simple)
-    return done(making(merge, parts, share, runtime), merge, runtime, progress)
+    return result_of(making(merge, parts, share, runtime), merge, runtime, progress)
 
 
-def done(making: Making[Report], merge: PartedMerge, runtime: Future[Runtime], progress: Progress | None) -> Report:
+def result_of(
+    making: Making[Report], merge: PartedMerge, runtime: Future[Runtime], progress: Progress | None
+) -> Report:
     """What comes of the making of one merge, or of parts of it."""
     watch = stopwatch.begin("main")
     try:
@@ -235,10 +237,10 @@ def finish(
 def publish(merge: PartedMerge, progress: Progress | None = None, check: Check | None = None) -> FinishReport:
     """Publish a merge from `open_parts`; `check` tells what is wrong with its parts, in the place of the output."""
     output = merge.output
-    nothing = FinishReport(output.out, output.plan, len(merge.parts), (), False, None)
+    complete_already = FinishReport(output.out, output.plan, len(merge.parts), (), False, None)
     if merge.published or output.is_published():  # perhaps since the merge was opened
         output.clear()  # of a run that was killed after it had published
-        return nothing
+        return complete_already
     try:
         with output.finishing() as stage:
             records = complete(merge, check or output.problems, progress)
@@ -249,12 +251,12 @@ def publish(merge: PartedMerge, progress: Progress | None = None, check: Check |
             took = dataclasses.replace(spent(merge), device=kind_of_device(stage))
             report = make_report(merged, stage, (), took, len(workers), Profile({}))
     except PublishedError:  # by another one, at the same time
-        return nothing
+        return complete_already
     verified = len(stage.files) if merge.options.verify and not output.read_to_check else 0
     report = dataclasses.replace(
         report, out=output.out, verified=verified, notes=(*report.notes, *copied_notes(merge.parts))
     )
-    return dataclasses.replace(nothing, workers=workers, published=True, merge=report, cost=report.cost)
+    return dataclasses.replace(complete_already, workers=workers, published=True, merge=report, cost=report.cost)
 
 
 def kind_of_device(stage: Stage) -> str:

@@ -10,7 +10,7 @@ from loratool.errors import FitError, StoreError, printable
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import read_recorded
 from loratool.files.part_records import PublishedError
-from loratool.merging.in_parts import IncompleteError, done, make, making, publish, spent
+from loratool.merging.in_parts import IncompleteError, make, making, publish, result_of, spent
 from loratool.merging.merge import Making, MergeOptions, PathLike, Progress, cost
 from loratool.merging.parted_merge import PartedMerge, open_parts
 from loratool.merging.resources import runtime_for
@@ -38,7 +38,7 @@ def merge_into_store(
     """Merge into a store; `loratool.commands.merge` says all of it. Raises as `merge` does."""
     merge = open_parts(base, adapters, out, options, joining=False)
     runtime = runtime_for(merge.plan.spans, options.device, options.is_simple)
-    return done(making_in_store(merge, runtime), merge, runtime, progress)
+    return result_of(making_in_store(merge, runtime), merge, runtime, progress)
 
 
 def making_in_store(merge: PartedMerge, runtime: Future[Runtime]) -> Making[MergeReport]:

@@ -26,7 +26,7 @@ from loratool.files.digests import Listed
 from loratool.files.journal import Journal
 from loratool.files.part_records import PartRecord
 from loratool.files.shared_folder import SharedFolder
-from loratool.merging import dealing, parted_merge
+from loratool.merging import dealing, in_parts, parted_merge
 from loratool.merging.merge import MergeOptions
 from loratool.results.parts import FinishReport, PartReport
 
@@ -250,6 +250,17 @@ def test_a_worker_whose_output_is_published_has_nothing_to_do(merge: Merge) -> N
     assert again.merge is None
     assert merge.status().published
     assert snapshot(merge.out.parent) == before
+
+
+def test_a_worker_that_planned_before_the_output_was_published_leaves_nothing(merge: Merge) -> None:
+    """It finds the output complete when it begins to work, and no stage is left."""
+    opened = parted_merge.open_parts(merge.base, merge.adapter, merge.out, MergeOptions(device="cpu"))
+    merge.part("1/1")
+    merge.finish()
+    assert not opened.published
+    assert in_parts.make_parts(opened, opened.parts, "1/1").published
+    assert not in_parts.publish(opened).published
+    merge.check()
 
 
 # ---------------------------------------------------------------- damage

@@ -20,6 +20,7 @@ import loratool
 from loratool import cli
 from loratool.errors import FitError, InputError, StoreError, UsageError, VerificationError
 from loratool.merging import resources
+from loratool.merging.in_parts import make_parts, publish
 from loratool.merging.merge import MergeOptions
 from loratool.merging.parted_merge import open_parts
 from loratool.stores.begun import FOLDER
@@ -329,6 +330,17 @@ def test_workers_on_many_machines_make_one_output(store: StoreServer, models: Pa
     assert loratool.merge_part(BASE, [ADAPTER], out, "2/3").published
     assert loratool.merge_status(BASE, [ADAPTER], out).published
     assert store.uploads(BUCKET) == []
+
+
+def test_a_worker_that_planned_before_the_output_was_published_leaves_nothing(store: StoreServer, models: Path) -> None:
+    """It finds the output complete when it begins to work; no upload, and nothing that says that one was begun, is left."""
+    prefix = "out/late"
+    opened = open_parts(BASE, [ADAPTER], f"s3://{BUCKET}/{prefix}", MergeOptions())
+    loratool.merge(BASE, [ADAPTER], f"s3://{BUCKET}/{prefix}")
+    assert make_parts(opened, opened.parts, "1/1").published
+    assert not publish(opened).published
+    assert_same(store, prefix, models / "merged")
+    assert not [key for key in store.uploads(BUCKET) if key.startswith(prefix)]
 
 
 def test_a_part_that_is_not_what_its_record_says_is_made_again(store: StoreServer, models: Path) -> None:
