@@ -230,12 +230,15 @@ class Bucket:
     ) -> dict[str, str]:
         """What is wrong with some parts, by name.
 
-        The store's own lists are looked at, and no bytes are read: it has checked those as they came.
+        The store's own lists are looked at, and no bytes are read: it has checked those as they came. Raises `GoneError`
+        where uploads are gone, and nobody is completing them.
         """
         names = sorted({part.file for part in parts})
         try:
             lists = each_of(lambda name: uploads.sent_parts(self.place / name, self.ids[name]), names)
-        except GoneError:  # another run completes them
+        except GoneError:
+            if uploads.head(self.home / FINISH) is None:
+                raise
             return {}
         there: dict[str, dict[int, uploads.Sent]] = dict(zip(names, lists, strict=True))
         found = {p.name: why_unlike(self.parts[p.name], records[p.name], there[p.file]) for p in parts}

@@ -445,6 +445,22 @@ def test_uploads_that_somebody_removed_are_said_and_can_be_cleared(store: StoreS
     assert_same(store, prefix, models / "merged")
 
 
+def test_an_output_that_was_to_be_replaced_stays_if_the_uploads_are_gone(store: StoreServer, models: Path) -> None:
+    prefix = "out/kept"
+    out = f"s3://{BUCKET}/{prefix}"
+    loratool.merge(models / "base", [ADAPTER], out, weights=[2])
+    before = store.objects(BUCKET, prefix)
+    loratool.merge_part(models / "base", [ADAPTER], out, "1/1", overwrite=True)
+    for each in store.client.list_multipart_uploads(Bucket=BUCKET, Prefix=prefix)["Uploads"]:
+        store.client.abort_multipart_upload(Bucket=BUCKET, Key=each["Key"], UploadId=each["UploadId"])
+    with pytest.raises(StoreError, match="removed by something else"):
+        loratool.finish_merge(models / "base", [ADAPTER], out, overwrite=True)
+    with pytest.raises(StoreError, match="removed by something else"):
+        loratool.merge_part(models / "base", [ADAPTER], out, "1/1", overwrite=True)
+    loratool.abort_merge(out)
+    assert store.objects(BUCKET, prefix) == before
+
+
 def test_weights_are_read_again_for_their_sha256_and_for_verify(store: StoreServer, models: Path) -> None:
     """The record lists the SHA-256 of each object, workers' outputs too; the report counts the files that were read."""
     prefix = "out/read-again"
