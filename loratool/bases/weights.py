@@ -71,7 +71,8 @@ class HeldPart:
 
     first: int
     stop: int
-    values: Tensor
+    values: Any  # (rows, columns) of a tensor, or of numpy
+    place: object  # the device that they are on; "numpy" where they are numpy's
 
 
 class Held:
@@ -93,11 +94,11 @@ class Held:
             made: Made = self.made[key]
             return made
 
-    def part(self, first: int, stop: int, device: torch.device, make: Callable[[], HeldPart]) -> HeldPart:
+    def part(self, first: int, stop: int, place: object, make: Callable[[], HeldPart]) -> HeldPart:
         """A part that has the lines `first` … `stop`: any thread's, else what `make` gives, as this thread's only one."""
         with self.lock:
             for part in self.parts.values():
-                if part.first <= first and stop <= part.stop and part.values.device == device:
+                if part.first <= first and stop <= part.stop and part.place == place:
                     return part
             self.parts.pop(threading.get_ident(), None)  # its memory is free before more is taken
             part = self.parts[threading.get_ident()] = make()

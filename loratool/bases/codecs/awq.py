@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.bit_fields import packed, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules
@@ -20,7 +21,7 @@ from loratool.bases.codecs.parts import Finder, is_count, shown, told
 from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices
 from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
 from loratool.files.checkpoint import Checkpoint
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs whose bits are in a word, from the lowest bits on
 PLACES = [ORDER.index(output) for output in range(8)]
@@ -40,6 +41,19 @@ class AwqWeight(Grouped):
         torch.bitwise_and(turned, 15, out=found[:, :, 0])
         torch.bitwise_right_shift(turned, 4, out=found[:, :, 1])
         return found.view(-1, self.line)[first - 8 * start :][:count]
+
+    def integers_by_numpy(self, words: NDArray[Any], first: int, count: int) -> NDArray[Any]:
+        start, stop = first // 8, -(-(first + count) // 8)  # words
+        some = numpy.ascontiguousarray(words[:, start:stop]).view(numpy.uint8)
+        turned = numpy.ascontiguousarray(some.T).reshape(stop - start, 2, 2, self.line).transpose(0, 2, 1, 3)
+        found = numpy.empty((stop - start, 2, 2, 2, self.line), numpy.uint8)
+        numpy.bitwise_and(turned, 15, out=found[:, :, 0])
+        numpy.right_shift(turned, 4, out=found[:, :, 1])
+        return found.reshape(-1, self.line)[first - 8 * start :][:count]
+
+    def zeros_by_numpy(self, words: NDArray[Any]) -> NDArray[Any]:
+        fields = numpy_values.nibbles(words.view(numpy.uint8)).reshape(len(words), -1, 8)
+        return fields[:, :, PLACES].reshape(len(words), -1)
 
     @property
     def together(self) -> int:

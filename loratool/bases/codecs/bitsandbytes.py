@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
+from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.parts import (
     Finder,
     bytes_of,
@@ -46,7 +47,6 @@ from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import json_object
 from loratool.files.open_sources import OpenSources
-from loratool.files.stopwatch import lap
 from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
@@ -123,12 +123,16 @@ class FourBit(Requantizable):
     def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
         block = self.statistics.block
         absmax = self.absmax_by_numpy(first * self.line // block, values.size // block, memory)
-        pairs = memory.held.of("pairs by numpy", lambda: numpy_pairs(memory.small(self.tensors[2])))
+        pairs = memory.held.of("pairs by numpy", lambda: self.pairs_by_numpy(memory))
         raw = memory.read(self.tensors[0], first * self.line // 2, values.size // 2)
-        numpy.take(pairs, raw, out=values.reshape(-1).view(numpy.int64), mode="clip")  # which takes no other memory
-        blocks = values.reshape(-1, block)
-        numpy.multiply(blocks, absmax[:, None], out=blocks)
-        lap("decode")
+        numpy_values.look_up(values.reshape(-1), raw, pairs)
+        numpy_values.multiply(values, absmax.reshape(len(values), -1), block)
+
+    def pairs_by_numpy(self, memory: Memory) -> NDArray[Any]:
+        """The two values of each byte; the first is in the high nibble."""
+        values = memory.small(self.tensors[2]).view(numpy.float32)
+        pairs: NDArray[Any] = numpy_values.pairs(values, values).reshape(16, 16).T.reshape(-1)
+        return pairs
 
     def absmax_by_numpy(self, first: int, count: int, memory: Memory) -> NDArray[Any]:
         """Those of blocks from block `first` on."""
@@ -201,15 +205,6 @@ class FourBit(Requantizable):
 def pairs_of(values: Tensor) -> Tensor:
     """The two values of each byte, as the bits of one number of 64 bits: one look-up gives both."""
     return torch.stack([values.repeat_interleave(16), values.repeat(16)], 1).view(torch.int64).flatten()
-
-
-def numpy_pairs(raw: NDArray[Any]) -> NDArray[Any]:
-    """The same by numpy, of the bytes of the values."""
-    values = raw.view(numpy.float32)
-    found: NDArray[Any] = (
-        numpy.stack([numpy.repeat(values, 16), numpy.tile(values, 16)], 1).view(numpy.int64).reshape(-1)
-    )
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)

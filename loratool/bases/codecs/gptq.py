@@ -23,17 +23,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.bit_fields import packed, repeated, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.grouped import Grouped, rows_of
-from loratool.bases.codecs.parts import Finder, is_count, read_whole, shown, told
+from loratool.bases.codecs.parts import Finder, integers_of, is_count, read_whole, shown, told
 from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, in_memory, modules_of
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.architectures import CONV1D_TYPES
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}  # of zero points, by the format of a checkpoint
 OTHER_FORMATS = ("marlin", "gptq_marlin", "bitblas", "gptq_bitblas")  # also written as if they were methods
@@ -68,6 +69,16 @@ class GptqWeight(Grouped):
         columns = rows_of(words[:, first : first + count])  # in the cache, where turning it costs least
         return unpacked(rows_of(columns.T).view(torch.uint8), self.bits)[:, : self.line]
 
+    def integers_by_numpy(self, words: NDArray[Any], first: int, count: int) -> NDArray[Any]:
+        columns = numpy.ascontiguousarray(words[:, first : first + count].T)
+        return numpy_values.nibbles(columns.view(numpy.uint8))[:, : self.line]
+
+    def zeros_by_numpy(self, words: NDArray[Any]) -> NDArray[Any]:
+        if self.how.version == 1 and self.how.borrows:
+            words = words + numpy.int32(0x11111111)
+        fields = numpy_values.nibbles(words.view(numpy.uint8))
+        return (fields + 1) & 15 if self.how.version == 1 and not self.how.borrows else fields
+
     def words(self, integers: Tensor) -> Tensor:
         return packed(integers, self.bits)
 
@@ -83,15 +94,25 @@ class GptqWeight(Grouped):
     def stored_zeros(self, zeros: Tensor) -> Tensor:
         return packed(zeros - (2 - self.how.version), self.bits)  # none of version 1 is 0
 
+    def all_ones(self, room: Room) -> tuple[int, int]:
+        """How many zero points are stored as all ones, and how many there are."""
+        largest = (1 << self.bits) - 1
+        if self.bits == 4:  # torch need not be imported for them
+            words = integers_of(self.tensors[1], room).reshape(self.tensors[1].info.shape)
+            nibbles = numpy_values.nibbles(words.view(numpy.uint8))[:, : self.shape[0]]
+            return int((nibbles == largest).sum()), nibbles.size
+        fields = unpacked(read_whole(self.tensors[1], room).view(torch.uint8), self.bits)[:, : self.shape[0]]
+        return int((fields == largest).sum()), fields.numel()
+
     def doubt(self, room: Room) -> str:
         if self.how.version != 1:
             return ""
-        fields = unpacked(read_whole(self.tensors[1], room).view(torch.uint8), self.bits)[:, : self.shape[0]]
-        if not (full := int((fields == (1 << self.bits) - 1).sum())):
+        full, of = self.all_ones(room)
+        if not full:
             return ""
         writer = "GPTQModel" if self.how.borrows else "AutoGPTQ"
         return (
-            f"{full} of {fields.numel()} zero points are stored as all ones, which tools write and read differently; "
+            f"{full} of {of} zero points are stored as all ones, which tools write and read differently; "
             f"they are read as {writer} does"
         )
 

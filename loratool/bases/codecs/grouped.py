@@ -16,14 +16,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from loratool.bases.codecs.parts import held, read_parameters, read_whole, wrong_scales
+from loratool.bases.codecs import numpy_values
+from loratool.bases.codecs.parts import held, integers_of, read_parameters, read_whole, wrong_scales
 from loratool.bases.packed import Requantizable
-from loratool.bases.weights import HeldPart, Room
+from loratool.bases.weights import WIDENED, HeldPart, Memory, Room, widen
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 PART = 2 << 20  # bytes of packed values that a thread holds
 MOST_READINGS = 8  # of all packed values of a weight, each for a part of them; parts of large weights are larger for it
@@ -76,22 +77,79 @@ class Grouped(Requantizable):
         return self.scaled(integers, Grid(scales[which].float(), zeros[which], groups))
 
     @property
+    def by_numpy(self) -> bool:
+        return self.bits == 4 and self.tensors[2].info.dtype in WIDENED
+
+    def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
+        count = len(values)
+        part = memory.held.part(first, first + count, "numpy", lambda: self.columns_by_numpy(first, count, memory))
+        scales, zeros, groups = memory.held.of("grid by numpy", lambda: self.grid_by_numpy(memory))
+        which = slice(first, first + count)
+        integers = numpy.ascontiguousarray(self.integers_by_numpy(part.values, first - part.first, count))
+        integers = integers.view(numpy.int8)
+        if len(groups):
+            numpy.copyto(values, integers - zeros[which].take(groups, 1))
+            values *= scales[which].take(groups, 1)
+            return
+        parted = integers.reshape(count, -1, self.group)
+        numpy.subtract(parted, zeros[which, :, None], out=parted)
+        numpy.copyto(values, integers)
+        numpy_values.multiply(values, scales[which], self.group)
+
+    def columns_by_numpy(self, first: int, count: int, memory: Memory) -> HeldPart:
+        """As `columns`."""
+        rows, width = self.tensors[0].info.shape
+        start, stop = self.columns_from(first, count)
+        found, step = numpy.empty((rows, stop - start), numpy.int32), max(1, PIECE // (4 * width))
+        for at in range(0, rows, step):
+            number = min(step, rows - at)
+            raw = memory.read(self.tensors[0], 4 * at * width, 4 * number * width)
+            found[at : at + number] = raw.view(numpy.int32).reshape(number, width)[:, start:stop]
+        return HeldPart(start * self.together, stop * self.together, found, "numpy")
+
+    def grid_by_numpy(self, memory: Memory) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """As `Grid`; zero points are int8."""
+        shape = self.tensors[2].info.shape
+        scales = numpy.empty(shape, numpy.float32)
+        widen(scales.reshape(-1), memory.small(self.tensors[2]), self.tensors[2].info.dtype)
+        words = memory.small(self.tensors[1]).view(numpy.int32).reshape(self.tensors[1].info.shape)
+        zeros = self.zeros_by_numpy(words)[:, : shape[1]].view(numpy.int8)
+        in_order: NDArray[Any] = numpy.arange(self.line) // self.group
+        groups = integers_of(self.tensors[3], Room(memory.sources)) if len(self.tensors) > 3 else in_order
+        in_turns = self.line % self.group == 0 and numpy.array_equal(groups, in_order)
+        by_output = numpy.ascontiguousarray(scales.T), numpy.ascontiguousarray(zeros.T)
+        return *by_output, groups[:0] if in_turns else groups
+
+    @abstractmethod
+    def integers_by_numpy(self, words: NDArray[Any], first: int, count: int) -> NDArray[Any]:
+        """As `integers`, where they are of 4 bits, in memory of their own."""
+
+    @abstractmethod
+    def zeros_by_numpy(self, words: NDArray[Any]) -> NDArray[Any]:
+        """As `zero_points`, where they are of 4 bits; perhaps some more."""
+
+    @property
     def memory(self) -> int:
         return min(self.tensors[0].info.nbytes, max(PART, self.tensors[0].info.nbytes // MOST_READINGS))
 
     def columns(self, first: int, count: int, device: torch.device, room: Room) -> HeldPart:
         """The packed values of some outputs and of those after them, (rows, columns) of int32 as they lie on disk."""
         rows, width = self.tensors[0].info.shape
-        start, stop = first // self.together, -(-(first + count) // self.together)
-        more = max(stop, start + self.memory // (4 * rows))
-        stop = min(width, more) if device.type == "cpu" else width
+        start, stop = self.columns_from(first, count)
+        stop = stop if device.type == "cpu" else width
         found = torch.empty(rows, stop - start, dtype=torch.int32)
         reading, cpu, step = Room(room.sources, room.host), torch.device("cpu"), max(1, PIECE // (4 * width))
         for at in range(0, rows, step):
             number = min(step, rows - at)
             raw = reading.read(self.tensors[0], 4 * at * width, 4 * number * width, cpu)
             found[at : at + number] = raw.view(torch.int32).view(number, width)[:, start:stop]
-        return HeldPart(start * self.together, stop * self.together, found.to(device))
+        return HeldPart(start * self.together, stop * self.together, found.to(device), device)
+
+    def columns_from(self, first: int, count: int) -> tuple[int, int]:
+        """The columns of packed values, from that of an output on, that a thread holds on a CPU."""
+        rows, width = self.tensors[0].info.shape
+        start, stop = first // self.together, -(-(first + count) // self.together)
+        return start, min(width, max(stop, start + self.memory // (4 * rows)))
 
     def scales_by_output(self, room: Room) -> Tensor:
         """(outputs, groups), as stored."""
@@ -128,7 +186,8 @@ class Grouped(Requantizable):
         if wrong := wrong_scales(scales, room, "not zero"):  # AutoRound writes negative ones
             return wrong
         if len(self.tensors) > 3:
-            name, groups, number = self.tensors[3].info.name, read_whole(self.tensors[3], room), scales.info.shape[0]
+            name, number = self.tensors[3].info.name, scales.info.shape[0]
+            groups = integers_of(self.tensors[3], room)
             outside = groups[(groups < 0) | (groups >= number)]
             if len(outside):
                 return (

@@ -123,6 +123,13 @@ def floats_of(tensor: StoredTensor, room: Room) -> NDArray[Any]:
     return values
 
 
+def integers_of(tensor: StoredTensor, room: Room) -> NDArray[Any]:
+    """All values of a small tensor of int32 or int64, (n,)."""
+    dtype = {"I32": numpy.int32, "I64": numpy.int64}[tensor.info.dtype]
+    found: NDArray[Any] = numpy.frombuffer(bytes_of(tensor, room), dtype)
+    return found
+
+
 def in_blocks(values: Tensor, start: int, block: int) -> Iterator[tuple[Tensor, slice]]:
     """Some values, the first of which is number `start`, as matrices of whole or cut blocks, a row for each block.
 

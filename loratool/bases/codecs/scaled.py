@@ -13,18 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.codecs import new_scales
+from loratool.bases.codecs import new_scales, numpy_values
 from loratool.bases.codecs.byte_values import by_rows
-from loratool.bases.codecs.numbers import Numbers, offset_floats
+from loratool.bases.codecs.numbers import FP8, Numbers, offset_floats
 from loratool.bases.codecs.parameters import POWERS, InMemory, OnDisk, Parameters, as_float32, as_stored
 from loratool.bases.codecs.parts import read_whole, wrong_scales
 from loratool.bases.packed import Requantizable
-from loratool.bases.weights import Room
+from loratool.bases.weights import WIDENED, Memory, Room, widen
 from loratool.errors import printable
 from loratool.files.safefile import DTYPE_BITS
-from loratool.lazy import Tensor, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,23 @@ class Scaled(Requantizable):
         if self.columns is not None:
             decoded.mul_(small(self.columns, parameters))
         return decoded
+
+    @property
+    def by_numpy(self) -> bool:
+        others = (self.whole, self.zeros, self.columns, self.groups, self.values_shape)
+        return self.numbers is FP8 and others == (None,) * 5 and self.scales.info.dtype in WIDENED
+
+    def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
+        def widened() -> NDArray[Any]:
+            found = numpy.empty(self.scales.info.elements, numpy.float32)
+            widen(found, memory.small(self.scales), self.scales.info.dtype)
+            return found.reshape(-1, self.grid[1])
+
+        scales = memory.held.of("scales by numpy", widened)
+        raw = memory.read(self.tensors[0], first * self.line, values.size)
+        numpy_values.e4m3(values.reshape(-1), raw)
+        blocks = [self.row_of_blocks(line) for line in range(first, first + len(values))]
+        numpy_values.multiply(values, scales[blocks], min(self.block[1], self.line))
 
     def read_numbers(self, raw: Tensor, first: int, count: int) -> Tensor:
         """(count, line) of float32."""
