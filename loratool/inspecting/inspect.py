@@ -61,7 +61,7 @@ Progress = Callable[[int, int], None]
 Measuring = Callable[[Adapter, "Fit | None", str, Progress | None], Values]
 PathLike = str | os.PathLike[str]
 NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
-NUMBERED = re.compile(r"(?<=_)[0-9]+(?=_)")  # in a name without dots
+OF_BLOCK = re.compile(r".*(?:^|_)(?:[a-z]*blocks?|layers?|attentions|resnets)(?:_[0-9]+)+_")  # of a name without dots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -474,10 +474,10 @@ def weight_facts(groups: Mapping[tuple[str, tuple[int, ...]], list[int]]) -> tup
 def leaf(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.weight` → `q_proj`; a bias keeps its word, and a number what it counts.
 
-    A name without dots is kept, with # for its numbers: `unet_down_blocks_#_resnets_#_conv1`.
+    Of a name without dots, what comes after the numbers of its block: `unet_down_blocks_0_resnets_1_conv1` → `conv1`.
     """
     parts = name.removesuffix(".weight").split(".")
     if len(parts) == 1:
-        return NUMBERED.sub("#", name.removesuffix(".weight"))
+        return OF_BLOCK.sub("", parts[0])
     short = parts[-1] == "bias" or parts[-1].isdecimal()
     return ".".join(parts[-2:]) if short and len(parts) > 1 else parts[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -18,6 +19,7 @@ from loratool.templates import grouped, template_of
 
 if TYPE_CHECKING:
     from loratool.results.values import Values  # most adapters are shown without
+UNDERSCORED = re.compile(r"(?<=_)[0-9]+(?=[_.])")  # numbers of a name without dots
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,7 @@ def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
 
 def matching_lines(matched: Sequence[tuple[str, PlaceFacts]]) -> list[str]:
     """Target → tensor; those that differ in numbers alone share a line."""
-    pairs = ((target, place.tensor) for target, place in matched)
+    pairs = ((numberless(target), place.tensor) for target, place in matched)
     found = by_key(((template_of(target)[0], template_of(tensor)[0]), (target, tensor)) for target, tensor in pairs)
     lines = []
     for members in found.values():
@@ -344,6 +346,11 @@ def matching_lines(matched: Sequence[tuple[str, PlaceFacts]]) -> list[str]:
         lines.append(fill(text, "  ", "    "))
     template_of.cache_clear()
     return shortened(lines)
+
+
+def numberless(target: str) -> str:
+    """A target as it is; one without dots with # for its numbers, as nothing tells which of them count layers."""
+    return target if "." in target.removesuffix(".weight") else UNDERSCORED.sub("#", target)
 
 
 def metadata_text(metadata: Mapping[str, str]) -> str:

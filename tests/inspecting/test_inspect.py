@@ -622,7 +622,7 @@ def test_a_folder_of_weights_without_a_config_is_not_sent_to_the_hub(
 
 
 def test_layers_without_dots_in_their_names_share_a_line(tmp_path: Path) -> None:
-    """A kohya file of SDXL has 722 modules, and its targets should be a page."""
+    """A kohya file of SDXL has 722 modules, and its targets and where they go should be a page."""
     tensors: dict[str, Tensor] = {}
     for block in range(3):
         module = f"lora_unet_down_blocks_{block}_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -631,4 +631,15 @@ def test_layers_without_dots_in_their_names_share_a_line(tmp_path: Path) -> None
     facts = loratool.inspect(tmp_path / "lora.safetensors")
     assert isinstance(facts, AdapterFacts)
     (only,) = facts.targets
-    assert (only.name, only.count) == ("unet_down_blocks_#_attentions_#_transformer_blocks_#_attn1_to_q", 3)
+    assert (only.name, only.count) == ("attn1_to_q", 3)
+    weights = {
+        f"unet.down_blocks.{block}.attentions.0.transformer_blocks.0.attn1.to_q.weight": torch.ones(4, 4)
+        for block in range(3)
+    }
+    save_file(weights, tmp_path / "base.safetensors")
+    told = " ".join(str(loratool.inspect(tmp_path / "lora.safetensors", base=tmp_path / "base.safetensors")).split())
+    block = "{0-2}"  # of the base's names; those of the file have no dots that would tell their numbers apart
+    assert (
+        "unet_down_blocks_#_attentions_#_transformer_blocks_#_attn1_to_q.weight → "
+        f"unet.down_blocks.{block}.attentions.0.transformer_blocks.0.attn1.to_q.weight ×3" in told
+    )
