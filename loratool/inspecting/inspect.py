@@ -478,6 +478,6 @@ def leaf(name: str) -> str:
     """
     parts = name.removesuffix(".weight").split(".")
     if len(parts) == 1:
-        return OF_BLOCK.sub("", parts[0])
+        return OF_BLOCK.sub("", parts[0]) or parts[0]
     short = parts[-1] == "bias" or parts[-1].isdecimal()
     return ".".join(parts[-2:]) if short and len(parts) > 1 else parts[-1]

@@ -41,7 +41,7 @@ from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
-LARGEST_SCALE = 3.4e38  # of a float32
+LARGEST = 3.4e38  # of a float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +108,9 @@ def rescale(
             for t, layer in contents.layers.items()
             for f in [wanted[t] * matched[t]]
         }
-        if huge := [t for t, m in modules.items() if not bake and not abs(m.after) <= LARGEST_SCALE]:
-            raise UsageError("the scale would overflow float32:", map(printable, huge))
+        alphas = {t: abs(m.after) * max(contents.layers[t].rank, 1) for t, m in modules.items()}
+        if huge := [t for t, value in alphas.items() if not bake and not value <= LARGEST]:
+            raise UsageError("alpha would overflow float32:", map(printable, huge))
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}

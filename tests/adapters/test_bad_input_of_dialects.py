@@ -130,3 +130,19 @@ def test_an_index_that_names_itself_is_refused(tmp_path: Path, capsys: pytest.Ca
     (folder / "config.json").write_text("{}")
     assert run(["inspect", str(folder)]) == 3
     assert name in capsys.readouterr().err
+
+
+def test_an_alpha_that_no_float32_holds_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """α may be as large as float32 has numbers; twice as large a one cannot be stored."""
+    save_file(factors() | {f"{MODULE}.alpha": torch.tensor(3e38)}, tmp_path / "lora.safetensors")
+    words = ["rescale", str(tmp_path / "lora.safetensors"), "-o", str(tmp_path / "out.safetensors"), "--scale"]
+    assert run([*words, "2"]) == 2
+    assert "alpha would overflow float32" in capsys.readouterr().err
+    assert run([*words, "0.5"]) == 0
+
+
+def test_a_name_of_numbered_blocks_alone_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "lora_unet_" + "down_blocks_0_" * 2
+    save_file({f"{name}.{n.rpartition(f'{MODULE}.')[2]}": t for n, t in factors().items()}, tmp_path / "a.safetensors")
+    assert run(["inspect", str(tmp_path / "a.safetensors")]) == 0
+    assert "unet_down_blocks_0_down_blocks_0_: 6×4 ×1" in capsys.readouterr().out

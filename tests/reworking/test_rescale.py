@@ -299,7 +299,7 @@ def test_however_weak_an_adapter_gets_its_alpha_is_not_rounded_away(factor: floa
 
 @pytest.mark.parametrize("factor", ["1e300", "1e308"])
 def test_a_scale_that_no_float32_holds_is_refused(factor: str, bench: Workbench) -> None:
-    told = ["the scale would overflow float32", "q_proj"]
+    told = ["alpha would overflow float32", "q_proj"]
     bench.refuses("rescale", bench.adapter, "-o", bench.out, "--scale", factor, told=told, code=2)
     bench.refuses(
         "rescale", bench.adapter, "-o", bench.out, "--scale", factor, "--bake", told=["overflow float32"], code=4
