@@ -38,6 +38,7 @@ shown_as: dict[str, str] = {}  # a folder of this disk → the place elsewhere t
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 BAKE = "--bake"  # the hint where no config can say how strong an update has to be
+NAME_BASE = "--base BASE"  # the hint where the model tells what an adapter does not
 ANOTHER_OUT = "-o"  # the hint of an error for an output that has to be somewhere else
 
 

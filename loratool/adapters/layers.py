@@ -20,11 +20,12 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors, downs, ups
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.algebra.updates.residual import Residual
-from loratool.errors import FitError, InputError, printable
+from loratool.errors import NAME_BASE, FitError, InputError, printable
 from loratool.layouts.fusions import FUSIONS
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 
+WITH_BASE = ("rescale", "resize", "combine", "compare", "convert")  # commands on adapters that take --base
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
 WAY_OUT = (
     "convert it to LoRA: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA (--rank "
@@ -276,6 +277,7 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
                 f"{printable(targets[0])}{f' and {len(targets) - 1} more' if len(targets) > 1 else ''}: {reason}"
                 for reason, targets in problems.items()
             ),
+            hint=NAME_BASE if verb in WITH_BASE and is_open(adapter) else "",
         )
     made = [t for t, layer in layers.items() if innermost(adapter.updates[t]) is not layer.update]
     if made:
@@ -316,6 +318,11 @@ def kind_of(update: LowRank) -> Kind:
 def innermost(update: Update) -> Update:
     """An update without the lengths that DoRA puts around it."""
     return update.inner if isinstance(update, Magnitude) else update
+
+
+def is_open(adapter: Adapter) -> bool:
+    """Whether a model has to tell what some of its updates change."""
+    return any(isinstance(innermost(update), Unsettled) for update in adapter.updates.values())
 
 
 def why_not(update: Update, verb: str) -> str:

@@ -638,8 +638,8 @@ def test_layers_without_dots_in_their_names_share_a_line(tmp_path: Path) -> None
     }
     save_file(weights, tmp_path / "base.safetensors")
     told = " ".join(str(loratool.inspect(tmp_path / "lora.safetensors", base=tmp_path / "base.safetensors")).split())
-    block = "{0-2}"  # of the base's names; those of the file have no dots that would tell their numbers apart
+    every = "{0-2}"  # of the base's names; those of the file have no dots that would tell their numbers apart
     assert (
         "unet_down_blocks_#_attentions_#_transformer_blocks_#_attn1_to_q.weight → "
-        f"unet.down_blocks.{block}.attentions.0.transformer_blocks.0.attn1.to_q.weight ×3" in told
+        f"unet.down_blocks.{every}.attentions.0.transformer_blocks.0.attn1.to_q.weight ×3" in told
     )

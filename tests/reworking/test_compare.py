@@ -197,7 +197,7 @@ def test_the_base_tells_which_rows_adapters_of_other_tools_have(
     assert cli.run(words) == 3
     told = capsys.readouterr().err
     assert "pass the model that was trained with --base" in told
-    assert "hint: loratool compare --help" in told
+    assert f"hint: loratool {' '.join(words)} --base BASE" in told
     assert cli.run([*words, "--base", str(base), "--json"]) == 0
     (pair,) = json.loads(capsys.readouterr().out)["totals"].values()
     assert pair["cosine"] == pytest.approx(1)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gguf_bytes
+import numpy as np
 import peft_zoo
 import pytest
 import tiny_models
@@ -562,3 +564,17 @@ def test_a_dry_run_tells_the_same_and_writes_nothing_and_a_second_run_gives_the_
     assert origin["base"]["files"]["model.safetensors"]["size"] == (base / "model.safetensors").stat().st_size
     assert "extracted into" in str(wet)
     assert "would write" in str(dry)
+
+
+def test_models_of_llama_cpp_are_refused_as_their_rows_have_another_order(tmp_path: Path) -> None:
+    """One whose architecture llama.cpp's tables do not have keeps the names of its authors, and is extracted from."""
+    for architecture in ("llama", "flux"):
+        entries = (gguf_bytes.words("general.architecture", architecture),)
+        for name, value in (("base", 0.0), ("tuned", 1.0)):
+            weights = {"double_blocks.0.img_attn.proj.weight": np.full((8, 32), value, np.float32)}
+            (tmp_path / f"{architecture}-{name}.gguf").write_bytes(gguf_bytes.whole_file(entries, weights))
+    with pytest.raises(loratool.InputError, match="before they were converted to GGUF"):
+        loratool.extract(tmp_path / "llama-base.gguf", tmp_path / "llama-tuned.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = loratool.extract(tmp_path / "flux-base.gguf", tmp_path / "flux-tuned.gguf", tmp_path / "out", rank=1)
+    assert list(report.modules) == ["double_blocks.0.img_attn.proj.weight"]

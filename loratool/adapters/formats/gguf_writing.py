@@ -25,7 +25,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace
-from loratool.errors import FitError, InputError, printable
+from loratool.errors import NAME_BASE, FitError, InputError, printable
 from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor
 from loratool.notes import Note
@@ -54,7 +54,8 @@ class Model:
         if not known:
             raise InputError(
                 "llama.cpp names weights by the architecture of the model, which takes the config of one of these types: "
-                f"{', '.join(MODEL_TYPES)}; pass the model that was trained with --base"
+                f"{', '.join(MODEL_TYPES)}; pass the model that was trained with --base",
+                hint=NAME_BASE,
             )
         kind = MODEL_TYPES[known[0]]
         return cls(kind, ARCHITECTURES[kind], config)

@@ -28,7 +28,7 @@ from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.errors import InputError, printable
+from loratool.errors import NAME_BASE, InputError, printable
 from loratool.files.heads import HasNames
 from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.notes import Note
@@ -118,7 +118,8 @@ class Torchtune(TrainerFormat):
         if len(known) != 1 or heads is None:
             raise InputError(
                 "torchtune orders the rows of queries and keys by model and by heads; pass the model that was trained "
-                f"with --base (one of {', '.join(PERMUTED)})"
+                f"with --base (one of {', '.join(PERMUTED)})",
+                hint=NAME_BASE,
             )
         return {"q_proj": heads.queries, "k_proj": heads.keys} if PERMUTED[known[0]] else {}
 

@@ -12,13 +12,15 @@ from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.gguf import GgufFile
+from loratool.layouts.gguf import ARCHITECTURES
 from loratool.notes import Note
 from loratool.reworking.extracting.differences import is_finite
 from loratool.reworking.extracting.pairing import Pairing
 
 
 def open_model(path: Path, role: str) -> Checkpoint:
-    """The checkpoint at `path`; raises `InputError` where that is an adapter."""
+    """The checkpoint at `path`; raises `InputError` where that is an adapter, or a model of llama.cpp's."""
     here = [form for form in FORMATS if path.is_dir() and (path / form.config_name).is_file()]
     if here:
         own = {form.weights_name for form in here}
@@ -27,7 +29,14 @@ def open_model(path: Path, role: str) -> Checkpoint:
             raise InputError(
                 f"{printable(path)}: this is an adapter, but {role} must be a model; merge it into its base first"
             )
-    return decoded(open_checkpoint(path))
+    opened = open_checkpoint(path)
+    first = opened.shards[0]
+    if isinstance(first, GgufFile) and first.values.get("general.architecture") in ARCHITECTURES:
+        raise InputError(
+            f"{printable(path)}: a GGUF model has names and an order of rows that are llama.cpp's own, so no adapter of "
+            "it would be one for another tool; extract from the models before they were converted to GGUF"
+        )
+    return decoded(opened)
 
 
 def check_packed(models: Sequence[Checkpoint]) -> list[Note]:
