@@ -315,6 +315,6 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
         "files/gguf_writer.py",  # the same, into an adapter of llama.cpp
         "merging/engine.py",  # a range that goes to a sink as it is
         "merging/tasks.py",  # the same, where tensors are neighbours
-        "merging/stored_records.py",  # a range that is copied inside a store, recorded by its place
+        "merging/whole_files.py",  # a range that is copied inside a store, recorded by its place
         "merging/upload_parts.py",  # the same, when an upload is cut
     }
