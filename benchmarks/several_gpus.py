@@ -46,7 +46,8 @@ TARGETS = {  # row → of all devices over one, or of another way over one proce
     "combine": (1.0, 1.6),
     "extract": (1.0, 1.6),
 }
-ROWS = ("merge", "large", "parts", "ray", "dequantize", "resize", "combine", "extract")
+# those on the same model follow each other; `large` is compared with `merge`
+ROWS = ("merge", "parts", "ray", "resize", "combine", "extract", "dequantize", "large")
 RANK, CUT = 64, 16  # of adapters that are resized and combined, and of what they become
 SUMMED = 4  # adapters that are combined
 Runs = Mapping[str, Any]

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import pages
 import several_gpus
 
-ROWS = "merge,large,parts,dequantize,resize,combine,extract"
+ROWS = "merge,parts,resize,combine,extract,dequantize,large"
 
 
 def test_every_row_is_measured_with_stand_ins_and_the_page_shows_it(
