@@ -67,8 +67,8 @@ def plan_side_files(
     adapters: Sequence[Adapter],
     dtype: str,
     notes: list[Note],
-    edits: Sequence[ConfigEdit] = (),
-    plain: Collection[str] = (),
+    edits: Sequence[ConfigEdit],
+    plain: Collection[str],
 ) -> tuple[dict[str, OutputFile], list[str]]:
     """The files of the output by name, and those left out: the base's, the adapters' tokenizer over them, config edits."""
     files = {name: OutputFile(name, base.root / name) for name in base.side_files}

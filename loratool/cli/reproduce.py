@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from loratool.cli.options import OUT, PATH, click_options, output_options
-from loratool.cli.screen import Screen
-from loratool.errors import escaped, printable
+from loratool.cli.screen import Screen, end_with
 from loratool.lineage.reproducing import ReproduceOptions
 
 
@@ -34,6 +33,4 @@ def reproduce(made: Path, out: Path, options: ReproduceOptions, screen: Screen) 
 
     result = reproduce(made, out, options, MAKERS)
     screen.show(result)
-    if result.exit_code:
-        click.echo(escaped(f"Error: {printable(made)}: {result.sentence}"), err=True)
-        raise click.exceptions.Exit(result.exit_code)
+    end_with(made, result)

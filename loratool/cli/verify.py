@@ -11,8 +11,7 @@ import click
 from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, click_options, output_options, with_pictures
 from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
-from loratool.cli.screen import Screen
-from loratool.errors import escaped, printable
+from loratool.cli.screen import Screen, end_with
 from loratool.verifying.options import VerifyOptions
 
 if TYPE_CHECKING:
@@ -71,9 +70,7 @@ def verify(
             result = verify(merged, base, adapters, options, progress)
     screen.show(result)
     pictures.write(result)
-    if result.exit_code:
-        click.echo(escaped(f"Error: {printable(merged)}: {result.sentence}"), err=True)
-        raise click.exceptions.Exit(result.exit_code)
+    end_with(merged, result)
 
 
 def shared(

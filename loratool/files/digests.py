@@ -329,7 +329,7 @@ def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere) -> str:
     return why_other_tree(path, wanted.tree, find, wanted.copies)
 
 
-def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[CopiedRange] = ()) -> str:
+def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[CopiedRange]) -> str:
     """Empty where a weight file has the digests of a tree; else what is wrong with it. The chunks are read in parallel."""
     begin = HASHES[wanted.function]
     os.close(open_regular(path))  # what is no regular file is said to be none, rather than no weight file

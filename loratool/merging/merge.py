@@ -427,7 +427,7 @@ def provenance(
     }
 
 
-def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str = ".") -> bytes:
+def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str) -> bytes:
     """README.md of the merged model; licence and task are those of the cards of base and adapters."""
     terms = terms_of(plan.base.root, *(adapter.folder for adapter in plan.adapters))
     edited = next((file.content for file in plan.side_files if file.name == "config.json" and file.content), None)

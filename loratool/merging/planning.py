@@ -237,7 +237,7 @@ class Changes:
 
 
 def find_changes(
-    draft: Draft, weights: Sequence[float], binder: Binder, new_tensors: bool, lost: Sequence[str] = ()
+    draft: Draft, weights: Sequence[float], binder: Binder, new_tensors: bool, lost: Sequence[str]
 ) -> Changes:
     """Every edit and every new tensor. All misfits are told in one `FitError`, and with them what would be `lost`."""
     for number, weight in enumerate(weights):

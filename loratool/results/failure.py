@@ -30,7 +30,7 @@ class ErrorTable(TypedDict):
     error: ErrorData
 
 
-def error_data(error: LoratoolError, hint: str = "") -> ErrorData:
+def error_data(error: LoratoolError, hint: str) -> ErrorData:
     """An error as data; `hint` is the whole command to type next."""
     return {
         "code": error.code,

@@ -55,7 +55,7 @@ class BaseNames:
         return by_key((part.rows.target, part) for part in self.parts)
 
 
-def base_names(contents: Contents, base: Checkpoint | None = None) -> BaseNames:
+def base_names(contents: Contents, base: Checkpoint | None) -> BaseNames:
     """The weights of the base that an adapter changes; `base` tells what neither names nor tables do."""
     layers = contents.layers
     config: Mapping[str, Any] = base.config if base is not None else {}

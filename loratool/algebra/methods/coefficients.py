@@ -46,7 +46,7 @@ def slerp(
     return found, bool((unknown & (cosine < 0)).any())
 
 
-def karcher(gram: Tensor, weights: Tensor, noise: float = 0.0) -> tuple[Tensor, bool]:
+def karcher(gram: Tensor, weights: Tensor, noise: float) -> tuple[Tensor, bool]:
     """The mean on the sphere, of length Σ wᵢ‖ΔWᵢ‖ (the Karcher mean of mergekit), found in coefficients.
 
     Weights are normalised to sum 1. Updates that are zero take no part. Where the directions cancel to an angle of at

@@ -78,7 +78,7 @@ def iso_c(matrix: Tensor, beta: float, noise: float = 0.0) -> Tensor:
     return (u * ((1 - beta) * s + beta * s.mean())) @ vt
 
 
-def iso_cts(matrices: Tensor, noise: float = 0.0) -> Tensor:
+def iso_cts(matrices: Tensor, noise: float) -> Tensor:
     """Iso-CTS (the same paper): what the sum has in common, then what each has besides, all equally strong."""
     u, s, vt = compact(matrices.sum(0), noise)
     count, room = matrices.shape[0], min(matrices.shape[1:])
@@ -147,7 +147,7 @@ def pico(shared: Joint, weights: Sequence[float]) -> Joint:
     return Joint(tuple(whole for whole, _ in pairs), tuple(small for _, small in pairs))
 
 
-def reduced(core: Core, rank: int, balance: float = CTM_BALANCE) -> Core:
+def reduced(core: Core, rank: int) -> Core:
     """The same updates in bases of `rank` directions, shared so that each of them keeps a part (CtM, arXiv:2606.03723).
 
     A Tucker-2 decomposition by HOOI of the updates with their norms drawn together; the result of any method in it
@@ -157,7 +157,7 @@ def reduced(core: Core, rank: int, balance: float = CTM_BALANCE) -> Core:
         return core
     norms = torch.linalg.matrix_norm(core.matrices)
     alive = norms > 0
-    target = balance * norms + (1 - balance) * norms[alive].mean() if bool(alive.any()) else norms
+    target = CTM_BALANCE * norms + (1 - CTM_BALANCE) * norms[alive].mean() if bool(alive.any()) else norms
     even = core.matrices * torch.where(alive, target / norms.clamp_min(1e-300), 0.0)[:, None, None]
     count, rows, columns = even.shape
     width = (min(rank, rows), min(rank, columns))

@@ -18,7 +18,7 @@ from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, is_count, shown, told
-from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices
+from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices, texts_in
 from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import NDArray, Tensor, numpy, torch
@@ -103,8 +103,7 @@ class Awq(Codec):
         """
         gone = frozenset(plain)  # with the names that they have in memory
         edited, kept = modules_of(plain), modules_of([name for name in packing.weights if name not in gone])
-        given = setting.values.get(SKIPPED)
-        listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+        listed = texts_in(setting.values.get(SKIPPED))
         if not listed:
             listed = plain_matrices(base, packing)
             listed += in_memory(listed, base)

@@ -27,7 +27,7 @@ from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, wi
 from loratool.bases.codecs.numbers import FP4, FP6, FP8, INT8, Numbers, offset_integers
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, read_whole, told
-from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.plain_modules import modules_of, texts_in
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
@@ -211,8 +211,7 @@ def in_list(entries: Collection[str], modules: Collection[str]) -> Collection[st
 
 
 def ignored(values: Mapping[str, Any]) -> list[str]:
-    given = values.get("ignore")
-    return [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+    return texts_in(values.get("ignore"))
 
 
 def weight_of(

@@ -30,7 +30,7 @@ from loratool.bases.codecs.parts import (
     told,
     wrong_scales,
 )
-from loratool.bases.codecs.plain_modules import fused_modules, modules_of
+from loratool.bases.codecs.plain_modules import fused_modules, last_name, modules_of
 from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import printable
@@ -218,7 +218,7 @@ class HqqCodec(Codec):
         edited, every, still = (modules_of(names) for names in (plain, packing.weights, packed))
         still += set(fused_modules(every, base, ())) - set(fused_modules(every, base, packed))
         names = [*listed, *edited]
-        for spelt in (tag_of, leaf_of):
+        for spelt in (tag_of, last_name):
             ambiguous = set(map(spelt, still))
             served = edited if spelt is tag_of else [*edited, *fused_modules(edited, base, packed)]
             names += [name for name in map(spelt, served) if name not in ambiguous]
@@ -228,10 +228,6 @@ class HqqCodec(Codec):
 def tag_of(module: str) -> str:
     """A module's name as transformers compares it."""
     return ".".join(part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric())
-
-
-def leaf_of(module: str) -> str:
-    return module.rpartition(".")[2]
 
 
 def weights(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:

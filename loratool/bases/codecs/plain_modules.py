@@ -45,6 +45,11 @@ def last_name(module: str) -> str:
     return module.rpartition(".")[2]
 
 
+def texts_in(value: object) -> list[str]:
+    """The texts in a list of a config; none in anything else."""
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+
+
 def in_memory(names: Sequence[str], base: Checkpoint) -> list[str]:
     """Names that a loader may know some weights or modules by, where those are not the ones that they have on disk.
 
@@ -97,7 +102,7 @@ def grown(given: object, base: Checkpoint, packing: Packing, plain: Collection[s
     no longer applies once there is a list, so a new one has the head, tied or not, and all that is plain in the base.
     """
     packed = packing.weights.keys() - set(plain)
-    listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else []
+    listed = texts_in(given)
     if is_of_diffusers(base):  # which leaves nothing as it is
         return [*dict.fromkeys([*listed, *modules_of(plain)])]
     if given is None:
