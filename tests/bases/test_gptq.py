@@ -251,3 +251,33 @@ def test_values_that_no_quantiser_writes_are_found(tmp_path: Path, part: str, va
     tensors[f"{MODULE}.{part}"].flat[5] = value
     weight = open_packed(save_packed(tmp_path / "base", tensors, said(4, 16))).weights[NAME]
     assert weight.check(Room()) == f"{MODULE}.{part}: {sentence}"
+
+
+OTHER = "model.layers.11.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "is_told"),
+    [
+        ("gptq", {"modules_in_block_to_quantize": [["self_attn.q_proj"]]}, False),
+        ("gptq", {"modules_in_block_to_quantize": [[MODULE]]}, True),
+        ("gptq", {"modules_in_block_to_quantize": [["q_proj"]], "dynamic": {"-:.*layers.11": {}}}, True),
+        ("gptq", {}, True),
+        ("awq", {"modules_to_not_convert": ["lm_head", "layers.21"]}, False),
+        ("awq", {"modules_to_not_convert": ["layers.11."]}, True),
+        ("awq", {"modules_to_not_convert": [r"model\.layers\.1\d\..*"]}, True),
+        ("awq", {"modules_to_not_convert": None}, True),
+    ],
+)
+def test_a_weight_that_is_plain_in_one_layer_must_be_plain_by_the_config_where_that_has_a_list(
+    kind: str, config: dict[str, Any], is_told: bool, tmp_path: Path
+) -> None:
+    """Loaders would take it for a packed one. Without a list they go by what is in the files."""
+    packed = Grouped(8, 64, 4, 16)
+    tensors = packed.gptq(MODULE) if kind == "gptq" else packed.awq(MODULE)
+    tensors |= {f"{OTHER}.weight": np.zeros((8, 64), np.float32), **PLAIN}
+    base = save_packed(tmp_path / "base", tensors, {**(said(4, 16) if kind == "gptq" else AWQ), **config})
+    if is_told:
+        assert [*open_packed(base).weights] == [NAME]
+    else:
+        assert f"{OTHER}.weight: is F32 [8, 64], but the config says that it is packed" in refusal(base)

@@ -25,8 +25,9 @@ from typing import Any
 
 from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.bit_fields import packed, repeated, unpacked
-from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
+from loratool.bases.codecs.dynamic_rules import is_negative, rules_for, settings_by_module, with_plain
 from loratool.bases.codecs.grouped import Grouped, rows_of
+from loratool.bases.codecs.mixed import note_unlisted
 from loratool.bases.codecs.parts import Finder, integers_of, is_count, read_whole, shown, told
 from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, in_memory, modules_of
 from loratool.bases.codecs.turned import Turned
@@ -138,6 +139,8 @@ class Gptq(Codec):
         for module, how in schemes.items():
             if (weight := weight_of(finder, module, how)) is not None:
                 found[f"{module}.weight"] = Turned.of(weight) if module.rpartition(".")[2] in turned else weight
+        if said.get(KEPT):  # without it, loaders go by what is in the files
+            note_unlisted(finder, found, lambda modules: left_by(said, modules), "the rules of dynamic with -:")
         finder.refuse(self.title, WAY_OUT)
         return Packing(found)
 
@@ -157,6 +160,15 @@ class Gptq(Codec):
         others = {*kept, *fused_modules(kept, base, ()), *expert_layers(kept, ())}
         dynamic = with_plain(setting.values.get("dynamic"), [*edited, *served], others)
         return {**setting.values, "dynamic": dynamic, KEPT: [kept]}
+
+
+def left_by(said: Mapping[str, Any], modules: Collection[str]) -> Collection[str]:
+    """Those of some modules that a config leaves plain: those outside the list of packed ones, and those of a rule."""
+    blocks = said[KEPT] if isinstance(said[KEPT], list) else []
+    every = [entry for block in blocks for entry in (block if isinstance(block, list) else [block])]
+    ends = tuple(entry for entry in every if isinstance(entry, str))
+    rules = rules_for(modules, said.get("dynamic") or {})
+    return {m for m in modules if not m.endswith(ends) or is_negative(rules.get(m, ("", {}))[0])}
 
 
 def said_by(settings: Settings) -> Mapping[str, Any] | None:
