@@ -151,7 +151,7 @@ def gguf(folder: Path, options: argparse.Namespace) -> list[Finding]:
     apart(write_adapter, folder / "attention", attention, 16, 1)
     contenders = {
         "cp": ["cp", "--reflink=never", str(base), str(out)],
-        "merge": loratool("merge", base, folder / "attention", "-o", out, "--device", "cpu"),
+        "merge": loratool("merge", base, folder / "attention", "-o", out, "--device", "cpu", "--json"),
     }
     runs = turns_of(contenders, out, options.turns)
     what = "merge of an adapter on attention into a 1B GGUF in Q4_K and Q6_K"

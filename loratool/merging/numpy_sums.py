@@ -41,9 +41,14 @@ LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
 
 
 def suits(span: Span) -> bool:
-    """Whether a span is a weight and its edit of the most common kind, which goes to the output in bfloat16."""
-    if len(span.edits) != 1 or span.packed or span.placed.dtype != "BF16" or readable(span.weight) is None:
+    """Whether a span is a weight with no edit or one of the most common kind, which goes to the output in bfloat16."""
+    if span.packed or span.placed.dtype != "BF16" or readable(span.weight) is None or len(span.edits) > 1:
         return False
+    return not span.edits or is_one_product(span)
+
+
+def is_one_product(span: Span) -> bool:
+    """Whether the one edit of a span adds a product to all of a matrix."""
     (edit,) = span.edits
     update = update_of(edit)
     if update is None or edit.shared or edit.columns != ALL or len(span.shape) != 2:
@@ -59,10 +64,9 @@ def suits(span: Span) -> bool:
 
 def readable(weight: StoredWeight) -> Plain | Packed | None:
     """A weight whose rows numpy reads; None for any other."""
-    if not isinstance(weight, Plain | Packed) or len(weight.shape) != 2:
+    if isinstance(weight, Packed) and weight.shape[1:] != (weight.line,):
         return None
-    whole = isinstance(weight, Plain) or weight.line == weight.shape[1]
-    return weight if whole and weight.by_numpy else None
+    return weight if isinstance(weight, Plain | Packed) and weight.by_numpy else None
 
 
 def update_of(edit: Edit) -> LowRank | None:
@@ -226,6 +230,19 @@ class Tiles:
             seen.sampled, seen.kept = bool(sampled), kept_of(added, first, sampled, after)
             lap("gain")
         return seen
+
+    def convert(self, read: Read, first: int, after: NDArray[Any]) -> bool:
+        """Put rows of W, rounded to the nearest, into `after`, (n, width) of bits; False where torch has to do it."""
+        for at in range(0, len(after), self.rows):
+            rows = after[at : at + self.rows]
+            weight = self.weight[: len(rows)]
+            read(weight, first + at)
+            lap("decode")
+            if not max(float(weight.max()), -float(weight.min())) < LARGEST:
+                return False
+            numpy.copyto(rows, nearest_bits(weight), casting="unsafe")
+            lap("round")
+        return True
 
     def sum(self, added: Added, weight: NDArray[Any], first: int, largest: float) -> None:
         """Put the ends of the intervals around W + ΔW of some rows into `sums`, the upper ones, and `low`."""

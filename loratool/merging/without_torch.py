@@ -32,20 +32,14 @@ class NumpyWorker:
 
     def merged_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """As `Worker.merged_rows`."""
-        span, added = work.span, work.held.of("added", lambda: added_to(work.span))
-        lap("factors")
-        stop = shift + 2 * count * span.width
+        stop = shift + 2 * count * work.span.width
         after = self.outgoing[shift:stop].view(numpy.uint16).reshape(count, -1)
-        seen = self.merge(work, added, first, after, sources) if added.is_workable else None
-        if seen is None:
+        if not self.merge(work, first, after, sources):
             return self.by_torch(work, first, count, sources, shift)
-        self.account(work, added, count, seen)
         return self.outgoing[:stop].data
 
-    def merge(
-        self, work: EditedSpan, added: Added, first: int, after: NDArray[Any], sources: OpenSources
-    ) -> Measured | None:
-        """Put merged rows into `after`, (n, width) of bits; None where that takes torch."""
+    def merge(self, work: EditedSpan, first: int, after: NDArray[Any], sources: OpenSources) -> bool:
+        """Put merged rows into `after`, (n, width) of bits, and account for them; False where that takes torch."""
         span, weight = work.span, readable(work.span.weight)
         assert weight is not None
         self.memory.sources, self.memory.held = sources, work.held
@@ -55,9 +49,17 @@ class NumpyWorker:
 
         if span.width not in self.tiles:
             self.tiles = {span.width: Tiles(span.width)}
+        tiles = self.tiles[span.width]
+        if not span.edits:
+            return tiles.convert(read, first, after)
+        added = work.held.of("added", lambda: added_to(span))
+        lap("factors")
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
         every = rows_apart(span.rows, span.width)
-        return self.tiles[span.width].merge(added, read, first, after, every, look)
+        seen = tiles.merge(added, read, first, after, every, look) if added.is_workable else None
+        if seen is not None:
+            self.account(work, added, len(after), seen)
+        return seen is not None
 
     def account(self, work: EditedSpan, added: Added, count: int, seen: Measured) -> None:
         """Note what was seen of a block."""

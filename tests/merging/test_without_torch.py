@@ -165,6 +165,28 @@ def test_weights_that_are_not_finite_are_carried_by_torch(tmp_path: Path, monkey
         assert torch.equal(found[name].nan_to_num(0), wanted.nan_to_num(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_without_an_update_are_rounded_too(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm, a matrix with ties, numbers below the normal ones and one that is none, next to an edited matrix."""
+    weights = {
+        ODD: numbers(64, 48, seed=5).to(dtype),
+        "model.layers.0.mlp.up_proj.weight": (1 + torch.arange(48 * 64) * 2.0**-9).reshape(64, 48).to(dtype),
+        "model.layers.1.mlp.up_proj.weight": (torch.arange(48 * 8) * 2.0**-24).reshape(8, 48).to(dtype),
+        "model.norm.weight": numbers(4097, seed=6).to(dtype),
+        "lm_head.weight": torch.full((64, 48), math.inf).to(dtype),
+    }
+    factors = {ODD: (numbers(RANK, 48, seed=7), numbers(64, RANK, seed=8, size=0.01))}
+    write_model(tmp_path / "base", weights, CONFIG)
+    write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
+    one, other = both(tmp_path / "base", tmp_path / "adapter", tmp_path, monkeypatch, dtype="bfloat16")
+    assert (one.digests, one.nonfinite) == (other.digests, other.nonfinite)
+    found = load_file(tmp_path / "numpy" / "model.safetensors")
+    for name in weights.keys() - {ODD}:
+        assert torch.equal(found[name].view(torch.int16), weights[name].bfloat16().view(torch.int16)), name
+
+
 @pytest.mark.parametrize("size", [1e-25, 1e12])
 def test_factors_beyond_what_float32_computes_with_are_left_to_torch(
     size: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
