@@ -675,6 +675,8 @@ def test_language_models_and_image_models_are_told_apart(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"h\.0"):
         loratool.convert(gpt2, tmp_path / "out", to="diffusers")
     flux = in_diffusers(FLUX, tmp_path / "lora.safetensors")
+    unet = peft_adapter(tmp_path / "unet", OF_UNET)
     for dialect in ("mlx", "peft-fused"):
-        with pytest.raises(InputError, match="for language models"):
-            loratool.convert(flux, tmp_path / "out", to=dialect)
+        for adapter in (flux, unet):
+            with pytest.raises(InputError, match="for language models"):
+                loratool.convert(adapter, tmp_path / "out", to=dialect)

@@ -137,11 +137,43 @@ def test_where_no_tool_reads_changes_in_full_they_are_a_loss_that_is_named(
     tmp_path: Path, dialect: str, reader: str
 ) -> None:
     source = saved(tmp_path / "lycoris.safetensors", in_lycoris())
-    with pytest.raises(FitError, match=rf"{reader} cannot store changes stored in full: unet_input_blocks_4_0_in_lay"):
+    with pytest.raises(
+        FitError, match=rf"{reader} cannot store changes stored in full.*: unet_input_blocks_4_0_in_lay"
+    ):
         loratool.convert(source, tmp_path / "out", to=dialect)
     report = loratool.convert(source, tmp_path / "out", to=dialect, accept_loss=True)
     assert [note.code for note in report.lost] == [f"not-in-{'peft' if dialect == 'peft' else 'dialect'}"]
     assert len(written(tmp_path / "out")) == (3 if dialect == "kohya" else 2)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_with_the_base_peft_gets_new_values_of_what_is_changed_in_full(tmp_path: Path, layout: str) -> None:
+    """W + ΔW in float32, saved whole: also of a norm whose base is in bfloat16, and of a base in the authors' layout."""
+    own = {f"{BLOCK}.norm1.weight": NORM[0], f"{BLOCK}.norm1.bias": NORM[1]}
+    own |= {"input_blocks.4.0.in_layers.2.weight": CONVOLUTION[0], "input_blocks.4.0.in_layers.2.bias": CONVOLUTION[1]}
+    inside = "down_blocks.1.attentions.0.transformer_blocks.1"
+    names = (f"{inside}.norm1.weight", f"{inside}.norm1.bias", "down_blocks.1.resnets.0.conv1.weight")
+    called = dict(zip(own, (*names, "down_blocks.1.resnets.0.conv1.bias"), strict=True))
+    before = {name: numbers(*change.shape, seed=9) for name, change in own.items()}
+    before[f"{BLOCK}.norm1.weight"] = before[f"{BLOCK}.norm1.weight"].bfloat16()
+    base = {called[name] if layout == "diffusers" else name: tensor for name, tensor in before.items()}
+    module = f"{inside if layout == 'diffusers' else BLOCK}.attn1.to_q.weight"
+    saved(tmp_path / "base.safetensors", {**base, module: torch.ones(4, 4)})
+    source = saved(tmp_path / "lycoris.safetensors", in_lycoris())
+    report = loratool.convert(source, tmp_path / "peft", to="peft", base=tmp_path / "base.safetensors")
+    assert max(report.beside.values()) < 1e-6
+    found = written(tmp_path / "peft")
+    for name, change in own.items():
+        wanted = before[name].double() + change.double()
+        assert torch.equal(found[f"base_model.model.{called[name]}"], wanted.float())
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert set(config["modules_to_save"]) == {"down_blocks.1.resnets.0.conv1", f"{inside}.norm1"}
+    merged = {}
+    for name, adapter in (("one", source), ("other", tmp_path / "peft")):
+        loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / f"{name}.safetensors", device="cpu")
+        merged[name] = load_file(tmp_path / f"{name}.safetensors")
+    for name, tensor in merged["one"].items():
+        torch.testing.assert_close(merged["other"][name], tensor, rtol=1e-6, atol=1e-6)
 
 
 # Flux's control adapters widen the input layer, and put norms in the place of the base's.

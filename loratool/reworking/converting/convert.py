@@ -52,7 +52,13 @@ from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
-from loratool.reworking.converting.wholes import check_norms, outlines, stored_in_full, with_biases_apart
+from loratool.reworking.converting.wholes import (
+    check_norms,
+    outlines,
+    stored_in_full,
+    with_biases_apart,
+    with_values,
+)
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
 SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a float32
@@ -137,6 +143,8 @@ def convert(
     config = base.config if base is not None else {}
     goal = replace(goal, form=goal.form.for_model(config))
     given = on_model(read_adapter(path, way), config)
+    if base is not None and goal.dialect == "peft":
+        given = with_values(given, base)
     keeps = can_keep(given, goal.dialect) and not options.shortens
     kernels = kernels_in(given, base) if base is not None else {}
     plain, kinds = baked(given, options.shortens or keeps, kernels)

@@ -129,6 +129,11 @@ def names_component(target: str) -> bool:
     return isinstance(target, Flattened) or target.partition(".")[0] in WORDS
 
 
+def may_be_of_image(target: str) -> bool:
+    """Whether a target may be of an image model, also of one that an adapter of PEFT's is for."""
+    return names_component(target) or spelling_of(f"base_model.model.{target.rpartition('.')[0]}") is not None
+
+
 def found_in(target: str, architecture: str, layout: str) -> Known | None:
     """The module of an architecture that a target is, with the denoiser's names in a layout."""
     for word, module in candidates(target):
@@ -222,7 +227,7 @@ def respelled(
     Raises `InputError` or `FitError` where names cannot be brought to the dialect.
     """
     config = base.config if base is not None else {}
-    if dialect not in LAYOUTS and any(map(names_component, layers)) and (image := readings(layers)):
+    if dialect not in LAYOUTS and any(map(may_be_of_image, layers)) and (image := readings(layers)):
         raise InputError(
             f"{dialect} is for language models, and these are modules of {image[0].architecture}; --to peft writes "
             "adapters of image models for PEFT"

@@ -10,13 +10,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.adapter import Derived, StoredTensor, stored_tensors
+from loratool.adapters.adapter import Adapter, Derived, StoredTensor, stored_tensors
+from loratool.adapters.formats.roles.names import of_factors
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
+from loratool.bases.adapter_fit import fit_of
+from loratool.bases.weights import Room, Stacked, StoredWeight
 from loratool.errors import FitError, printable
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.open_sources import OpenSources
 from loratool.lazy import Tensor, torch
+from loratool.reworking.converting.dora import piece_of
 from loratool.reworking.converting.rows import Target
 
 Full = Add | Replace
@@ -79,6 +86,41 @@ def check_norms(contents: Contents, dialect: str, architecture: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Sum:
+    """What a change makes of a weight or bias of a base: the formula of its new value."""
+
+    weight: StoredWeight  # as a matrix
+    scale: float
+
+    def __call__(self, change: Tensor) -> Tensor:
+        with OpenSources() as sources:
+            room = Room(sources)
+            own = self.weight.rows(0, self.weight.shape[0], change.device, change.dtype, room)
+        return own.reshape(change.shape) + self.scale * change
+
+
+def with_values(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """The adapter with new values for what it changes in full, for a dialect that has values and no changes."""
+    full = {
+        target: update
+        for target, update in adapter.updates.items()
+        if isinstance(update, Add) and not of_factors(target, adapter.sources)
+    }
+    if not full:
+        return adapter
+    fit = fit_of(replace(adapter, updates=full), base.root, base)
+    fit.require()
+    values: dict[str, Update] = {}
+    for target, update in full.items():
+        places = sorted(fit.places[target], key=lambda place: place.update_row)
+        whole = Stacked(tuple(piece_of(place, fit) for place in places))
+        change: Any = update.value
+        value: Any = Derived(update.shape, (change,), Sum(whole, update.scale))
+        values[target] = Replace(value)
+    return replace(adapter, updates={**adapter.updates, **values})
+
+
 def update_of(name: str, target: Target, every: Mapping[str, Full]) -> Full:
     """One weight or bias of the output, `every` being those of the input; rows that the adapter does not have are zeros.
 
@@ -115,6 +157,8 @@ def written(update: Full) -> StoredTensor | Tensor:
     if isinstance(stored, StoredTensor) and getattr(update, "scale", 1.0) == 1.0:
         return stored
     dtypes = [torch_dtype(tensor.info.dtype) for tensor in stored_tensors(update)]
+    if isinstance(stored, Derived) and isinstance(stored.formula, Sum):
+        dtypes.append(torch.float32)
     return value_of(update).to(max(dtypes, key=lambda dtype: dtype.itemsize))
 
 

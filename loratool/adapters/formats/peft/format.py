@@ -89,7 +89,12 @@ class Peft(Format):
         columns = [target for target, update in adapter.updates.items() if is_by_column(update)]
         full = [t for t, u in adapter.updates.items() if isinstance(u, Add) and not of_factors(t, adapter.sources)]
         lost = {"DoRA of input columns": columns, "changes stored in full": full}
-        notes = (Note("not-in-peft", f"PEFT cannot store {what}: {some(t)}") for what, t in lost.items() if t)
+        ways_out = {"changes stored in full": " (--base writes the new values)"}
+        notes = (
+            Note("not-in-peft", f"PEFT cannot store {what}{ways_out.get(what, '')}: {some(t)}")
+            for what, t in lost.items()
+            if t
+        )
         return (*notes, *uneven_dora(adapter, "PEFT"))
 
     def task_heads(self, task: str) -> tuple[str, ...]:
