@@ -240,6 +240,21 @@ def test_both_spellings_of_a_replaced_norm_are_merged(tmp_path: Path, role: str)
     assert torch.equal(load_file(tmp_path / "merged.safetensors")[f"{norm}.query_norm.scale"], QUERY)
 
 
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_parameter_that_is_no_weight_is_changed_under_its_own_name(tmp_path: Path, layout: str) -> None:
+    """As ComfyUI names it; diffusers calls this one of Wan `scale_shift_table`."""
+    start, change = "diffusion_model.blocks.0", numbers(1, 6, 4)
+    tensors = factors(f"{start}.self_attn.q", 4, 4, names="peft") | {f"{start}.modulation.diff": change}
+    source = saved(tmp_path / "wan.safetensors", tensors)
+    names = {
+        "original": ("modulation", "self_attn.q.weight", "cross_attn.q.weight"),
+        "diffusers": ("scale_shift_table", "attn1.to_q.weight", "ffn.net.0.proj.weight"),
+    }[layout]
+    base = {f"blocks.0.{name}": torch.ones(*(change.shape if not n else (4, 4))) for n, name in enumerate(names)}
+    loratool.merge(saved(tmp_path / "base.safetensors", base), source, tmp_path / "merged.safetensors", device="cpu")
+    assert torch.equal(load_file(tmp_path / "merged.safetensors")[f"blocks.0.{names[0]}"], 1 + change)
+
+
 def test_a_bias_beside_loha_goes_with_it(tmp_path: Path) -> None:
     module, shapes = f"lora_unet_{BLOCK.replace('.', '_')}_ff_net_2", ((6, 2), (2, 8), (6, 2), (2, 8))
     roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -273,3 +288,57 @@ def test_a_value_that_is_lost_on_the_way_is_found_out(tmp_path: Path, monkeypatc
         loratool.convert(source, tmp_path / "out", to="comfy")
     assert refusal.value.exit_code == 1
     assert not (tmp_path / "out").exists()
+
+
+# ---- other methods of LyCORIS ----
+
+METHODS: dict[str, dict[str, Tensor]] = {
+    "(IA)³": {"weight": numbers(6), "on_input": torch.tensor(0)},
+    "GLoRA": {
+        "a1.weight": numbers(4, 2),
+        "a2.weight": numbers(2, 4),
+        "b1.weight": numbers(6, 2),
+        "b2.weight": numbers(2, 4, seed=1),
+        "alpha": torch.tensor(1.0),
+    },
+    "OFT": {"oft_blocks": numbers(3, 2, 2), "rescale": numbers(6, 1), "alpha": torch.tensor(0.01)},
+    "BOFT": {"oft_blocks": numbers(1, 3, 2, 2), "alpha": torch.tensor(0.0)},
+    "LoRA with single elements": {
+        "lora_down.weight": numbers(2, 4),
+        "lora_up.weight": numbers(6, 2),
+        "alpha": torch.tensor(1.0),
+        "bias_indices": torch.tensor([[5], [3]], dtype=torch.int16),
+        "bias_values": torch.ones(1),
+        "bias_size": torch.tensor([6, 4], dtype=torch.int16),
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_of_lycoris_keep_their_tensors_where_the_dialect_has_them(method: str, tmp_path: Path) -> None:
+    """So that names and headers can be changed; where no tool reads them, they are refused by name."""
+    here, there = f"lora_unet_{BLOCK.replace('.', '_')}_ff_net_2", f"diffusion_model.{BLOCK}.ff.net.2"
+    others = factors(f"lora_unet_{BLOCK.replace('.', '_')}_attn1_to_q", 4, 4)
+    tensors = others | {f"{here}.{role}": tensor for role, tensor in METHODS[method].items()}
+    source = saved(tmp_path / "lycoris.safetensors", tensors)
+    report = loratool.convert(source, tmp_path / "lycoris", to="lycoris", architecture="sdxl")
+    same(written(tmp_path / "lycoris"), tensors)
+    assert {layer.error for layer in report.modules.values()} == {0.0}
+    if method == "GLoRA":
+        loratool.convert(source, tmp_path / "comfy", to="comfy", architecture="sdxl")
+        found = written(tmp_path / "comfy")
+        assert {name for name in found if name.startswith(there)} == {f"{there}.{role}" for role in METHODS[method]}
+    for dialect in ("kohya", "diffusers", *(["comfy"] if method != "GLoRA" else [])):
+        with pytest.raises(
+            FitError, match=rf"{dialect} cannot store updates other than a product of two factors: .*net_2"
+        ):
+            loratool.convert(source, tmp_path / dialect, to=dialect, architecture="sdxl")
+
+
+def test_a_method_whose_layer_another_dialect_divides_is_refused(tmp_path: Path) -> None:
+    module = "lycoris_transformer_blocks_0_attn_to_q"
+    tensors = {f"{module}.{role}": tensor for role, tensor in METHODS["GLoRA"].items()}
+    with pytest.raises(FitError, match=r"attn_to_q\.weight: its update \(Both\) cannot be divided"):
+        loratool.convert(
+            saved(tmp_path / "flux.safetensors", tensors), tmp_path / "out", to="comfy", architecture="flux"
+        )

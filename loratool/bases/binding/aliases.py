@@ -199,6 +199,8 @@ def spelt_otherwise(names: Iterable[str], is_text: bool) -> Iterator[tuple[str, 
     for name in names:
         if name.endswith(".scale"):
             yield name.removesuffix("scale") + "weight", name
+        elif not name.endswith((".weight", ".bias")):  # such as modulation, whose change is modulation.diff
+            yield f"{name}.weight", name
         if is_text:
             bare = next((name[len(start) :] for start in OPTIONAL if name.startswith(start)), name)
             yield from ((other, name) for other in (bare, f"text_model.{bare}", f"model.{bare}") if other != name)

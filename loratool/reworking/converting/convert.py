@@ -45,7 +45,7 @@ from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked, kernels_in
 from loratool.reworking.converting.carrying import carried
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
-from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept
+from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept, others_in, whole
 from loratool.reworking.converting.losing import lengths_lost, without_losses
 from loratool.reworking.converting.naming import Wanted, hint_of, respelled, with_experts_apart
 from loratool.reworking.converting.projections import in_their_form, projections
@@ -147,19 +147,21 @@ def convert(
         given = with_values(given, base)
     keeps = can_keep(given, goal.dialect) and not options.shortens
     kernels = kernels_in(given, base) if base is not None else {}
-    plain, kinds = baked(given, options.shortens or keeps, kernels)
+    others = others_in(given, goal.dialect) if keeps else {}
+    rest = replace(given, updates={t: update for t, update in given.updates.items() if t not in others})
+    plain, kinds = baked(rest, options.shortens or keeps, kernels)
     lengths = lengths_lost(plain, goal.form, goal.dialect, goal.server) if options.shortens and base else ()
     moved, told = moved_by(plain, lengths, base) if base and lengths else ({}, ())
     simple = replace(plain, updates={t: innermost(u) if t in moved else u for t, u in plain.updates.items()})
     found, lost = without_losses(simple, goal.form, goal.dialect, goal.server, options.accept_loss)
     contents = contents_of(replace(found, notes=(*found.notes, *told)), "convert")
     contents = with_biases_apart(contents, kinds if keeps else ())
-    if not contents.layers and (goal.form is not NAMED or not stored_in_full(contents)):
+    if not contents.layers and not others and (goal.form is not NAMED or not stored_in_full(contents)):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
     with session("cpu", [contents]) as at_work:
         contents = as_lora(contents, moved, options.rank, options.energy, at_work)
         hint = options.architecture or hint_of(contents)
-        beside = outlines(contents)
+        beside = outlines(contents, others)
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
         forms = projections(contents, kernels, "" if wanted.is_assumed else wanted.architecture)
         if (shaped := in_their_form(contents, forms)) is not contents:
@@ -172,11 +174,11 @@ def convert(
         made.lost, made.moved, made.kernels = lost, moved, {**kernels, **forms}
         made.models = {"base": told_model(base, ModelDigests.of(base, compute=False))} if base is not None else {}
         if keeps:
-            made.keep(given)
+            made.keep(given, whole(wanted.beside, others))
         for name in made.kinds:
             check_baked(given, plain, name)
-        rest = run(made, target, [path], options, progress)
-    return made.report(target, rest, at_work.told(started))
+        done = run(made, target, [path], options, progress)
+    return made.report(target, done, at_work.told(started))
 
 
 class Converter(Maker[str, str]):
@@ -210,14 +212,17 @@ class Converter(Maker[str, str]):
         self.targets = narrowed(wanted.targets, contents.layers, self.load)
         self.kept: dict[str, str] = {}  # layers of the output whose tensors are those of a layer of the input
 
-    def keep(self, given: Adapter) -> None:
-        """Write LoHa and LoKr as they are, where a layer stays one."""
+    def keep(self, given: Adapter, others: Mapping[str, str]) -> None:
+        """Write LoHa and LoKr as they are, where a layer stays one, and `others` by the target that each gets."""
         self.given, layers = given, self.contents.layers
         self.kept = kept(self.targets, self.kinds, layers)
         self.targets = {name: target for name, target in self.targets.items() if name not in self.kept}
         rest = {target: layer for target, layer in layers.items() if target not in self.kept.values()}
         self.kinds = {target: kind for target, kind in self.kinds.items() if target in rest}
         self.contents = replace(self.contents, layers=rest)
+        self.kept |= others
+        beside = {name: target for name, target in self.wanted.beside.items() if name not in others}
+        self.wanted = replace(self.wanted, beside=beside)
 
     def draft(self) -> Draft:
         layers, form = self.contents.layers, self.goal.form

@@ -1,4 +1,4 @@
-"""LoHa and LoKr in a dialect that has them: the same tensors under other names."""
+"""Methods of LyCORIS in a dialect that has them: the same tensors under other names."""
 
 from __future__ import annotations
 
@@ -8,18 +8,74 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor, fields_of, same_values
 from loratool.adapters.formats import NAMED
 from loratool.adapters.formats.format import Spelling
-from loratool.adapters.formats.roles.names import canonical, split
+from loratool.adapters.formats.roles.names import (
+    ALPHA,
+    GLORA,
+    IA3,
+    LORA,
+    MAGNITUDES,
+    OFT,
+    SPARSE,
+    canonical,
+    split,
+)
 from loratool.adapters.layers import Layer
 from loratool.adapters.writer import Carried
 from loratool.algebra.updates.base import Update
+from loratool.errors import FitError, printable
 from loratool.reworking.converting.rows import Target
 
-DIALECTS = ("lycoris", "comfy")  # that have them
+DIALECTS = ("lycoris", "comfy")  # that have LoHa and LoKr
+# What else their tools read as it is: roles of methods that are no product of two factors. ComfyUI limits rotations otherwise.
+OTHERS: Mapping[str, frozenset[str]] = {
+    "lycoris": frozenset((*IA3, *GLORA, *OFT, *SPARSE)),
+    "comfy": frozenset(GLORA),
+}
+BESIDE = frozenset((ALPHA, *LORA, *MAGNITUDES))  # roles that go with them
 
 
 def can_keep(adapter: Adapter, dialect: str) -> bool:
     """Whether tensors of an adapter mean the same in a dialect: both have LyCORIS's roles and α."""
     return dialect in DIALECTS and adapter.format == NAMED.name
+
+
+def others_in(adapter: Adapter, dialect: str) -> dict[str, Update]:
+    """Updates that are no product of two factors, whose tensors the dialect reads as they are."""
+    found: dict[str, Update] = {}
+    for target, update in adapter.updates.items() if can_keep(adapter, dialect) else ():
+        roles = {role_of(name) for name in adapter.sources[target]}
+        constrained = any(
+            name.startswith("oft_") for name in adapter.sources[target]
+        )  # kohya's, which take α otherwise
+        if roles & OTHERS[dialect] and roles <= OTHERS[dialect] | BESIDE and not constrained:
+            found[target] = update
+    return found
+
+
+def whole(targets: Mapping[str, Target], others: Mapping[str, Update]) -> dict[str, str]:
+    """Targets of the output → those of the input that are kept; raises `FitError` where the dialect divides one of them."""
+    found: dict[str, str] = {}
+    for name, target in targets.items():
+        (source, *more), parts = target.sources, target.experts[0]
+        if source not in others:
+            continue
+        if more or len(parts) > 1 or parts[0].first or parts[0].count != rows_of(others[source]):
+            kind = type(others[source]).__name__
+            raise FitError(
+                f"{printable(source)}: its update ({kind}) cannot be divided as the dialect divides its layer"
+            )
+        found[name] = source
+    return found
+
+
+def rows_of(update: Update) -> int:
+    return update.shape[0]
+
+
+def role_of(name: str) -> str:
+    """The role of a tensor; (IA)³ has one that other methods' tensors end with too."""
+    parts = split(name)
+    return canonical(parts[1]) if parts else name.rpartition(".")[2]
 
 
 def kept(targets: Mapping[str, Target], kinds: Mapping[str, str], layers: Mapping[str, Layer]) -> dict[str, str]:
@@ -33,10 +89,7 @@ def carry(carried: Carried, adapter: Adapter, names: Spelling, kept: Mapping[str
     for name, source in kept.items():
         module = names.factors(name)[0].rpartition(".lora_")[0]
         for tensor in adapter.sources[source]:
-            parts = split(tensor)
-            assert parts is not None, "it was read by its role"
-            stored = StoredTensor(adapter.file, adapter.file.tensors[tensor])
-            carried.tensors[f"{module}.{canonical(parts[1])}"] = stored
+            carried.tensors[f"{module}.{role_of(tensor)}"] = StoredTensor(adapter.file, adapter.file.tensors[tensor])
 
 
 def is_same(one: Any, other: Any) -> bool:

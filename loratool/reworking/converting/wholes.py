@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor, stored_tensors
@@ -45,10 +46,14 @@ def stored_in_full(contents: Contents) -> dict[str, Full]:
     return {**contents.changes, **contents.saved}
 
 
-def outlines(contents: Contents) -> dict[str, Outline]:
-    """The same by target, as naming takes it."""
+def outlines(contents: Contents, others: Mapping[str, Update] = MappingProxyType({})) -> dict[str, Outline]:
+    """The same by target, as naming takes it; `others` are updates that are kept as they are."""
     every = stored_in_full(contents)
-    return {target: outline(target, update.shape, contents.layers, every) for target, update in every.items()}
+    kept = {
+        target: Outline(target, update.shape[0], max(0, math.prod(update.shape[1:])))
+        for target, update in others.items()
+    }
+    return kept | {target: outline(target, update.shape, contents.layers, every) for target, update in every.items()}
 
 
 def outline(target: str, shape: tuple[int, ...], layers: Mapping[str, Layer], others: Mapping[str, Full]) -> Outline:
