@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.adapters.formats import read_adapter
+from loratool.adapters.formats import WRITTEN, read_adapter
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer, contents_of
 from loratool.adapters.ranks import RULES, Amount, RankRule, evened, told_of_cuts
@@ -210,6 +210,7 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
         asked = None if self.options.uniform else self.options.rank
         notes = (
             *remarks(contents, self.modules, self.dropped),
+            *several_ranks(self.modules, self.manner),
             *told_of_cuts(asked, {t: contents.layers[t].most for t in ranks}, ranks),
             *self.manner.form.rank_notes(self.own, ranks),
             *self.manner.notes,
@@ -357,6 +358,16 @@ def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
     }
 
 
+def several_ranks(modules: Mapping[str, ResizedLayer], manner: Manner) -> Iterator[Note]:
+    """What servers of language models make of several ranks; files of image models have one for each module."""
+    if manner.form is WRITTEN and len({m.rank for m in modules.values()}) > 1:
+        yield Note(
+            "ranks-differ",
+            "ranks differ between layers (rank_pattern); for servers that support a single rank, pass --uniform, "
+            f"which pads every layer to rank {max(m.rank for m in modules.values())}",
+        )
+
+
 def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str]) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from contents.remarks
@@ -380,15 +391,6 @@ def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Se
     if modules and all(m.rank > m.rank_before for m in modules.values()):
         text = "every layer has a higher rank than before, which changes no update and makes the file larger"
         yield Note("rank-not-needed", text)
-    if len({m.rank for m in modules.values()}) > 1:
-        most = max(m.rank for m in modules.values())
-        yield (
-            Note(
-                "ranks-differ",
-                "ranks differ between layers (rank_pattern); for servers that support a single rank, pass --uniform, "
-                f"which pads every layer to rank {most}",
-            )
-        )
     for target in dropped:
         if f"{target.removesuffix('weight')}bias" in contents.biases:
             text = f"{printable(target)} is left out, including its lora_B bias"

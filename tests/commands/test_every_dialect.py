@@ -356,6 +356,18 @@ def test_rules_of_kohya_hold_their_definitions(rule: dict[str, float], rank: int
     assert load_file(tmp_path / "out.safetensors")[f"{KOHYA}.lora_down.weight"].shape[0] == rank
 
 
+def test_ranks_of_their_own_are_worth_a_note_where_servers_take_one_rank_alone(tmp_path: Path) -> None:
+    """Files of image models have a rank for each module; PEFT's config needs a pattern that some servers ignore."""
+    one, other = of_kohya(KOHYA), of_kohya("lora_unet_mid_block_attentions_0_proj_in", 2)
+    one = {name: tensor * (torch.tensor([[1.0], [0.0]]) if "lora_down" in name else 1) for name, tensor in one.items()}
+    save_file({**one, **other}, tmp_path / "lora.safetensors")
+    for dialect, told in ((None, False), ("peft", True)):
+        out = tmp_path / f"out-{dialect}"
+        report = loratool.resize(tmp_path / "lora.safetensors", out, energy=1.0, to=dialect, device="cpu")
+        assert {layer.rank for layer in report.modules.values()} == {1, 2}
+        assert ("ranks-differ" in {note.code for note in report.notes}) is told
+
+
 def test_negative_strengths_turn_a_factor_and_keep_alpha_positive(tmp_path: Path) -> None:
     path = saved(FILES["kohya"], tmp_path / "lora.safetensors")
     loratool.rescale(path, tmp_path / "out.safetensors", scale=-2.0)

@@ -450,7 +450,7 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
             "tied-weight-changed",
             f"tied to its embedding and changed with it: {', '.join(map(printable, extractor.mirrored))}",
         )
-    if len(set(extractor.ranks.values())) > 1:
+    if extractor.manner.form is WRITTEN and len(set(extractor.ranks.values())) > 1:
         yield (
             Note(
                 "ranks-differ",
