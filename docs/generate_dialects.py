@@ -105,7 +105,12 @@ ROWS = {
         "lycoris-lora's forward pass",
         "acceptance/test_roles_in_lycoris.py",
     ),
-    "diffusers": Row("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight", IMAGE, FORMULA),
+    "diffusers": Row(
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+        IMAGE,
+        "what diffusers' pipelines load and fuse",
+        f"{DIALECT_TESTS}, acceptance/test_pipelines_in_diffusers.py",
+    ),
     "comfy": Row("diffusion_model.double_blocks.0.img_attn.proj.lora_up.weight"),
     "ai-toolkit": Row("transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
     "onetrainer": Row("lora_transformer_single_transformer_blocks_0_proj_mlp.lora_down.weight"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -265,3 +265,21 @@ def test_diffusers_loads_a_merged_variant_by_its_name(tmp_path: Path) -> None:
         wanted = tensor + weight * (whole[name] - tensor)
         if not name.endswith("position_ids"):
             torch.testing.assert_close(here[name.replace(".text_model.", ".")].float(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_diffusers_loads_a_control_adapter_that_was_converted(tmp_path: Path) -> None:
+    """It widens the input layer, replaces norms and adds biases: a merge of the adapter as it was gives the same weights."""
+    torch.manual_seed(0)
+    pipe = PIPELINES["flux"]()
+    pipe.save_pretrained(tmp_path / "base")
+    shapes = {"img_in": (WIDTH, 8), "double_blocks.0.img_attn.proj": (WIDTH, WIDTH)}
+    tensors = {f"{module}.lora_A.weight": torch.randn(2, columns) for module, (_, columns) in shapes.items()}
+    tensors |= {f"{module}.lora_B.weight": torch.randn(rows, 2) for module, (rows, _) in shapes.items()}
+    tensors |= {f"{module}.lora_B.bias": torch.randn(rows) for module, (rows, _) in shapes.items()}
+    tensors |= {"double_blocks.1.txt_attn.norm.key_norm.scale": torch.rand(8)}
+    tensors |= {"single_blocks.0.norm.query_norm.scale": torch.rand(8)}
+    save_file(tensors, tmp_path / "control.safetensors")
+    loratool.convert(tmp_path / "control.safetensors", tmp_path / "lora", server="diffusers")
+    loratool.merge(tmp_path / "base", tmp_path / "control.safetensors", tmp_path / "out", device="cpu")
+    found, before = merged(tmp_path / "out"), merged(tmp_path / "base")
+    same(found, fused(pipe, tmp_path / "lora"), 6, before)
