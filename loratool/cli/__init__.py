@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -80,7 +79,6 @@ def command(name: str) -> click.Command:
     """A command by its name."""
     with without_collections():
         module = import_module(f"loratool.cli.{MODULES.get(name, name)}")
-        gc.freeze()  # all of it stays as long as the process
     found: click.Command = getattr(module, name)
     found.context_settings = {**HELP, **found.context_settings}  # Click keeps what the first context had
     return forgiving(found)

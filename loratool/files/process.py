@@ -133,12 +133,18 @@ def prepare_streams() -> None:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Look for no garbage meanwhile: of many objects that all stay, the collector looks at each several times."""
+    """Look for no garbage meanwhile: of many objects that all stay, the collector looks at each several times.
+
+    Afterwards they count as old, so that it does not begin with all of them.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # else somebody wants some objects to stay frozen
+            gc.freeze()
+            gc.unfreeze()  # which makes all of them old, in no time
         if collecting:
             gc.enable()
 
