@@ -240,7 +240,8 @@ class Tiles:
             lap("decode")
             if not max(float(weight.max()), -float(weight.min())) < LARGEST:
                 return False
-            numpy.copyto(rows, nearest_bits(weight), casting="unsafe")
+            nearest = nearest_bits(weight, self.low[: len(rows)].view(numpy.uint32))
+            numpy.copyto(rows, nearest, casting="unsafe")
             lap("round")
         return True
 
@@ -318,10 +319,14 @@ def keep_unchanged(
     return others
 
 
-def nearest_bits(values: NDArray[Any]) -> NDArray[Any]:
-    """Float32 rounded to bfloat16, ties to even, as bits in uint32."""
+def nearest_bits(values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Float32 rounded to bfloat16, ties to even, as bits in uint32: in `memory` of the same shape, where it is given."""
     bits = values.view(numpy.uint32)
-    found: NDArray[Any] = (bits + (HALF - 1) + (bits >> 16 & 1)) >> 16
+    found: NDArray[Any] = numpy.right_shift(bits, 16, out=memory)
+    found &= 1
+    found += HALF - 1
+    found += bits
+    found >>= 16
     return found
 
 
