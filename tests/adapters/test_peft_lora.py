@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from lora_variants import VARIANTS
 from peft import LoraConfig, get_peft_model
-from peft_files import save_peft
+from peft_files import edit_config, save_peft
 from peft_zoo import assert_merged_alike, make_zoo, output_of, save_base, shake, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,7 +67,7 @@ def test_the_out_proj_of_attention_counts_twice_up_to_the_release_that_trained_i
 ) -> None:
     zoo = make_zoo()
     pair = train(tmp_path, zoo, LoraConfig(r=3, lora_alpha=5, target_modules=["attention"]))
-    set_config(pair.adapter, peft_version=version)
+    edit_config(pair.adapter, peft_version=version)
     report = loratool.merge(pair.base, [pair.adapter], tmp_path / "out")
     assert any("out_proj" in note and "twice" in note for note in map(str, report.notes)) == (times == 2)
     stored = load_file(pair.adapter / "adapter_model.safetensors")
@@ -160,7 +159,7 @@ def test_a_weight_moves_dora_along_the_line_through_its_full_merge(tmp_path: Pat
 def test_of_several_alpha_patterns_the_first_in_the_file_counts_and_it_is_said(tmp_path: Path) -> None:
     """Saving sorts the patterns: PEFT itself loads the adapter with another α than it was trained with."""
     pair = train(tmp_path, make_zoo(), LoraConfig(r=2, target_modules=["linear", "square"]))
-    set_config(pair.adapter, alpha_pattern={"square": 3, "linear": 4, ".*": 6})
+    edit_config(pair.adapter, alpha_pattern={"square": 3, "linear": 4, ".*": 6})
     report = loratool.merge(pair.base, [pair.adapter], tmp_path / "out")
     told = [note for note in map(str, report.notes) if "several alpha patterns" in note]
     assert len(told) == 2
@@ -175,21 +174,21 @@ def test_of_several_alpha_patterns_the_first_in_the_file_counts_and_it_is_said(t
 
 def test_an_alpha_pattern_that_names_nothing_is_told(tmp_path: Path) -> None:
     pair = train(tmp_path, make_zoo(), LoraConfig(r=2, target_modules=["linear"]))
-    set_config(pair.adapter, alpha_pattern={"nowhere": 2, "linear": 2})
+    edit_config(pair.adapter, alpha_pattern={"nowhere": 2, "linear": 2})
     report = loratool.merge(pair.base, [pair.adapter], tmp_path / "out")
     assert any("'nowhere'" in note and "'linear'" not in note for note in map(str, report.notes)), report.notes
 
 
 def test_a_rank_pattern_that_names_nothing_is_refused(tmp_path: Path) -> None:
     pair = train(tmp_path, make_zoo(), LoraConfig(r=2, target_modules=["linear"]))
-    set_config(pair.adapter, rank_pattern={"nowhere": 2, "linear": 2})
+    edit_config(pair.adapter, rank_pattern={"nowhere": 2, "linear": 2})
     with pytest.raises(loratool.InputError, match=r"patterns in rank_pattern .* 'nowhere'$"):
         loratool.merge(pair.base, [pair.adapter], tmp_path / "out")
 
 
 def test_a_field_of_the_config_that_nobody_knows_is_told(tmp_path: Path) -> None:
     pair = train(tmp_path, make_zoo(), LoraConfig(r=2, target_modules=["linear"]))
-    set_config(pair.adapter, use_tomorrows_lora=True)
+    edit_config(pair.adapter, use_tomorrows_lora=True)
     notes = loratool.merge(pair.base, [pair.adapter], tmp_path / "out").notes
     assert sum("use_tomorrows_lora" in note for note in map(str, notes)) == 1
 
@@ -201,11 +200,6 @@ def test_inspect_tells_the_variant_and_the_ranks_within_it(tmp_path: Path) -> No
     assert set(facts.variants) == {"DoRA", "rsLoRA"}
     assert facts.ranks == {"3": 2}
     assert facts.alphas == {"6": 2}
-
-
-def set_config(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:

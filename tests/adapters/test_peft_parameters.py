@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from expert_models import BOTH, EXPERTS, FUSED, HIDDEN, INPUTS, MIDDLE, Layers
 from peft import LoraConfig
+from peft_files import edit_config
 from peft_zoo import assert_merged_alike, train
 from safetensors.torch import load_file, save_file
 
@@ -91,23 +91,20 @@ def test_parameters_whose_order_nobody_knows_are_refused(tmp_path: Path) -> None
 
 def test_factors_for_another_number_of_parameters_than_the_config_targets_are_refused(tmp_path: Path) -> None:
     base, adapter = adapter_of(tmp_path, FUSED, BOTH)
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "target_parameters": BOTH[:1]}))
+    edit_config(adapter, target_parameters=BOTH[:1])
     message = refusal(base, adapter, tmp_path / "out")
     assert "has factors for 2 parameters, but adapter_config.json targets 1 (gate_up_proj)" in message
 
 
 def test_factors_behind_a_wrapper_that_no_target_explains_are_refused(tmp_path: Path) -> None:
     base, adapter = adapter_of(tmp_path, FUSED, BOTH)
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "target_parameters": None}))
+    edit_config(adapter, target_parameters=None)
     assert "target_parameters" in refusal(base, adapter, tmp_path / "out")
 
 
 def test_a_rank_that_does_not_divide_the_rows_of_all_experts_is_refused(tmp_path: Path) -> None:
     base, adapter = adapter_of(tmp_path, FUSED, BOTH)
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 3}))
+    edit_config(adapter, r=3)
     assert "not a multiple of the rank 3" in refusal(base, adapter, tmp_path / "out")
 
 

@@ -123,9 +123,17 @@ def test_uniform_gives_every_layer_the_largest_rank() -> None:
         ("12MiB", 12 << 20, True),
         ("3 GB", 3_000_000_000, True),
         ("7b", 7, True),
+        ("1T", 10**12, False),
+        ("2ki", 2048, False),
+        ("0.5MiB", 1 << 19, True),
+        ("100", 100, False),
+        (" 4m ", 4 * 10**6, False),
+        ("1gib", 1 << 30, True),
     ],
 )
-def test_a_budget_is_of_numbers_or_of_bytes(text: Any, number: float, in_bytes: bool) -> None:
+def test_a_budget_is_of_numbers_or_of_bytes_whatever_its_case_and_spaces(
+    text: Any, number: float, in_bytes: bool
+) -> None:
     found = rule(budget=text)
     assert (found.number, found.in_bytes) == (number, in_bytes)
 
@@ -153,9 +161,26 @@ def test_bytes_count_by_the_size_of_a_number() -> None:
         ({"rank": 4, "weights": {"q": 2.0}}, "needs --budget"),
         ({"budget": 9, "weights": {"q": -1.0}}, "must be a number of at least 0"),
         ({"budget": 9, "weights": {"q": math.inf}}, "must be a number of at least 0"),
+        ({"rank": 2.5}, "--rank 2.5: must be a whole number"),
+        ({"rank": math.inf}, "a whole number of at least 1"),
+        ({"rank": math.nan}, "a whole number of at least 1"),
+        ({"energy": -0.1}, "--energy -0.1"),
+        ({"energy": math.inf}, "(0, 1]"),
+        ({"error": math.nan}, "[0, 1)"),
+        ({"error": 1.5}, "[0, 1)"),
+        ({"ratio": 0.5}, "above 1"),
+        ({"ratio": math.nan}, "above 1"),
+        ({"ratio": -3}, "above 1"),
+        ({"budget": -7}, "4M"),
+        ({"rank": 1, "energy": 0.5, "budget": 3}, "--rank and --energy and --budget"),
+        ({"energy": 0.5, "weights": {"q": 2.0}}, "needs --budget"),
+        ({"budget": 9, "weights": {"q": math.nan}}, "must be a number of at least 0"),
+        ({"budget": 9, "weights": {"q": "much"}}, "must be a number of at least 0"),
+        ({"budget": 9, "weights": {"q": None}}, "must be a number of at least 0"),
+        ({"budget": 9, "weights": {"q": True}}, "must be a number of at least 0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words: dict[str, Any], told: str) -> None:
+def test_numbers_out_of_range_and_rules_at_odds_are_refused_by_name(words: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=re.escape(told)):
         rule(**words)
 
@@ -262,49 +287,6 @@ def test_the_squares_of_weights_are_not_taken() -> None:
 def test_a_budget_that_says_nothing_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="a number of parameters such as 4M, or of bytes such as 16MB"):
         rule(budget=text)
-
-
-@pytest.mark.parametrize(
-    ("text", "number", "in_bytes"),
-    [
-        ("1T", 10**12, False),
-        ("2ki", 2048, False),
-        ("0.5MiB", 1 << 19, True),
-        ("100", 100, False),
-        (" 4m ", 4 * 10**6, False),
-        ("1gib", 1 << 30, True),
-    ],
-)
-def test_a_budget_is_read_whatever_its_case_and_spaces(text: str, number: float, in_bytes: bool) -> None:
-    found = rule(budget=text)
-    assert (found.number, found.in_bytes) == (number, in_bytes)
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ({"rank": 2.5}, "--rank 2.5: must be a whole number"),
-        ({"rank": math.inf}, "a whole number of at least 1"),
-        ({"rank": math.nan}, "a whole number of at least 1"),
-        ({"energy": -0.1}, "--energy -0.1"),
-        ({"energy": math.inf}, "(0, 1]"),
-        ({"error": math.nan}, "[0, 1)"),
-        ({"error": 1.5}, "[0, 1)"),
-        ({"ratio": 0.5}, "above 1"),
-        ({"ratio": math.nan}, "above 1"),
-        ({"ratio": -3}, "above 1"),
-        ({"budget": -7}, "4M"),
-        ({"rank": 1, "energy": 0.5, "budget": 3}, "--rank and --energy and --budget"),
-        ({"energy": 0.5, "weights": {"q": 2.0}}, "needs --budget"),
-        ({"budget": 9, "weights": {"q": math.nan}}, "must be a number of at least 0"),
-        ({"budget": 9, "weights": {"q": "much"}}, "must be a number of at least 0"),
-        ({"budget": 9, "weights": {"q": None}}, "must be a number of at least 0"),
-        ({"budget": 9, "weights": {"q": True}}, "must be a number of at least 0"),
-    ],
-)
-def test_numbers_out_of_range_are_refused_by_name(words: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(told)):
-        rule(**words)
 
 
 def test_a_budget_too_small_is_refused_with_the_least_that_is_enough() -> None:

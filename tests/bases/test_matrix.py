@@ -32,9 +32,8 @@ from matrix_models import (
     why_not_here,
 )
 from oracle import PREFIX, read_tensors, same_bits
-from peft_files import save_peft
+from peft_files import edit_config, save_peft
 from safetensors.torch import save_file
-from tiny_models import edit_config
 from torch import Tensor
 
 import loratool

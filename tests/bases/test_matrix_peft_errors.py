@@ -18,9 +18,9 @@ from layout_facts import linear
 from matrix_models import ALPHA, ARCHITECTURES, EXPERTS, RANK, Architecture, adapt, build, load, train
 from oracle import PREFIX, Exact, assert_single_rounding, nearest, read_tensors, same_bits
 from peft import LoraConfig
-from peft_files import save_peft
+from peft_files import edit_config, save_peft
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, build_base, edit_config
+from tiny_models import FAMILIES, build_base
 from torch import Tensor, nn
 
 import loratool

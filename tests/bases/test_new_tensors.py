@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from oracle import header, picture, raw_tensors, read_tensors, same_bits
+from peft_files import edit_config
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     FAMILIES,
@@ -28,7 +29,6 @@ from tiny_models import (
     bert_config,
     build_base,
     config_of,
-    edit_config,
     gpt2_config,
     llama_config,
     load,

@@ -34,3 +34,8 @@ def named_by_peft(factors: Mapping[str, tuple[Tensor, Tensor]], dtype: torch.dty
 def config_of(folder: Path) -> dict[str, Any]:
     table: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     return table
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Give some fields of the config other values."""
+    (folder / "adapter_config.json").write_text(json.dumps({**config_of(folder), **changes}, indent=2))

@@ -280,11 +280,6 @@ def output_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return result.clone()
 
 
-def edit_config(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2))
-
-
 def rename_keys(adapter: Path, rename: Callable[[str], str]) -> None:
     path = adapter / "adapter_model.safetensors"
     save_file({rename(key): tensor for key, tensor in load_file(path).items()}, path)

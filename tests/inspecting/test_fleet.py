@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paths import ROOT
+from peft_files import edit_config
 from safetensors.numpy import load_file, save_file
 
 import loratool
@@ -70,8 +71,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     twin = write_peft(folder / "text" / "twin", 2, 0)
     halved = {name: value / 4 if ".lora_A." in name else value * 2 for name, value in tensors.items()}
     save_file(dict(reversed(halved.items())), twin / "adapter_model.safetensors")
-    table = json.loads((twin / "adapter_config.json").read_text())
-    (twin / "adapter_config.json").write_text(json.dumps({**table, "lora_alpha": 8}))
+    edit_config(twin, lora_alpha=8)
     bad = write_peft(folder / "text" / "bad", 2, 50)
     (bad / "adapter_model.safetensors").write_bytes((bad / "adapter_model.safetensors").read_bytes()[:-3])
     (folder / "images" / "torn.safetensors").write_bytes(struct.pack("<Q", 500) + b"{")

@@ -15,7 +15,7 @@ import faults
 import numpy as np
 import pytest
 import torch
-from peft_files import save_peft
+from peft_files import edit_config, save_peft
 from safetensors.torch import load_file, save_file
 from workbench import snapshot
 
@@ -54,8 +54,7 @@ def save_dora(plain: Path, folder: Path) -> None:
     for name in [name for name in tensors if "lora_B" in name]:
         tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = torch.rand(len(tensors[name])) + 0.5
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    edit_config(folder, use_dora=True)
 
 
 def many(home: Path, outputs: dict[str, Any], **settings: Any) -> MergeManyReport:

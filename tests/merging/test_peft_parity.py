@@ -24,6 +24,7 @@ from oracle import (
     steps,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_files import edit_config
 from tiny_models import (
     FAMILIES,
     LAYERS,
@@ -33,7 +34,6 @@ from tiny_models import (
     adapt,
     build_base,
     build_case,
-    edit_config,
     is_conv1d,
     llama_config,
     load,

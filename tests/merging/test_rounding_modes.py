@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exactly import exact_products
-from peft_files import save_peft
+from peft_files import edit_config, save_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -108,8 +107,7 @@ def test_compensated_rounding_leaves_float32_as_it_is(tmp_path: Path) -> None:
 
 def test_an_update_that_is_no_product_is_told_to_be_rounded_to_the_nearest(tmp_path: Path) -> None:
     base, adapter = write_pair(tmp_path, 1e-2, torch.bfloat16)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    edit_config(adapter, use_dora=True)
     factors = load_file(adapter / "adapter_model.safetensors")
     weights = load_file(base / "model.safetensors")
     for name, weight in weights.items():

@@ -13,6 +13,7 @@ import faults
 import pytest
 from hub_client import Client
 from hub_server import WRITER, HubServer
+from peft_files import edit_config
 from spoiling import flip
 from tree_digests import file_entry
 
@@ -155,8 +156,7 @@ def test_what_people_edit_is_a_note(outputs: Path, tmp_path: Path, command: str)
 def test_the_way_out_of_a_change_on_purpose_works(outputs: Path, tmp_path: Path) -> None:
     """Whoever edits a config removes loratool.json, as the message says; then the folder is pushed as any other."""
     folder = Path(shutil.copytree(outputs / "rescale", tmp_path / "x"))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/base"}))
+    edit_config(folder, base_model_name_or_path="org/base")
     with pytest.raises(VerificationError, match=r"delete loratool\.json"):
         loratool.push(folder, "alice/new", dry_run=True)
     (folder / "loratool.json").unlink()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hub_client import Client
 from hub_server import WRITER, Blob, Fault, HubServer, tokens_on_other_origins
+from peft_files import edit_config
 from safetensors.torch import load_file, save_file
 
 SHARDS, HIDDEN = 4, 64
@@ -106,8 +107,7 @@ def test_each_file_of_the_base_comes_once_whatever_reads_it(
         if "lora_B" in name
     }
     save_file({**tensors, **magnitudes}, dora / "adapter_model.safetensors")
-    config = json.loads((dora / "adapter_config.json").read_text())
-    (dora / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    edit_config(dora, use_dora=True)
     client.works(*words("alice/new", adapter=dora), cwd=tmp_path / "work")
     fetched = [request.path for request in hub.asked("GET", "^/cdn/.*model-") if not request.range]
     client.works("merge", models / "base", dora, "-o", tmp_path / "out")
@@ -346,8 +346,7 @@ def test_a_dead_adapter_beside_a_live_one_is_warned_of_in_a_streamed_merge_too(
     """Its modules are counted over all files, in the report and in the record that goes to the Hub."""
     dead = tmp_path / "dead"
     shutil.copytree(models / "adapter", dead)
-    config = json.loads((dead / "adapter_config.json").read_text())
-    (dead / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    edit_config(dead, lora_alpha=0)
     ran = client.works(*words("alice/new", "org/base", "org/adapter", str(dead), "--json"), cwd=tmp_path / "work")
     assert "warning: dead: changes no element" in ran.err
     live, still = json.loads(ran.out)["adapters"]

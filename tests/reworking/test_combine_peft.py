@@ -15,6 +15,7 @@ from expert_models import BOTH, EXPERTS, FUSED, HIDDEN, INPUTS, Layers
 from oracle import read_tensors
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft_files import edit_config
 from peft_zoo import TOKENS, make_zoo, output_of, save_base, shake
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -197,7 +198,7 @@ def test_the_doubled_projection_of_an_attention_stays_what_its_release_makes_of_
     model = make_zoo()
     each = [adapt(tmp_path / name, model, at + 1, r=2, target_modules=["attention"]) for at, name in enumerate("ab")]
     base = save_base(tmp_path / "base", model)
-    change_config(each[1], peft_version="0.99.0")
+    edit_config(each[1], peft_version="0.99.0")
     loratool.merge(base, each, tmp_path / "both")
     for name, order in (("old", each), ("new", each[::-1])):
         loratool.combine(order, tmp_path / name)
@@ -221,11 +222,6 @@ def test_a_trained_bias_inside_an_attention_is_found_again_by_peft(tmp_path: Pat
     assert biases == {name for name in found if name.endswith("bias")}
     assert all(torch.equal(found[name], wanted[name]) for name in biases)
     loaded(tmp_path / "out", model)
-
-
-def change_config(folder: Path, **fields: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 # ---- what PEFT combines itself ----
@@ -509,7 +505,7 @@ def turned(folder: Path, to: Path, version: str, *parameters: str) -> Path:
     to.mkdir()
     save_file(after, to / "adapter_model.safetensors")
     (to / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
-    change_config(to, peft_version=version)
+    edit_config(to, peft_version=version)
     return to
 
 
@@ -540,7 +536,7 @@ def test_square_experts_of_a_class_that_no_release_swapped_are_not_swapped(tmp_p
     """gpt-oss: 0.18 and 0.21 store it alike, which gate_up_proj shows; down_proj is square."""
     _, each = experts(tmp_path, BOTH, BOTH, sizes=GPT_OSS, transposed=True)
     loratool.combine(each, tmp_path / "wanted")
-    change_config(each[1], peft_version="0.18.1")
+    edit_config(each[1], peft_version="0.18.1")
     loratool.combine(each, tmp_path / "out")
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "wanted"))
     for name, tensor in other.items():
@@ -550,7 +546,7 @@ def test_square_experts_of_a_class_that_no_release_swapped_are_not_swapped(tmp_p
 def test_square_experts_that_nothing_tells_about_are_refused(tmp_path: Path) -> None:
     _, each = experts(tmp_path, ["experts.down_proj"], ["experts.down_proj"], sizes=SQUARE)
     loratool.combine(each, tmp_path / "same-release")
-    change_config(each[1], peft_version="0.18.1")
+    edit_config(each[1], peft_version="0.18.1")
     with pytest.raises(loratool.FitError, match=r"(?s)layers\.0\.experts\.down_proj.*0\.18\.1"):
         loratool.combine(each, tmp_path / "out")
 

@@ -11,7 +11,7 @@ import torch
 from checkpoints import save_model
 from dialect_samples import DIALECTS, O_PROJ
 from paths import ROOT
-from peft_files import save_peft
+from peft_files import edit_config, save_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trainer_layouts import HIDDEN, RANK, numbers, write_base
@@ -202,8 +202,7 @@ def test_experts_are_stacked_for_llama_cpp_and_come_apart_again(tmp_path: Path, 
         old = {"mlp": "block_sparse_moe", **MIXTRAL}
         named = {".".join(old.get(part, part) for part in name.split(".")): t for name, t in tensors.items()}
         save_file(named, given / "adapter_model.safetensors")
-        config = json.loads((given / "adapter_config.json").read_text())
-        (given / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["w3", "w2"]}))
+        edit_config(given, target_modules=["w3", "w2"])
     elif packed:
         adapter = tmp_path / "packed"
         loratool.convert(given, adapter, to="peft-fused")

@@ -17,7 +17,7 @@ from expert_models import BOTH, FUSED, INPUTS, Layers
 from oracle import picture, read_tensors, same_bits
 from paths import REAL
 from peft import AdaLoraConfig, HRAConfig, LoraConfig, PeftModel
-from peft_files import save_peft
+from peft_files import edit_config, save_peft
 from peft_zoo import TOKENS, Pair, make_zoo, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -372,8 +372,7 @@ def spoiled(adapter: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Te
 
 
 def set_config(adapter: Path, **fields: Any) -> Path:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    edit_config(adapter, **fields)
     return adapter
 
 

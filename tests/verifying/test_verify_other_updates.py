@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from merged_models import CONFIG, HIDDEN, RANK, codes, only, scene, write_adapter, write_model
+from peft_files import edit_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,8 +61,7 @@ def test_noise_in_a_fused_module_is_told_where_an_update_needs_the_whole_weight(
     write_model(tmp_path / "base", weights, config)
     factors = torch.randn(RANK, HIDDEN, generator=numbers), torch.randn(3 * HIDDEN, RANK, generator=numbers) * 0.01
     adapter = write_adapter(tmp_path / "adapter", {name: factors}, target_modules=["query_key_value"])
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "init_lora_weights": "pissa"}))
+    edit_config(adapter, init_lora_weights="pissa")
     loratool.merge(tmp_path / "base", adapter, tmp_path / "out", device="cpu")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     merged[name] += torch.randn(merged[name].shape, generator=numbers) * 0.01
