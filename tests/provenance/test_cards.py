@@ -359,6 +359,9 @@ def image_adapter(folder: Path, header: Mapping[str, str]) -> Path:
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, None, "stable-diffusion-xl"),
         ({"ss_base_model_version": "flux1"}, None, "flux"),
         ({"ss_base_model_version": "sd_v1"}, None, "stable-diffusion"),
+        ({"ss_base_model_version": "sd_1.5"}, None, "stable-diffusion"),
+        ({"ss_base_model_version": "sd_1.5", "software": '{"name": "ai-toolkit"}'}, None, None),  # of Flux as well
+        ({"ss_network_module": "networks.lora_flux"}, None, "flux"),
         ({}, None, None),
     ],
 )
@@ -380,11 +383,12 @@ def test_the_card_of_an_image_adapter_is_what_the_hub_expects(
 
 
 def test_what_no_header_holds_is_in_no_card(tmp_path: Path) -> None:
-    data = entries(ModelCard(select_card(image_adapter(tmp_path / "one", {"ss_base_model_version": "wan2.1"}))))
-    assert data == {
-        "library_name": "diffusers",
-        "tags": ["loratool", "text-to-video", "diffusers", "lora", "template:sd-lora", "wan"],
-    }
+    for number, header in enumerate(({"ss_base_model_version": "wan2.1"}, {"ss_network_module": "networks.lora_wan"})):
+        data = entries(ModelCard(select_card(image_adapter(tmp_path / f"{number}", header))))
+        assert data == {
+            "library_name": "diffusers",
+            "tags": ["loratool", "text-to-video", "diffusers", "lora", "template:sd-lora", "wan"],
+        }
 
 
 def select_card(folder: Path) -> str:

@@ -12,7 +12,8 @@ from loratool.files.hub_cache import is_hub_id
 from loratool.provenance.cards import Subject
 
 TRIGGER = "modelspec.trigger_phrase"  # the words that call up what was trained
-MODELS = ("ss_base_model_version", "modelspec.architecture")  # entries that tell the architecture
+MODELS = ("ss_base_model_version", "modelspec.architecture", "ss_network_module")  # entries that tell the architecture
+OF_MUSUBI = "networks.lora_"  # before the architecture in the name of a module of kohya's tools
 FILE = re.compile(r"\.(?:safetensors|ckpt|pth?|bin|gguf)$", re.IGNORECASE)
 
 
@@ -54,7 +55,9 @@ UNKNOWN = Family(re.compile(""))
 
 def family_of(header: Mapping[str, str]) -> Family:
     """The family of models that a header names."""
-    said = [str(header.get(key, "")).lower() for key in MODELS]
+    said = [str(header.get(key, "")).lower().removeprefix(OF_MUSUBI) for key in MODELS]
+    if "ai-toolkit" in str(header.get("software", "")) and said[0] == "sd_1.5":
+        del said[0]  # older releases wrote it for every model but Stable Diffusion 2 and SDXL, Flux too
     return next((family for text in said for family in FAMILIES if family.said.match(text)), UNKNOWN)
 
 
