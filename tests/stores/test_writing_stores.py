@@ -278,7 +278,7 @@ def test_a_merge_that_is_refused_before_it_begins_ends_nobody_elses_upload(store
     upload = store.client.create_multipart_upload(**words)["UploadId"]
     with pytest.raises(FitError, match="nothing to merge"):
         loratool.merge(models / "base", [models / "adapter"], f"s3://{BUCKET}/out/nothing", weights=[0])
-    assert store.uploads(BUCKET) == [words["Key"]]
+    assert words["Key"] in store.uploads(BUCKET)
     store.client.abort_multipart_upload(**words, UploadId=upload)
 
 
