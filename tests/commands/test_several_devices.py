@@ -88,6 +88,7 @@ class StandIns:
         self.seen: list[tuple[str, tuple[Any, ...]]] = []  # device and work
         self.failing: Callable[[str], None] = lambda _: None  # called on a device when all have begun
         monkeypatch.setattr(devices, "find_devices", lambda _: self.names)
+        monkeypatch.setattr(resources, "means_cpu", lambda _: False)  # nor are they any for which numpy would do
         monkeypatch.setattr(resources, "CPU_BLOCK", 80 * 80)  # a few blocks in each weight
         spread, merged_rows = Session.spread, Worker.merged_rows
 
