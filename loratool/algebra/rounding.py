@@ -40,8 +40,11 @@ def tie_of(dtype: torch.dtype) -> int:
 
 
 def alike_from(dtype: torch.dtype) -> float:
-    """The size from which on that is true: bfloat16 has the exponents of float32, and float16 has fewer."""
-    return 0.0 if dtype == torch.bfloat16 else 2.0**-14
+    """The size from which on that is true: bfloat16 has the exponents of float32, and float16 has fewer.
+
+    It is never 0: a sum of 0 may have either sign.
+    """
+    return 2.0**-149 if dtype == torch.bfloat16 else 2.0**-14
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from loratool.algebra.rounding import FAR, alike_from, bits_of, round_once, tie_of
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.addends import GENEROUS, ROUNDOFF, Addend, Stack, by_place
+from loratool.merging.addends import GENEROUS, MOST_TERMS, ROUNDOFF, Addend, Stack, by_place
 from loratool.merging.single_elements import SingleElements
 
 if TYPE_CHECKING:
@@ -411,7 +411,8 @@ def largest_of(values: Tensor) -> float:
 def working_dtype(parts: Sequence[Addend], target: torch.dtype, exact: torch.dtype, elements: int) -> torch.dtype:
     """Float32 where it holds every W as it is and is faster, the target is narrower, and no scale or factor is far from 1."""
     on_gpu = any(part.up.is_cuda for part in parts)
-    if target.itemsize != 2 or exact == torch.float64 or on_gpu or elements <= SMALL:
+    many = sum(part.rank for part in parts) >= MOST_TERMS
+    if target.itemsize != 2 or exact == torch.float64 or on_gpu or many or elements <= SMALL:
         return torch.float64
     sizes = [abs(part.scale) for part in parts if part.scale]
     for part in parts:

@@ -132,8 +132,8 @@ def sum_within_margins(
         measure: likewise.
 
     Returns:
-        the size that no element of the result is larger than, not finite where W is not, in which case nothing was
-        computed; ‖W‖², and that of the product if it was to be measured. Of the elements that are not decided: their
+        the size that no element of the result is larger than, infinite where W is not finite or numbers are too large for
+        float32, in which case nothing was computed; ‖W‖², and that of the product if it was to be measured. Of the elements that are not decided: their
         places in the flat rows, the lower ends of their intervals in float32, W, and half the lengths of the intervals
         in float64; nothing where all are decided.
     """
@@ -141,9 +141,10 @@ def sum_within_margins(
     own, down, scale = product
     ends = torch.aminmax(stored)
     largest = max(-float(ends[0]), float(ends[1]))
-    if not math.isfinite(largest):
-        return [largest, 0.0, 0.0], none
     largest += bound[2]
+    # what is infinite or NaN, and what comes near the largest float32 before it is scaled or after
+    if not largest < 2.0**120 * min(1.0, abs(scale)):
+        return [math.inf, 0.0, 0.0], none
     margins = (errors + (bound[0] + bound[1] * largest)).mul_(1 + 2.0**-10)
     column = margins.float().unsqueeze(1)
     up = torch.cat([own, column / scale], 1)

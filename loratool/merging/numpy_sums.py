@@ -21,7 +21,7 @@ from loratool.bases.packed import Packed
 from loratool.bases.weights import WIDENED, Plain, widen
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
-from loratool.merging.addends import ALL, GENEROUS, ROUNDOFF, TINIEST
+from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit
@@ -34,7 +34,7 @@ TOGETHER = 1 << 16  # products of undecided elements that are computed at a time
 MANY = 16  # where more than one of so many elements is undecided, torch finds out why
 ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already
 WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
-LARGEST = 2.0**120  # of weights, so that no sum is near the largest number
+LARGEST = 2.0**120  # of weights and of what is added, so that no sum is near the largest number
 SMALLEST = 2.0**-120  # of results: bfloat16 has fewer digits from 2^-126 on
 HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
 LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
@@ -105,7 +105,8 @@ class Added:
     def is_workable(self) -> bool:
         """Whether float32 computes with its numbers."""
         sizes = [abs(self.scale), *(float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))]
-        return self.scale != 0 and all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes)
+        within = all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes) and len(self.down) < MOST_TERMS
+        return self.scale != 0 and within and float(self.lengths.max(initial=0)) < LARGEST
 
     @cached_property
     def norm(self) -> float:
@@ -144,7 +145,9 @@ class Added:
     def margins(self) -> NDArray[Any]:
         """(rows,) of float64: how far a computed element of ΔW may be from the exact value."""
         terms = len(self.down) + 4  # roundings: of factors, products, sums, scaling, and a constant added
-        underflow = terms * TINIEST[4] * (1 + float(numpy.abs(self.up).max(initial=0)))
+        up, down = (float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))
+        # some machines take the smallest factors for 0
+        underflow = terms * TINIEST[4] * (1 + up) * (1 + abs(self.scale)) * (1 + down)
         found: NDArray[Any] = self.lengths * (terms * ROUNDOFF[4]) + underflow
         return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import DEVICES, open_packed, room_on, save_packed
+from packed_models import DEVICES, check_numpy, open_packed, room_on, save_packed
 from quantised_models import FAMILIES, STACKS, Quantised
 from torch import Tensor
 
@@ -52,6 +52,7 @@ def check_rows(folder: Path, made: Quantised) -> None:
                 assert torch.equal(rows, lines[first : first + count].double())
             room.sources.close()
         assert weight.check(Room()) == ""
+        check_numpy(weight, lines.numpy())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -68,13 +68,15 @@ def check_rows(folder: Path, name: str, wanted: NDArray[Any]) -> None:
 
 
 def check_numpy(weight: Packed, wanted: NDArray[Any]) -> None:
-    """Some rows from anywhere are the same by numpy, where it reads the weight."""
+    """Some rows from anywhere are the same by numpy, where it reads the weight: the bits that torch gives, signs of 0 too."""
     if weight.by_numpy:
         memory, flat = Memory(), wanted.reshape(-1, weight.line)
         for first in range(0, len(flat), max(1, len(flat) // 3)):
             found = np.full((min(5, len(flat) - first), weight.line), np.nan, np.float32)
             weight.decode_into(found, first, memory)
             assert np.array_equal(found, flat[first : first + 5])
+            by_torch = weight.decode(first, len(found), CPU, Room()).numpy()
+            assert np.array_equal(found.view(np.int32), by_torch.view(np.int32))
         memory.sources.close()
 
 

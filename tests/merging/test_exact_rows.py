@@ -79,6 +79,32 @@ def merged_rows(weight: torch.Tensor, parts: list[Addend], target: torch.dtype, 
     return after
 
 
+@pytest.mark.parametrize("small", [1 << 15, 0], ids=["float64", "float32"])
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_zeros_of_a_block_that_has_nothing_else_keep_their_signs(
+    target: torch.dtype, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of −0 and of +0 is +0, and no size of a block tells how far that may be from the exact value."""
+    monkeypatch.setattr(exact_rows, "SMALL", small)
+    weight = torch.zeros(ROWS, COLUMNS)
+    weight[:, ::2] = -0.0
+    part = Addend(Place(0, ROWS, ALL, COLUMNS), torch.zeros(ROWS, 2), torch.ones(2, COLUMNS), 1.0)
+    got = merged_rows(weight, [part], target, rows=3)
+    assert torch.equal(got.signbit(), weight.signbit())
+
+
+@pytest.mark.parametrize(("scale", "size"), [(2.0**-59, 2.0**100), (2.0**40, 2.0**118)], ids=["small", "large"])
+def test_weights_and_scales_far_from_each_other_are_added_in_float64(
+    scale: float, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 the error of a large sum over a small scale is infinite."""
+    monkeypatch.setattr(exact_rows, "SMALL", 0)
+    weight = (made(ROWS, COLUMNS, seed=4) * size).bfloat16()
+    up, down = made(ROWS, 4, seed=1), made(4, COLUMNS, seed=2)
+    part = Addend(Place(0, ROWS, ALL, COLUMNS), up, down, scale)
+    assert torch.equal(merged_rows(weight, [part], torch.bfloat16, rows=3), weight)
+
+
 FLOATS = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = [(stored, target) for stored in FLOATS if stored != torch.float16 for target in FLOATS]
 NARROW = [(stored, target) for stored, target in KINDS if stored != torch.float64 and target.itemsize == 2]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import loratool
 from loratool.bases.weights import widen
+from loratool.errors import FitError
 from loratool.merging import numpy_sums, resources
 from loratool.merging.numpy_sums import Added, Tiles
 
@@ -198,6 +199,24 @@ def test_factors_beyond_what_float32_computes_with_are_left_to_torch(
     write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
     one, other = both(tmp_path / "base", tmp_path / "adapter", tmp_path, monkeypatch)
     assert one.digests == other.digests
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (1, -1, 1)], ids=["large", "cancels"])
+def test_sums_beyond_the_largest_number_are_refused(
+    signs: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one row of many; float32 has infinities there, or a NaN where two of them cancel."""
+    weights = {ODD: numbers(64, 48, seed=5).bfloat16()}
+    down, up = numbers(RANK, 48, seed=7).abs() * 2.0**49, numbers(64, RANK, seed=8, size=0.01)
+    up[5] = torch.tensor(signs) * 2.0**50
+    write_model(tmp_path / "base", weights, CONFIG)
+    settings: dict[str, Any] = {"r": RANK, "lora_alpha": RANK * 2.0**30, "target_modules": ["v_proj"]}
+    write_adapter(tmp_path / "adapter", {ODD: (down, up)}, torch.float32, **settings)
+    for by_numpy in (True, False):
+        if not by_numpy:
+            monkeypatch.setattr(resources, "suits", lambda span: False)
+        with pytest.raises(FitError, match="exceed the range"):
+            loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", device="cpu")
 
 
 def test_blocks_of_gguf_are_decoded_by_both_ways_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
