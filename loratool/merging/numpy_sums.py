@@ -258,7 +258,10 @@ class Tiles:
         column = margins.astype(numpy.float32)[:, None]
         up = numpy.empty((count, lifted), numpy.float32)
         up[:, :-1], up[:, -1:] = added.up[own], column
-        numpy.matmul(up, added.cut, out=sums.reshape(count, parts, -1).transpose(1, 0, 2))
+        step = max(4, ALONE // added.cut[0].size)  # fewer rows where a narrow or odd width leaves parts too large
+        for at in range(0, count, step):
+            some = sums[at : at + step]
+            numpy.matmul(up[at : at + step], added.cut, out=some.reshape(len(some), parts, -1).transpose(1, 0, 2))
         numpy.add(sums, weight, out=sums)
         numpy.subtract(sums, 2 * column, out=low)
 
