@@ -32,6 +32,7 @@ ALONE = (
     1 << 18
 )  # multiplications of a product that OpenBLAS does on the calling thread: more of those are there already
 WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
+LARGEST = 2.0**120  # of what is added, so that no sum is near the largest number
 FACTORS = ("F32", "F16", "BF16")
 HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
 LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
@@ -87,7 +88,7 @@ class Added:
     def is_workable(self) -> bool:
         """Whether float32 computes with its numbers."""
         sizes = [abs(self.scale), *(float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))]
-        return all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes)
+        return all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes) and self.reach < LARGEST
 
     @cached_property
     def cut(self) -> NDArray[Any]:
