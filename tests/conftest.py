@@ -68,6 +68,8 @@ gc.disable()
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    some = gc.get_freeze_count()
+    gc.get_freeze_count = lambda: some  # which counts a million of them one by one, and every command asks
     gc.set_threshold(10_000, 20, 20)
     gc.enable()
 

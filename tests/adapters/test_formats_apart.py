@@ -42,8 +42,7 @@ WORDS = {
             *(
                 "reworking/aligned_layers.py",
                 "reworking/renaming.py",
-                "reworking/converting/carrying.py",
-                "reworking/converting/proof.py",
+                *(f"reworking/converting/{name}.py" for name in ("carrying", "naming", "proof", "wholes")),
                 "reworking/extracting/pairing.py",
                 "adapters/writer.py",
             ),

@@ -198,6 +198,12 @@ class StoreServer:
         """The keys of multipart uploads that are neither completed nor aborted."""
         return [each["Key"] for each in self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", ())]
 
+    def forget_uploads(self, bucket: str) -> None:
+        """Abort those that tests have left: all stores of a process keep their uploads in one place."""
+        client = self.client
+        for each in client.list_multipart_uploads(Bucket=bucket).get("Uploads", ()):
+            client.abort_multipart_upload(Bucket=bucket, Key=each["Key"], UploadId=each["UploadId"])
+
 
 def stormy(seed: int, lost: bool = False, share: float = 0.35, most: int = 3) -> Callable[[Asked], Fault]:
     """Faults of every kind for a `share` of the requests, drawn by a seed; none fails more than `most` times.

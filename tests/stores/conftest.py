@@ -30,6 +30,7 @@ def server(models: Path) -> Iterator[StoreServer]:
         for name in ("base", "adapter"):
             store.put(BUCKET, models / name, f"team/{name}")
         yield store
+        store.forget_uploads(BUCKET)
 
 
 @pytest.fixture
