@@ -21,7 +21,7 @@ from loratool.merging import dealing
 
 ROUNDS = 50
 SHARDS, HIDDEN = 4, 256
-LONGEST = 0.6  # seconds that a worker takes, about
+LONGEST = 0.25  # seconds that a worker takes, about
 
 
 @pytest.fixture

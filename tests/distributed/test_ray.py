@@ -157,8 +157,8 @@ def test_an_interrupt_leaves_what_the_same_command_continues(model: Path, cluste
         while run.poll() is None and len([*parts.glob("part-*.json")]) < 3:
             time.sleep(0.02)
         run.send_signal(signal.SIGINT)
-        run.communicate(timeout=60)
-    assert run.returncode == 130
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130, said
     assert not (tmp_path / "out").exists()
     deadline = time.monotonic() + 30
     while cluster.workers and time.monotonic() < deadline:
