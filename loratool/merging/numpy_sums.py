@@ -250,7 +250,7 @@ class Tiles:
 
     def sum(self, added: Added, weight: NDArray[Any], first: int, largest: float) -> None:
         """Put the ends of the intervals around W + ΔW of some rows into `sums`, the upper ones, and `low`."""
-        count, (parts, lifted, _) = len(weight), added.cut.shape
+        count, lifted = len(weight), added.cut.shape[1]
         sums, low = self.sums[:count], self.low[:count]
         own = slice(first, first + count)
         # the sum's rounding, and that of an end
@@ -258,10 +258,7 @@ class Tiles:
         column = margins.astype(numpy.float32)[:, None]
         up = numpy.empty((count, lifted), numpy.float32)
         up[:, :-1], up[:, -1:] = added.up[own], column
-        step = max(4, ALONE // added.cut[0].size)  # fewer rows where a narrow or odd width leaves parts too large
-        for at in range(0, count, step):
-            some = sums[at : at + step]
-            numpy.matmul(up[at : at + step], added.cut, out=some.reshape(len(some), parts, -1).transpose(1, 0, 2))
+        multiply(up, added.cut, sums)
         numpy.add(sums, weight, out=sums)
         numpy.subtract(sums, 2 * column, out=low)
 
@@ -300,6 +297,14 @@ class Tiles:
                 return False
         after.reshape(-1)[places] = low.astype(numpy.float32).view(numpy.uint32) >> 16
         return True
+
+
+def multiply(left: NDArray[Any], cut: NDArray[Any], out: NDArray[Any]) -> None:
+    """Put `left`, (n, rank), times all parts, (parts, rank, columns), into `out`, (n, parts · columns), on this thread."""
+    step = max(4, ALONE // max(1, cut[0].size))  # fewer rows where a narrow or odd width leaves parts too large
+    for at in range(0, len(left), step):
+        some = out[at : at + step]
+        numpy.matmul(left[at : at + step], cut, out=some.reshape(len(some), len(cut), -1).transpose(1, 0, 2))
 
 
 def rows_of_tile(width: int) -> int:

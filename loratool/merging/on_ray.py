@@ -112,7 +112,8 @@ class Tasks:
         except self.ray.exceptions.RayError as error:
             raise StorageError(f"the cluster lost a task {RETRIES} times: {printable(error)}") from error
         finally:
-            for left in pending:
+            # a cluster ends the tasks of a driver that leaves; to cancel one that is done at that moment ends this process
+            for left in () if self.joined else pending:
                 self.ray.cancel(left, force=True)
         return found
 

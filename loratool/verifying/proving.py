@@ -15,6 +15,7 @@ from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, res
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
+from loratool.merging.numpy_sums import Added
 from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
@@ -33,7 +34,7 @@ from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
 from loratool.verifying.updates import Updates, rounded_twice
-from loratool.verifying.without_torch import Added, Tile, suffices
+from loratool.verifying.without_torch import Tile, suffices
 
 if TYPE_CHECKING:
     from loratool.merging.merge import Progress
@@ -101,7 +102,8 @@ class Subject:
     def added_by_numpy(self) -> Added:
         with self.work.lock:
             if self.added is None:
-                self.added = Added.by(self.pair)
+                (edit,) = self.pair.span.edits
+                self.added = Added.by(edit)
                 self.odd = not self.added.is_workable
             return self.added
 

@@ -7,17 +7,13 @@ nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import StoredTensor
-from loratool.algebra.rounding import Accumulator, two_sum
-from loratool.algebra.updates.additive import LowRank
 from loratool.bases.weights import Plain
 from loratool.lazy import NDArray, numpy
-from loratool.merging.addends import ALL, GENEROUS, ROUNDOFF
+from loratool.merging import numpy_sums
+from loratool.merging.addends import GENEROUS, ROUNDOFF
+from loratool.merging.numpy_sums import HALF, Added, exactly, multiply, rounded_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,14 +24,6 @@ if TYPE_CHECKING:
 MOST = 1 << 31  # elements in all: of more of them, the import of torch is a small part of the time
 MANY = 64  # where more than one of so many elements differs, torch finds out what they are
 TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
-ALONE = (
-    1 << 18
-)  # multiplications of a product that OpenBLAS does on the calling thread: more of those are there already
-WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
-LARGEST = 2.0**120  # of what is added, so that no sum is near the largest number
-FACTORS = ("F32", "F16", "BF16")
-HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
-LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
 SMALLEST = 2.0**-126  # below it a bfloat16 has fewer digits
 TOGETHER = 1 << 12  # elements that are summed exactly at a time
 
@@ -47,67 +35,12 @@ def suffices(pairs: Sequence[Pair], device: str) -> bool:
 
 
 def suits(pair: Pair) -> bool:
-    """Whether a pair is a weight and its edit of the most common kind."""
+    """Whether a pair is a weight and its edit of the most common kind, both as bfloat16."""
     span, theirs = pair.span, pair.theirs
-    if len(span.edits) != 1 or not isinstance(span.weight, Plain) or not isinstance(theirs, Plain):
+    if not isinstance(span.weight, Plain) or not isinstance(theirs, Plain) or not numpy_sums.suits(span):
         return False
-    (edit,) = span.edits
-    update = edit.update
-    if not isinstance(update, LowRank) or edit.shared or edit.columns != ALL:
-        return False
-    up: object = update.up  # tensors are annotated, and files are planned with
-    down: object = update.down
-    if not isinstance(up, StoredTensor) or not isinstance(down, StoredTensor):
-        return False
-    stored = up.info.dtype in FACTORS and down.info.dtype in FACTORS
-    of_bfloat16 = span.weight.info.dtype == span.placed.dtype == theirs.info.dtype == "BF16"
-    whole = (edit.first_row, edit.update_row, edit.rows, pair.rows) == (0, 0, span.rows, span.rows)
-    fits = (up.shape, down.shape) == (
-        (span.rows, update.rank),
-        (update.rank, span.width),
-    ) and theirs.shape == span.shape
-    return stored and of_bfloat16 and whole and fits
-
-
-@dataclass(frozen=True)
-class Added:
-    """scale · up @ down."""
-
-    up: NDArray[Any]  # (rows, rank) of float32
-    down: NDArray[Any]  # (rank, width) of float32
-    scale: float
-
-    @classmethod
-    def by(cls, pair: Pair) -> Added:
-        """What the one edit of a pair adds."""
-        (edit,) = pair.span.edits
-        update: Any = edit.update
-        return cls(values_of(update.up), values_of(update.down), update.scale * edit.strength)
-
-    @cached_property
-    def is_workable(self) -> bool:
-        """Whether float32 computes with its numbers."""
-        sizes = [abs(self.scale), *(float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))]
-        return all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes) and self.reach < LARGEST
-
-    @cached_property
-    def cut(self) -> NDArray[Any]:
-        """(parts, rank, columns): scale · down, cut into parts of columns."""
-        rank, width = self.down.shape
-        columns = max(32, ALONE // max(1, rank * max(1, TILE // width)))
-        columns = gcd(width, 1 << columns.bit_length() - 1)
-        step = columns if columns >= 16 else width  # an odd one stays whole
-        scaled = (self.down * numpy.float32(self.scale)).reshape(rank, -1, step)
-        parts: NDArray[Any] = numpy.ascontiguousarray(scaled.transpose(1, 0, 2))
-        return parts
-
-    @cached_property
-    def reach(self) -> float:
-        """No sum of the sizes of an element's products is larger."""
-        lengths = [
-            numpy.linalg.norm(each.astype(numpy.float64), axis=axis) for axis, each in enumerate((self.down, self.up))
-        ]
-        return float(lengths[0].max(initial=0) * lengths[1].max(initial=0)) * abs(self.scale) * GENEROUS
+    of_bfloat16 = span.weight.info.dtype == theirs.info.dtype == "BF16"
+    return of_bfloat16 and pair.rows == span.rows and theirs.shape == span.shape
 
 
 class Tile:
@@ -143,8 +76,7 @@ class Tile:
             weight.read(first * self.width * 2, into[:count].data.cast("B"), sources)
         weights, sums = self.weight[:count], self.sums[:count]
         widen(self.stored[:count], weights)
-        parts = sums.reshape(count, len(added.cut), -1).transpose(1, 0, 2)
-        numpy.matmul(added.up[first : first + count], added.cut, out=parts)
+        multiply(added.up[first : first + count], added.cut[:, :-1], sums)
         numpy.add(sums, weights, out=sums)
         bits = sums.view(numpy.uint32)
         numpy.add(bits, HALF, out=bits)
@@ -170,10 +102,10 @@ def are_sums(added: Added, places: tuple[Any, Any], weights: NDArray[Any], their
         theirs: (count,) of the merged model.
     """
     rows, columns = places
-    left, right = added.up[rows].astype(numpy.float64), added.down[:, columns].T.astype(numpy.float64)
-    values = (left * right).sum(1) * added.scale + weights
+    left, right = added.elements(rows, columns)
+    values = numpy.einsum("ij,ij->i", left, right) * added.scale + weights
     terms = len(added.down) + 8
-    margins = (abs(weights) + abs(values) + added.reach) * (terms * ROUNDOFF[8] * GENEROUS)
+    margins = (abs(weights) + abs(values) + added.lengths[rows]) * (terms * ROUNDOFF[8] * GENEROUS)
     low, high = (rounded_once(each) for each in (values - margins, values + margins))
     open_ones = numpy.flatnonzero(low != high)
     for at in range(0, len(open_ones), TOGETHER):
@@ -181,42 +113,6 @@ def are_sums(added: Added, places: tuple[Any, Any], weights: NDArray[Any], their
         low[some] = exactly(weights[some], left[some], right[some], added.scale)
     sound = numpy.isfinite(theirs) & (abs(theirs) >= 2 * SMALLEST)
     return bool((sound & (low == theirs)).all())
-
-
-def exactly(weights: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float) -> NDArray[Any]:
-    """Single sums of exact arithmetic rounded once, which may be ties; a NaN for what is not known.
-
-    Args:
-        weights: (count,) of W.
-        left: (count, rank) of float64.
-        right: (count, rank) of float64.
-        scale: of the product.
-    """
-    sums = Accumulator(weights.astype(numpy.float64))
-    for one, other in zip(left.T, right.T, strict=True):
-        sums.add_products(one, other, scale)
-    near, rest = two_sum(sums.high, sums.low)
-    tie = near.view(numpy.int64) & (LAST - 1) == LAST // 2
-    beside = numpy.nextafter(near, numpy.copysign(numpy.inf, rest))
-    return numpy.where(sums.rest == 0, rounded_once(numpy.where(tie & (rest != 0), beside, near)), numpy.nan)
-
-
-def rounded_once(values: NDArray[Any]) -> NDArray[Any]:
-    """Float64 rounded to the digits of bfloat16, ties to even, whatever the exponent."""
-    bits = values.view(numpy.int64)
-    return ((bits + (LAST // 2 - 1) + (bits // LAST & 1)) & -LAST).view(numpy.float64)
-
-
-def values_of(tensor: StoredTensor) -> NDArray[Any]:
-    """A factor in float32."""
-    raw = bytearray(tensor.info.nbytes)
-    tensor.read(0, memoryview(raw))
-    stored = numpy.frombuffer(
-        raw, {"F32": numpy.float32, "F16": numpy.float16, "BF16": numpy.uint16}[tensor.info.dtype]
-    )
-    values = widened(stored) if tensor.info.dtype == "BF16" else stored.astype(numpy.float32)
-    values = values.reshape(tensor.info.shape)
-    return numpy.ascontiguousarray(values.T) if tensor.transposed else values
 
 
 def widened(stored: NDArray[Any]) -> NDArray[Any]:

@@ -29,8 +29,8 @@ def server(models: Path) -> Iterator[StoreServer]:
     with StoreServer() as store:
         for name in ("base", "adapter"):
             store.put(BUCKET, models / name, f"team/{name}")
-        yield store
         store.forget_uploads(BUCKET)
+        yield store
 
 
 @pytest.fixture
