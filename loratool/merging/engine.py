@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
@@ -82,6 +82,9 @@ class Engine:
         self.lanes = max(1, min(MOST_LANES, cores() // 4))
         self.slots = threading.Semaphore((self.lanes + FINISHING_SHARDS) * len(jobs))
         self.taking = threading.Lock()  # of the task stream
+        self.deciding = threading.Condition()  # of the next two
+        self.undecided = 0  # threads that have taken tasks and may return them
+        self.returned: deque[tuple[Task, ...]] = deque()
         self.telling = threading.Lock()  # of progress and of finished shards
         self.choosing = threading.Lock()  # of the resources
         self.chosen: Resources | None = None
@@ -195,11 +198,19 @@ class Engine:
             job.close()
 
     def make_tasks(self, groups: Sequence[Sequence[tuple[Job, ShardPlan]]]) -> Iterator[tuple[Task, ...]]:
-        """All tasks, shard by shard, those of all jobs together; on many cores some shards advance side by side."""
+        """All tasks, shard by shard, those of all jobs together; on many cores some shards advance side by side.
+
+        While a file has to wait until others are finished there are no tasks, `()`: the others may need what was returned.
+        """
         waiting, lanes = iter(groups), deque[Iterator[tuple[Task, ...]]]()
         while True:
             while len(lanes) < self.lanes and (group := next(waiting, None)) is not None:
-                lanes.append(tasks_on([output for job, plan in group for output in self.opened(job, plan)]))
+                outputs: list[Output] = []
+                for job, plan in group:
+                    while not self.slots.acquire(timeout=0.02):
+                        yield ()
+                    outputs += self.opened(job, plan)
+                lanes.append(tasks_on(outputs))
             if not lanes:
                 return
             lane = lanes.popleft()
@@ -209,9 +220,6 @@ class Engine:
 
     def opened(self, job: Job, plan: ShardPlan) -> list[Output]:
         """An output file of a job, with the thread that sees it to its end; none where the job has been stopped."""
-        while not self.slots.acquire(timeout=0.1):
-            if self.stopped:
-                return []
         outputs: list[Output] = []
         with job.guarded():
             if not job.stop.is_set():
@@ -223,21 +231,45 @@ class Engine:
         return outputs
 
     def take(self, number: int) -> tuple[Task, ...] | None:
-        """The next tasks for worker `number`; None when there are none for it."""
-        with self.taking:
-            tasks = next(self.tasks, None)
-        limited = self.counted or any(not isinstance(task, Copy) for task in tasks or ())
-        if tasks and limited and number >= self.resources().workers:
+        """The next tasks for worker `number`; None when there are none for it.
+
+        More threads can copy than can compute, and how many can is known once torch is there. A thread that took
+        more than it may do returns it, so those that may do it stay until nobody can return anything any more.
+        """
+        while not self.stopped:
+            with self.deciding:
+                if self.returned and self.may_compute(number):
+                    return self.returned.popleft()
             with self.taking:
-                self.tasks = chain([tasks], self.tasks)  # more threads can copy than can compute
-            return None
-        return tasks
+                tasks = next(self.tasks, None)
+                with self.deciding:
+                    self.undecided += bool(tasks)
+            if tasks:
+                limited = self.counted or any(not isinstance(task, Copy) for task in tasks)
+                keep = not limited or number < self.resources().workers
+                with self.deciding:
+                    self.undecided -= 1
+                    if not keep:
+                        self.returned.append(tasks)
+                    self.deciding.notify_all()
+                return tasks if keep else None
+            if tasks is None:
+                with self.deciding:
+                    if not (self.returned and self.may_compute(number)):
+                        if not self.undecided:
+                            return None
+                        self.deciding.wait(0.1)
+        return None
+
+    def may_compute(self, number: int) -> bool:
+        """Whether it is decided that worker `number` computes."""
+        return self.chosen is not None and number < self.chosen.workers
 
     def work(self, number: int) -> None:
         """A worker's life: take the next tasks until there are none."""
         worker: Worker | NumpyWorker | None = None
         self.watches.append(stopwatch.begin(f"worker {number}"))
-        while not self.stopped and (tasks := self.take(number)) is not None:
+        while (tasks := self.take(number)) is not None:
             lap("wait")
             if computed := [task for task in tasks if isinstance(task, Compute)]:
                 if worker is None:

@@ -156,9 +156,14 @@ def test_an_output_that_another_run_publishes_in_the_meantime_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("joined", [True, False], ids=["joined by the merge", "joined by the caller"])
 def test_what_a_task_raises_is_raised_and_the_others_are_ended(
-    ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
 ) -> None:
+    """A cluster ends the tasks of a driver that leaves; a caller's connection stays, so there each is cancelled."""
+    if not joined:
+        ray.init("local")
+
     def failing(*_: Any) -> Any:
         raise loratool.InputError("base: changed during the merge", ["problem"], hint="loratool inspect base")
 
@@ -167,8 +172,7 @@ def test_what_a_task_raises_is_raised_and_the_others_are_ended(
     with pytest.raises(loratool.InputError, match="changed during the merge") as caught:
         merged(home, tmp_path / "out")
     assert (caught.value.problems, caught.value.hint) == (("problem",), "loratool inspect base")
-    assert ray.cancelled == len(ray.tasks)
-    assert not ray.open
+    assert (ray.open, ray.cancelled) == ((False, 0) if joined else (True, len(ray.tasks)))
 
 
 def test_a_cluster_that_loses_tasks_is_an_error_of_its_own(ray: StandIn, home: Path, tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""The threads of a merge share its tasks: whichever thread takes one, it is done, by a thread that may compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+
+import loratool
+from loratool.merging import engine
+from loratool.merging.engine import Engine
+from loratool.merging.resources import Resources
+
+
+@pytest.mark.parametrize("shards", [1, 12])
+@pytest.mark.parametrize("first", [0.0, 0.1])
+def test_what_a_thread_takes_and_may_not_compute_is_computed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, first: float
+) -> None:
+    """The one thread that may compute comes `first` seconds after the others, who learn late that they may not.
+
+    Twelve files are more than are open at a time, so some wait for those whose tasks were returned.
+    """
+    work, resources, choose = Engine.work, Engine.resources, engine.choose_resources
+
+    def late(self: Engine, number: int) -> None:
+        time.sleep(0.0 if number else first)
+        work(self, number)
+
+    def slow(self: Engine) -> Resources:
+        if self.chosen is None:
+            time.sleep(0.3)
+        return resources(self)
+
+    monkeypatch.setattr(Engine, "work", late)
+    monkeypatch.setattr(Engine, "resources", slow)
+    monkeypatch.setattr(engine, "most_workers", lambda: 5)
+    monkeypatch.setattr(engine, "choose_resources", lambda *given: dataclasses.replace(choose(*given), workers=1))
+    base = faults.make_base(tmp_path / "base", shards, 32)
+    adapter = faults.make_adapter(tmp_path / "adapter", shards, 32)
+    found: list[Any] = []
+    merging = threading.Thread(
+        target=lambda: found.append(loratool.merge(base, adapter, tmp_path / "late", device="cpu")), daemon=True
+    )
+    merging.start()
+    merging.join(60)
+    assert found, "the merge waits for ever"
+    monkeypatch.undo()
+    loratool.merge(base, adapter, tmp_path / "plain", device="cpu")
+    assert faults.picture(tmp_path / "late") == faults.picture(tmp_path / "plain")
