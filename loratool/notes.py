@@ -18,6 +18,7 @@ WARNINGS = frozenset(
         "expert-layout-assumed",
         "file-not-used",
         "fp8-cast",
+        "gain-not-measurable",
         "peft-loses-layers",
         "update-lost-in-rounding",
     }

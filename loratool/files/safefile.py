@@ -55,6 +55,7 @@ DTYPE_BITS: Mapping[str, int] = {
 }
 # The dtypes loratool computes in, by the names that torch and config files use.
 FLOAT_NAMES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOAT_DIGITS: Mapping[str, int] = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}  # binary ones of a significand
 
 LONGEST_HEADER = 100_000_000  # bytes; the reference parser's limit
 MOST_TENSORS = 200_000  # of one file: a merge of more takes minutes and gigabytes before the first byte is moved

@@ -16,7 +16,7 @@ from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
 from loratool.measuring.delta_statistics import sample
 from loratool.merging.addends import Place
-from loratool.merging.gain import Gains, gain_notes, measure_kept
+from loratool.merging.gain import Gains, Pairs, gain_notes, hidden_updates, measure_kept
 from loratool.merging.loaded_edits import LoadedEdit
 from loratool.merging.output_layout import Span
 from loratool.merging.plan import MergePlan
@@ -46,7 +46,9 @@ def forecast_gains(plan: MergePlan) -> Gains:
     spans.sort(key=lambda span: hashlib.sha256(span.placed.name.encode(errors="surrogatepass")).digest())
     shared = SharedUpdates(MOST_SHELVED)
     with ThreadPoolExecutor(cores(), "loratool-forecast") as pool:
-        return Gains.of(summed(pool.map(partial(kept_by, shared=shared), spans[:MOST_WEIGHTS])))
+        seen = [*pool.map(partial(seen_of, shared=shared), spans[:MOST_WEIGHTS])]
+    kept, norms = (summed(each[number] for each in seen) for number in (0, 1))
+    return Gains.of(kept, hidden_updates(plan, kept, norms, {}, SAMPLED))
 
 
 def can_forecast(span: Span) -> bool:
@@ -60,8 +62,8 @@ def is_here(span: Span) -> bool:
     return all(tensor.file.path.is_file() for tensor in span.weight.tensors)
 
 
-def kept_by(span: Span, shared: SharedUpdates) -> dict[str, tuple[float, float]]:
-    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module that edits a weight, on some of its rows."""
+def seen_of(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
+    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module that edits a weight, and its ‖W‖² and ‖ΔW‖², by some of its rows."""
     device, wide = torch.device("cpu"), torch.float64
     stored, target = (getattr(torch, FLOAT_NAMES[dtype]) for dtype in (span.weight.exact, span.placed.dtype))
     edits, modules = [], []
@@ -71,7 +73,7 @@ def kept_by(span: Span, shared: SharedUpdates) -> dict[str, tuple[float, float]]
         modules.append((edit.target, Place(edit.first_row, edit.rows, edit.columns, span.width)))
     runs = [*sample(span.rows, max(1, SAMPLED // span.width))]
     times = max(1, span.rows // sum(count for _, count in runs))
-    found = []
+    found, norms = [], []
     with OpenSources() as sources:
         for first, count in runs:
             before = span.matrix.rows(first, count, device, stored, Room(sources))
@@ -80,5 +82,8 @@ def kept_by(span: Span, shared: SharedUpdates) -> dict[str, tuple[float, float]]
             for each in edits:
                 each.apply(block, first, base)
             rows = torch.arange(first, first + count)
-            found.append(measure_kept(before, block - base, round_once(block, target), rows, modules, times))
-    return summed(found)
+            change = block - base
+            found.append(measure_kept(before, change, round_once(block, target), rows, modules, times))
+            sizes = [times * float(torch.linalg.vector_norm(each)) ** 2 for each in (base, change)]
+            norms.append({span.placed.name: (sizes[0], sizes[1])})
+    return summed(found), summed(norms)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loratool.errors import FitError, printable
+from loratool.files.safefile import FLOAT_DIGITS
 from loratool.lazy import Tensor, torch
 from loratool.merging.addends import Place
 from loratool.merging.plan import MergePlan
@@ -15,6 +16,10 @@ from loratool.templates import listed
 
 SAMPLED = 1 << 18  # elements of a weight whose rounding is looked at: gains are right to 0.01 and better
 LEAST_GAIN = 0.9  # less than this of an update is worth a warning
+MANY = 10.0  # times the whole: too many percent to read
+UNSURE = 0.1  # a gain with a larger standard error is no measurement
+STEP = 1.5  # of a dtype with d binary digits at the size of a number, on average, times 2⁻ᵈ of that number
+Pairs = Mapping[str, tuple[float, float]]
 
 
 def rows_apart(rows: int, width: int) -> int:
@@ -61,15 +66,56 @@ def kept_of(
 class Gains:
     """The part of an update that rounding leaves: ⟨W' − W, ΔW⟩ / ‖ΔW‖², on sampled rows."""
 
-    total: float | None  # of all that was sampled; None where nothing was
+    total: float | None  # of all that was sampled and can be measured; None where nothing was
     modules: dict[str, float]
+    # modules whose gain cannot be measured → how many times smaller their updates are than the steps of the format
+    hidden: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, kept: Mapping[str, tuple[float, float]]) -> Gains:
+    def of(cls, kept: Mapping[str, tuple[float, float]], hidden: Mapping[str, float] | None = None) -> Gains:
         """From both numbers of every module."""
-        products, squares = sum(one for one, _ in kept.values()), sum(other for _, other in kept.values())
-        modules = {name: product / squared for name, (product, squared) in kept.items() if squared}
-        return cls(products / squares if squares else None, modules)
+        hidden = {name: hidden[name] for name in kept if name in hidden} if hidden else {}
+        seen = {name: pair for name, pair in kept.items() if name not in hidden}
+        products, squares = sum(one for one, _ in seen.values()), sum(other for _, other in seen.values())
+        modules = {name: product / squared for name, (product, squared) in seen.items() if squared}
+        return cls(products / squares if squares else None, modules, hidden)
+
+
+def hidden_updates(plan: MergePlan, kept: Pairs, norms: Pairs, lost: Pairs, sampled: int = SAMPLED) -> dict[str, float]:
+    """Modules whose gain cannot be measured, each with how many times smaller its update is than a step of the format.
+
+    With E = W' − (W + ΔW), a gain has the standard error ‖E‖ / (‖ΔW‖ √n) on n elements, since E is as good as random
+    where W is on no value of the format: then it says nothing of an update that is much smaller than the format's steps.
+
+    Args:
+        plan: of the merge.
+        kept: by module, on sampled rows; ‖ΔW‖² is what counts here.
+        norms: ‖W‖² and ‖ΔW‖² of edited tensors.
+        lost: ‖E‖² and ‖ΔW‖² of those that were packed anew, where all rows were looked at.
+        sampled: elements of a tensor that were looked at.
+    """
+    found: dict[str, float] = {}
+    for span in plan.edited:
+        name, elements = span.placed.name, span.rows * span.width
+        if name in lost:
+            squared = lost[name][0]  # ‖E‖²
+        elif name in norms and is_finer(span.weight.exact, span.placed.dtype):
+            squared = norms[name][0] * (STEP / 2 ** FLOAT_DIGITS[span.placed.dtype]) ** 2 / 12
+            elements = min(elements, sampled)
+        else:
+            continue
+        for edit in span.edits:
+            part = edit.rows / span.rows
+            change = kept.get(edit.target, (0.0, 0.0))[1]
+            noise = math.sqrt(squared * part / change) if change else 0.0
+            if noise > UNSURE * math.sqrt(max(1.0, elements * part)):
+                found[edit.target] = max(found.get(edit.target, 0.0), noise * math.sqrt(12))
+    return found
+
+
+def is_finer(stored: str, written: str) -> bool:
+    """Whether a dtype has values that another one rounds."""
+    return written in FLOAT_DIGITS and FLOAT_DIGITS.get(stored, 0) > FLOAT_DIGITS[written]
 
 
 LEAST_KEPT, MOST_ADDED = 0.5, 1.0  # of an update that is packed anew: less, or more beside it, is a loss to agree to
@@ -92,27 +138,41 @@ class Errors:
 
 def check_loss(plan: MergePlan, gains: Gains, errors: Errors) -> None:
     """Raise `FitError` where packing anew takes more than half of an update away, or adds an error as large as it."""
-    if plan.accepts_loss or errors.total is None or gains.total is None:
+    if plan.accepts_loss or errors.total is None or (gains.total is None and not gains.hidden):
         return
-    if gains.total >= LEAST_KEPT and errors.total <= MOST_ADDED:
+    if (gains.total is None or gains.total >= LEAST_KEPT) and errors.total <= MOST_ADDED:
         return
     worst = sorted(errors.tensors, key=lambda name: -errors.tensors[name])
+    kept = f"keep {100 * gains.total:.0f} % of the update and " if gains.total is not None else ""
     raise FitError(
-        f"requantised weights keep {100 * gains.total:.0f} % of the update and add an error of "
-        f"{100 * errors.total:.0f} % of its size; leave out {plan.packed_by} to write edited weights plain, or pass "
-        "--accept-loss; tensors with the largest errors first:",
-        [f"{printable(name)}: {100 * errors.tensors[name]:.0f} %" for name in worst],
+        f"requantised weights {kept}add an error of {shown(errors.total)} of the update's size; leave out "
+        f"{plan.packed_by} to write edited weights plain, or pass --accept-loss; tensors with the largest errors first:",
+        [f"{printable(name)}: {shown(errors.tensors[name])}" for name in worst],
     )
 
 
+def shown(share: float) -> str:
+    """A share in percent, or, where it is many times the whole, as that."""
+    return f"{100 * share:.0f} %" if share < MANY else f"{share:.2g} times"
+
+
 def gain_notes(plan: MergePlan, gains: Gains) -> Iterator[Note]:
-    """A warning where rounding takes much of the update away."""
+    """Warnings where rounding takes much of the update away, and where that cannot be told."""
+    finer = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
+    way = f"leave out {plan.packed_by}" if plan.anew else f"pass {finer}"
+    every = len(gains.modules) + len(gains.hidden)
     low = {module: gain for module, gain in gains.modules.items() if gain < LEAST_GAIN}
     if low and gains.total is not None:
-        way = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
-        way = f"leave out {plan.packed_by}" if plan.anew else f"pass {way}"
         text = (
             f"rounding keeps {100 * gains.total:.0f} % of the update in total, and less than {100 * LEAST_GAIN:.0f} % in "
-            f"{len(low)} of {len(gains.modules)} modules: {listed(low)}; {way} to keep it"
+            f"{len(low)} of {every} modules: {listed(low)}; {way} to keep it"
         )
         yield Note("update-lost-in-rounding", text)
+    if gains.hidden:
+        least, most = min(gains.hidden.values()), max(gains.hidden.values())
+        times = f"{most:.2g}" if f"{least:.2g}" == f"{most:.2g}" else f"{least:.2g} to {most:.2g}"
+        text = (
+            f"what rounding keeps of the update is not measurable in {len(gains.hidden)} of {every} modules: "
+            f"{listed(gains.hidden)}; the update is {times} times smaller than the steps of its format; {way} to keep it"
+        )
+        yield Note("gain-not-measurable", text)

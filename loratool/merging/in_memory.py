@@ -27,7 +27,7 @@ from loratool.files.pipelines import identities, itself
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.merging.effects import effect_notes, effects_of
-from loratool.merging.gain import Gains, gain_notes
+from loratool.merging.gain import Gains, gain_notes, hidden_updates
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
 from loratool.merging.output_layout import is_gguf
@@ -220,7 +220,9 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         totals = Totals()
         yield from self.stream(self.spans.values(), totals, progress)
         notes = [n for n in (*self.plan.notes, *effect_notes(effects_of(self.plan, totals))) if n.is_warning]
-        for note in (*notes, *gain_notes(self.plan, Gains.of(totals.kept_in(self.spans)))):
+        kept = totals.kept_in(self.spans)
+        gains = Gains.of(kept, hidden_updates(self.plan, kept, totals.norms_of(self.spans), totals.lost))
+        for note in (*notes, *gain_notes(self.plan, gains)):
             warnings.warn(str(note), stacklevel=2)
 
     def stream(

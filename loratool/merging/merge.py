@@ -37,7 +37,7 @@ from loratool.files.system import forget_cached
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
-from loratool.merging.gain import Errors, Gains, check_loss, gain_notes
+from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, hidden_updates
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
 from loratool.merging.planning import plan_merge
@@ -249,8 +249,10 @@ def describe(
     if plan.adapters and not (plan.replaces or any(shard.changed for shard in finished.values())):
         raise FitError(unchanged)
     effects = effects_of(plan, totals)
-    gains = Gains.of(summed(finished[shard.name].kept for shard in plan.shards))
-    errors = Errors.of(summed(finished[shard.name].lost for shard in plan.shards))
+    kept, norms, lost = (
+        summed(getattr(finished[shard.name], table) for shard in plan.shards) for table in ("kept", "norms", "lost")
+    )
+    gains, errors = Gains.of(kept, hidden_updates(plan, kept, norms, lost)), Errors.of(lost)
     check_loss(plan, gains, errors)
     notes = (*effect_notes(effects), *gain_notes(plan, gains))
     told = dataclasses.replace(plan, notes=(*plan.notes, *notes))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import bits_of
+from loratool.files.safefile import FLOAT_DIGITS, FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 
 if TYPE_CHECKING:
     from loratool.merging.exact_rows import ExactSum
 
-DIGITS = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}  # binary ones of a significand
 MOST_ROWS = 32  # of a tensor, with elements that are farther than 1 ulp, that are remembered
 TERMS = 8  # roundings of an element in float32 where an update is no sum of products, besides those of a row's norm
 SINGLE = 2.0**-24  # half the distance from 1 to the next float32
@@ -154,7 +154,7 @@ def ulp_of(sizes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def digits_of(dtype: torch.dtype) -> int:
-    return DIGITS[str(dtype).removeprefix("torch.")]
+    return next(FLOAT_DIGITS[name] for name, known in FLOAT_NAMES.items() if getattr(torch, known) == dtype)
 
 
 def slack_of(total: ExactSum, rows: Tensor, columns: Tensor) -> Tensor:

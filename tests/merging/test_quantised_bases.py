@@ -309,3 +309,24 @@ def test_a_saved_head_takes_the_place_of_a_quantised_one(requantize: bool, tmp_p
     else:
         assert {*packed} == {*OTHERS}
         assert same_bytes(found["lm_head.weight"], head)
+
+
+@pytest.mark.parametrize("kind", ["int8 (W8A8)", "GPTQ 4 bits"])
+def test_a_gain_that_noise_hides_is_told_as_how_small_the_update_is(kind: str, tmp_path: Path) -> None:
+    """W₀ lies between values of BF16 and is rounded anyhow: none of that is the gain of an update 10⁹ times smaller.
+
+    How many times a step is larger than ΔW is √12 times the error that rounding makes, over ‖ΔW‖.
+    """
+    made = save_base(tmp_path / "base", kind, EDITED, *OTHERS)
+    change = 1e-9 * save_adapter(tmp_path / "adapter", EDITED)[EDITED]
+    inputs = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    plan = loratool.plan(*inputs, weights=[1e-9], device="cpu")
+    report = loratool.merge(*inputs, weights=[1e-9], device="cpu")
+    (note,) = (note for note in report.notes if note.code in ("gain-not-measurable", "update-lost-in-rounding"))
+    assert (note.code, report.gain, report.gains) == ("gain-not-measurable", None, {})
+    exact = made.values[EDITED].double()
+    error = (nearest(exact, torch.bfloat16).double() - exact).norm() / change.norm()
+    found = float(note.text.split("; the update is ")[1].split(" times")[0])
+    assert found == pytest.approx(12**0.5 * float(error), rel=0.3)
+    assert note in plan.notes
+    assert plan.gain_forecast is None
