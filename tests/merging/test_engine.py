@@ -14,7 +14,7 @@ import pytest
 import loratool
 from loratool.merging import engine
 from loratool.merging.engine import Engine
-from loratool.merging.resources import Resources
+from loratool.merging.resources import Resources, choose_resources
 
 
 @pytest.mark.parametrize("shards", [1, 12])
@@ -26,7 +26,7 @@ def test_what_a_thread_takes_and_may_not_compute_is_computed_by_another(
 
     Twelve files are more than are open at a time, so some wait for those whose tasks were returned.
     """
-    work, resources, choose = Engine.work, Engine.resources, engine.choose_resources
+    work, resources, choose = Engine.work, Engine.resources, choose_resources
 
     def late(self: Engine, number: int) -> None:
         time.sleep(0.0 if number else first)
