@@ -1,6 +1,7 @@
 """Outputs that are built in a local stage and then put into a store, with the record last as their commit.
 
-Of a merge only small files are built here; adapters are small, and the commands that write them know folders.
+An output of one file has its record in its header, and appears in one step. Of a merge only small files are built
+here; adapters are small, and the commands that write them know folders.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loratool.errors import InputError, StoreError, UsageError
+from loratool.errors import InputError, StoreError, UsageError, shown_as
+from loratool.fetching.stores import brought
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
+from loratool.files.outputs import BUSY, MADE_HERE
+from loratool.files.weight_formats import read_weight_file
 from loratool.merging.in_parts import abort
-from loratool.merging.one_file import is_file
-from loratool.merging.parted_merge import apart_from_inputs
+from loratool.merging.parted_merge import apart_from_inputs, checked_place, split
 from loratool.stores import uploads
 from loratool.stores.begun import FOLDER, Begun, read_begun, replaceable_in
 from loratool.stores.bucket import Bucket, each_of, home_of
-from loratool.stores.names import StorePath, parse_store
+from loratool.stores.names import StorePath
 from loratool.stores.objects import listed
 
 if TYPE_CHECKING:
@@ -40,37 +44,89 @@ SENDING = threading.Semaphore(4)  # such parts at a time: each is in memory
 def made_in_store(make: Callable[..., Report], operands: Sequence[Any], options: Any, progress: Any) -> Report:
     """The report of `make(*operands, options, progress)`, whose output, the last operand, goes into a store.
 
+    It is a prefix, or one object, where `make` can write one file.
+
     Raises:
-        UsageError: what is below the prefix may not be replaced, or is an input.
+        UsageError: what is there may not be replaced, or is an input.
         StoreError: the store refuses, or is out of reach.
     """
     *inputs, out = operands
-    place = parse_store(out)
-    assert place is not None
-    if not place.key or is_file(Path(place.name)):
-        raise UsageError(f"{place}: OUT in a store must be a prefix in a bucket, such as s3://bucket/adapters/name")
+    place = checked_place(out)
     apart_from_inputs(
         place, [each for given in inputs for each in (given if isinstance(given, (list, tuple)) else [given])]
     )
-    replaces = settled(place, getattr(options, "overwrite", False))
-    with tempfile.TemporaryDirectory(prefix="loratool-") as home:
-        folder = Path(os.path.realpath(home), place.name)
-        report = make(*inputs, folder, options, progress)
-        if folder.is_dir():  # nothing was written by a dry run
-            upload(folder, place, replaces)
+    prefix, single = split(place)
+    settle = settled_file if single else settled
+    replaces = settle(place, getattr(options, "overwrite", False))
+    with tempfile.TemporaryDirectory(prefix="loratool-") as home, shown_elsewhere(os.path.realpath(home), prefix):
+        made = Path(os.path.realpath(home), place.name)
+        report = make(*inputs, made, options, progress)
+        if made.is_file():
+            upload_file(made, place, replaces)
+        elif made.is_dir():  # nothing was written by a dry run
+            upload(made, place, replaces)
     return dataclasses.replace(report, out=Path(str(place)))  # type: ignore[call-arg]
 
 
 def settled(place: StorePath, overwrite: bool) -> tuple[str, ...]:
     """The names of what is to be replaced below a prefix; raises `UsageError` where it may not be."""
-    if (begun := read_begun(home_of(place))) is not None:
-        if begun.parts != LOCAL:
-            raise UsageError(
-                f"{place}: contains an unfinished merge; finish it, or remove it with `loratool merge --abort`"
-            )
+    if (begun := begun_here(place)) is not None:
         return begun.replaces
     there = {name: each.size for name, each in listed(place).items() if not name.startswith(f"{FOLDER}/")}
     return replaceable_in(place, there, place / PROVENANCE, overwrite)
+
+
+def settled_file(place: StorePath, overwrite: bool) -> tuple[str, ...]:
+    """The same for an output of one object, whose header may say that it was made here."""
+    if (begun := begun_here(place)) is not None:
+        return begun.replaces
+    record = sidecar(place)
+    heads = {name: uploads.head(at) for name, at in ((place.name, place), (PROVENANCE, record))}
+    there = {name: head[1] for name, head in heads.items() if head is not None}
+    if overwrite and place.name in there and says_made_here(place):
+        return tuple(there)
+    return replaceable_in(place, there, record, overwrite)
+
+
+def begun_here(place: StorePath) -> Begun | None:
+    """What a run that was killed has begun at a place. Raises `UsageError` where that is a merge."""
+    begun = read_begun(home_of(*split(place)))
+    if begun is not None and begun.parts != LOCAL:
+        raise UsageError(
+            f"{place}: contains an unfinished merge; finish it, or remove it with `loratool merge --abort -o {place}`"
+        )
+    return begun
+
+
+def says_made_here(place: StorePath) -> bool:
+    """Whether the header of an object has the record of a command that made it."""
+    try:
+        return MADE_HERE in read_weight_file(brought(place, None)).metadata
+    except InputError:
+        return False
+
+
+def sidecar(place: StorePath) -> StorePath:
+    """The record of an output of one object, where it is not in its header."""
+    return place.parent / f"{place.name}.{PROVENANCE}"
+
+
+def upload_file(path: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
+    """Put one file there, in one step: it appears when all of it has arrived. An old record goes first."""
+    large = path.stat().st_size > PIECE
+    begun = Begun(sha256_of(path), LOCAL, (place.name,), (), replaces)
+    bucket = Bucket(place.parent, begun, {}, {}, place.name)
+    if large:
+        begin(bucket)
+    if PROVENANCE in replaces:
+        uploads.remove(sidecar(place))
+    if large:
+        send_large(path, place)
+        bucket.clear()
+    elif replaces:
+        uploads.put(place, path.read_bytes())
+    elif not uploads.put_new(place, path.read_bytes()):
+        raise UsageError(f"{place}: was written by something else in the meantime")
 
 
 def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
@@ -86,15 +142,33 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
     large = tuple(name for name, path in files.items() if path.stat().st_size > PIECE)
     begun = Begun(content, LOCAL, large, tuple(name for name in files if name not in large), replaces)
     bucket = Bucket(place, begun, {}, {})
-    if (earlier := read_begun(home_of(place))) is not None and earlier.plan != content:
-        abort(str(place))
-    if not bucket.begin() and ((earlier := read_begun(home_of(place))) is None or earlier.plan != content):
-        raise UsageError(f"{place}: another run is writing this output; wait for it to end")
+    begin(bucket)
     bucket.begin_naming(large)
     for name in large:
         send_large(files[name], place / name)
     bucket.put_files(folder, files.keys() - {*large})
     bucket.clear()
+
+
+def begin(bucket: Bucket) -> None:
+    """Say what is being written; what a run that was killed has left of another output goes."""
+    if (earlier := read_begun(bucket.home)) is not None and earlier.plan != bucket.plan:
+        abort(str(bucket.address))
+    if bucket.begin():
+        return
+    if (earlier := read_begun(bucket.home)) is None or earlier.plan != bucket.plan:
+        raise UsageError(f"{bucket.address}: {BUSY}")
+    bucket.begun = earlier  # whose uploads go at the end
+
+
+@contextmanager
+def shown_elsewhere(folder: str, place: StorePath) -> Iterator[None]:
+    """Messages call what is in a folder of this disk by the address that it will have."""
+    shown_as[folder] = str(place)
+    try:
+        yield
+    finally:
+        del shown_as[folder]
 
 
 def send_large(path: Path, place: StorePath) -> None:

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -166,7 +167,7 @@ class StoreServer:
         start(f"{status} Refused", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
         return [body]
 
-    @property
+    @cached_property  # to make one takes longer than most requests
     def client(self) -> Any:
         """A client of its own, whose requests are counted as all others are."""
         import boto3
