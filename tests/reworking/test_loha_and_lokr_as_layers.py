@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusion_models
@@ -17,7 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.adapters.adapter import StoredTensor
+from loratool.algebra.updates.additive import LowRank
+from loratool.errors import LoratoolError
+from loratool.files.safefile import read_safefile
 from loratool.layouts.diffusion.kernels import kernel_of
+from loratool.reworking.converting.baking import check_baked
 
 TARGET = "model.layers.0.self_attn.q_proj"
 
@@ -182,3 +188,24 @@ def test_kernels_that_names_tell_are_those_of_the_weights(model: str) -> None:
         if len(shape) > 1 and (kernel := kernel_of(name.removesuffix(".weight"))) is not None and kernel != shape[2:]
     }
     assert found == {}
+
+
+@pytest.mark.parametrize("row", [None, 0, 599])
+def test_lora_that_is_another_update_is_found_in_any_row(row: int | None, tmp_path: Path) -> None:
+    """Before LoKr is written as LoRA, both are worked out by blocks of rows: one wrong number anywhere is an error."""
+    up, down = random(600, 4, seed=1), random(4, 600, seed=2)
+    save_file({"up": up.contiguous(), "down": down.contiguous()}, tmp_path / "right.safetensors")
+    if row is not None:
+        up[row, 0] += 1e-3
+    save_file({"up": up.contiguous(), "down": down.contiguous()}, tmp_path / "made.safetensors")
+    right, made = (
+        {name: StoredTensor(file, info) for name, info in file.tensors.items()}
+        for file in (read_safefile(tmp_path / f"{name}.safetensors") for name in ("right", "made"))
+    )
+    kind: Any = LowRank
+    before, after = (SimpleNamespace(updates={"w": kind(each["up"], each["down"], 0.5)}) for each in (right, made))
+    if row is None:
+        check_baked(before, after, "w")  # type: ignore[arg-type]  # all that it looks at
+        return
+    with pytest.raises(LoratoolError, match="w as LoRA is another update"):
+        check_baked(before, after, "w")  # type: ignore[arg-type]  # the same

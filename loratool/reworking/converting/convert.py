@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,8 @@ def convert(
         made.models = {"base": told_model(base, ModelDigests.of(base, compute=False))} if base is not None else {}
         if keeps:
             made.keep(given, whole(wanted.beside, others))
-        for name in made.kinds:
-            check_baked(given, plain, name)
+        for _ in at_work.spread(partial(check_baked, given, plain), made.kinds):
+            pass
         done = run(made, target, [path], options, progress)
     return made.report(target, done, at_work.told(started))
 
