@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.files import process, stopwatch
 from loratool.files.process import without_collections

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from loratool.adapters.weight_files import WeightFile
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
+from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources

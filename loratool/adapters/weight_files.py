@@ -10,11 +10,11 @@ import os
 import struct
 import zipfile
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
+from loratool.data import dataclass
 from loratool.errors import LoratoolError, printable
 from loratool.files.inputs import json_object, open_regular, read_bounded
 from loratool.files.safefile import SafeFile, read_safefile

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from loratool.adapters.formats.format import Format, Parts, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
 from loratool.adapters.weight_files import fates, module_files
 from loratool.algebra.lowrank.products import Product
+from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded

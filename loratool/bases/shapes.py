@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from loratool.bases.decoded import Decoded
 from loratool.bases.decoders import SHAPES
 from loratool.bases.siblings import served_with
 from loratool.bases.tied_weights import find_ties, tie_flag
+from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json

@@ -6,7 +6,6 @@ import filecmp
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from loratool.adapters.weight_files import module_files
 from loratool.bases.codecs.plain_modules import in_memory
 from loratool.bases.decoded import Decoded, PackedModel
 from loratool.bases.packed import TWINS
+from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, leaves
 from loratool.files.inputs import holds_text, special_files

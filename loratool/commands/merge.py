@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
+from loratool.data import dataclass
 from loratool.errors import UsageError
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import merge as merging, merge_many as many, planning

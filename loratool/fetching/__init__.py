@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from loratool.data import dataclass
 from loratool.errors import HubError, StorageError, UsageError, about, printable
 from loratool.fetching.answers import commit_of
 from loratool.fetching.client import api, asking, is_offline, patiently

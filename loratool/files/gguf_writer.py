@@ -6,9 +6,10 @@ import os
 import struct
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
+from loratool.data import dataclass
 from loratool.files.gguf import MAGIC, GgufLayout, padded
 from loratool.files.safefile import SafeFile, TensorInfo, copy_bytes, copy_range, write_fully
 from loratool.files.system import open_file, sync_file

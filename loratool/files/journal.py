@@ -21,10 +21,11 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from loratool.data import dataclass
 from loratool.errors import StorageError, printable
 from loratool.files.digests import Digest, is_plain
 from loratool.files.inputs import json_object

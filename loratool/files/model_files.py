@@ -7,7 +7,8 @@ in the table although it may lie in a model's folder: source code, data, `checkp
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from loratool.data import dataclass
 
 NOTHING = "(?!)"  # a pattern of no name
 # What a tokenizer is made of; an adapter that ships its own was trained with it.

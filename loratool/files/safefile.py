@@ -8,14 +8,15 @@ needs, and maps files into memory, where one that shrinks ends the process.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import foreign_start, is_text
 from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
@@ -64,7 +65,7 @@ LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies. `start` and `stop` count bytes from the first byte of tensor data."""
 
@@ -93,7 +94,7 @@ class TensorInfo:
         return math.prod(self.shape[1:])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Identity:
     """What tells whether a file is still the one whose header was read."""
 

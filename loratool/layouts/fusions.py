@@ -6,7 +6,9 @@ models without a home in transformers bring along. Names are written as in `rena
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from loratool.data import dataclass
 
 
 @dataclass(frozen=True)

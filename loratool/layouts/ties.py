@@ -6,7 +6,7 @@ once, under the embedding's name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from loratool.data import dataclass
 
 
 @dataclass(frozen=True)

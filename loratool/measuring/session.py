@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
 from loratool.algebra.lowrank.products import working_dtype
+from loratool.data import dataclass
 from loratool.devices import check_device, exact_arithmetic, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores

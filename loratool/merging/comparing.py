@@ -5,10 +5,10 @@ Internal: `verify` tells whether a finished output is, byte for byte, what its i
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from bisect import bisect_right
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HEADER = ""  # stands for the header where a tensor's name is told
 
 
-@dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class Difference:
     """The first byte in which a tensor of a finished output is not what the merge makes."""
 

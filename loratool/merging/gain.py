@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.files.safefile import FLOAT_DIGITS
 from loratool.lazy import Tensor, torch

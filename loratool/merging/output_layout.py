@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from loratool.bases.codecs.gguf import packed_info, repacked
 from loratool.bases.decoded import Decoded, weights_by_shard
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
+from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, SINGLE, Checkpoint, index_text
 from loratool.files.gguf import GgufFile

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from loratool.data import dataclass
 
 Effect = tuple[int, str]  # an update: the number of its adapter, and its target
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from loratool.data import dataclass
 from loratool.pictures.drawing import Drawing, Figure, legend, mark, safe, widest
 from loratool.results.text import fitted
 

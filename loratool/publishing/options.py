@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from loratool.data import dataclass
 from loratool.options.described import FLAG, option
 from loratool.options.shared import SendOptions
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from loratool.data import dataclass
 from loratool.results.base import Result
 
 

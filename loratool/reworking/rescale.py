@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from loratool.adapters.writer import (
 )
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import padded, singular_values
+from loratool.data import dataclass
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, Session, session

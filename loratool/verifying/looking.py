@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_update
 from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Room
+from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from loratool.data import dataclass
 from loratool.merging.options import ROUNDINGS, ChangeOptions, RunOptions
 from loratool.options.described import Choice, option
 

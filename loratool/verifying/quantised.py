@@ -7,11 +7,11 @@ no value of the format is nearer to the formula than those.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.bases.packed import Packed, Requantizable
 from loratool.bases.weights import Held, Room
+from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 from loratool.verifying.distances import MOST_ROWS, Found
 

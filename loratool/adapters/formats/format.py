@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
+from loratool.data import dataclass
 from loratool.errors import BAKE, FitError, InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
 from loratool.files.heads import HasNames

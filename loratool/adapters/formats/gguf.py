@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled, settled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
+from loratool.data import dataclass
 from loratool.errors import InputError, LoratoolError, Problem, printable
 from loratool.files.gguf import KEY_OF_TYPE, GgufFile, read_gguf
 from loratool.files.gguf_writer import gguf_tensor_file

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
@@ -25,6 +24,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace
+from loratool.data import dataclass
 from loratool.errors import NAME_BASE, FitError, InputError, printable
 from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor

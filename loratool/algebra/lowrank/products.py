@@ -6,9 +6,10 @@ With up = Qu Ru and downᵀ = Qd Rd, all of up @ down is in the small core Ru Rd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 # Relative error of up @ down by the dtype its factors are stored in: of 16 bits as measured on trained adapters, of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from loratool.data import dataclass
 
 GRAM, SPECTRAL, ELEMENTWISE, FACTORWISE = "gram", "spectral", "elementwise", "factorwise"
 SPACES = ("dense", "core", "knots")  # in which elementwise methods may work

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loratool.algebra.updates.base import ANY, Product, Update, WeightRows
+from loratool.data import dataclass
 from loratool.lazy import Tensor
 
 

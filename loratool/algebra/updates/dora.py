@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loratool.algebra.updates.base import Update, WeightRows, Wrapped
+from loratool.data import dataclass
 from loratool.lazy import Tensor
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 from loratool.algebra.updates.base import Product, Update, WeightRows, Wrapped
+from loratool.data import dataclass
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from loratool.algebra.updates.additive import LowRank, stack
 from loratool.algebra.updates.base import Update, WeightRows, Wrapped
+from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 # What was taken away of W = U S Vᵀ, or W = Q R, by an update of rank r:

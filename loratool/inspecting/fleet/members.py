@@ -6,13 +6,14 @@ import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from loratool.adapters.formats import FORMATS, NAMED
 from loratool.adapters.formats.tensor_ranks import Rank
 from loratool.adapters.formats.trainer import MODEL_CONFIG
+from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.stores import names_below
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES

@@ -11,7 +11,8 @@ block come between its two attentions up to diffusers 0.14, and after them since
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from loratool.data import dataclass
 
 LEVELS, LAYERS = 4, 2  # of the U-Net; the innermost level has ResNets alone
 ATTENTION, GEGLU, RESNET, CLIP = frozenset({"CrossAttention", "Attention"}), "GEGLU", "ResnetBlock2D", "CLIPAttention"

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, negligible, padded, singular_values
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.opening import open_checkpoint
+from loratool.data import dataclass
 from loratool.errors import FitError, InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.layouts.diffusion.known import ARCHITECTURES

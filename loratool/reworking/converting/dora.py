@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.binding import Place
 from loratool.bases.decoded import weight_of
 from loratool.bases.weights import Room, Slice, Stacked, StoredWeight
+from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources

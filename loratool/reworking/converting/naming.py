@@ -8,7 +8,7 @@ module of known architectures in both layouts, so that names without dots are lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ from loratool.adapters.formats import DIALECTS
 from loratool.adapters.formats.named.dialects import spelling_of
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.model_settings import model_types
+from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor, same_values, stored_tensors
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length
+from loratool.data import dataclass
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.reworking.converting import wholes

@@ -10,12 +10,13 @@ together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.layers import Form, Kind, Layer
 from loratool.algebra.lowrank.products import Product, padded
+from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 Load = Callable[[str], Product]  # the factors of a layer by its target, without its scale, a batch of those of experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 
 from loratool.adapters.adapter import StoredTensor
@@ -18,6 +18,7 @@ from loratool.bases.decoded import weight_of
 from loratool.bases.packed import Packed
 from loratool.bases.tied_weights import find_ties, language_parts
 from loratool.bases.weights import Plain, StoredWeight
+from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from loratool.adapters.training import Training
+from loratool.data import dataclass
 from loratool.files.hub_cache import is_hub_id
 from loratool.provenance.cards import Subject
 
