@@ -11,9 +11,9 @@ from loratool.errors import FitError, printable
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed
 from loratool.verifying.causes import NOT_MERGED, Cause, causes_of
-from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, UNEXPLAINED, Explained
+from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, PART, UNEXPLAINED, Explained
 from loratool.verifying.looking import SURE
-from loratool.verifying.options import TWICE
+from loratool.verifying.options import RESIDUAL, TWICE
 from loratool.verifying.updates import Module
 
 if TYPE_CHECKING:
@@ -74,6 +74,22 @@ def diagnose_edited(
         names = module_names(twice)
         text = f"{counted(names)}: the update was rounded before it was added, as with factors of 16 bits"
         yield Diagnosis("rounded-twice", text, names, passes=True)
+    if before := [name for name, each in found.items() if each.rounding == RESIDUAL]:
+        names, dtype = module_names(before), plan_dtype(plan, before[0])
+        text = (
+            f"{counted(names)}: W without the part that the adapter's initialisation took from it was rounded to {dtype} "
+            "before the trained update was added, as PEFT does"
+        )
+        yield Diagnosis("residual-rounded", text, names, passes=True)
+    if parts := [name for name, each in found.items() if each.kind == PART]:
+        names, most = module_names(parts), max(found[name].residual for name in parts)
+        dtype = plan_dtype(plan, parts[0])
+        text = (
+            f"{counted(names)}: the part that the adapter's initialisation took from W differs by up to {100 * most:.2g} % "
+            f"of its size, and nothing else does: PEFT rounds its factors to {dtype} in the adapter that it converts to "
+            "LoRA, so pass the adapter that was merged, converted or not"
+        )
+        yield Diagnosis("part-rounded", text, names, {"relative": most})
     if coarse := [name for name, each in found.items() if each.kind == COARSE]:
         names, farthest = module_names(coarse), max(distances[name].ulp for name in coarse)
         dtype = plan_dtype(plan, coarse[0])

@@ -80,7 +80,13 @@ def differences(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def measure(
-    before: Tensor, ours: Tensor, theirs: Tensor, first: int, total: ExactSum | None = None, formula: bool = False
+    before: Tensor,
+    ours: Tensor,
+    theirs: Tensor,
+    first: int,
+    total: ExactSum | None = None,
+    formula: bool = False,
+    doubt: float = 0.0,
 ) -> Found | None:
     """What differs between two blocks of rows of the same dtype; None where nothing does.
 
@@ -92,6 +98,7 @@ def measure(
         total: what was added, if it is a sum of products: what float32 may take from those does not count.
         formula: whether what was added is worked out in another way, such as by norms of rows: the same holds for it,
             at the size of most elements of a row, for they may be sums of all of them.
+        doubt: how far it may be off besides, where tools work it out in float32.
     """
     places, width = differences(ours, theirs), ours.shape[1]
     elements = Elements(places, *(each.reshape(-1)[places] for each in (before, ours, theirs)))
@@ -100,7 +107,7 @@ def measure(
     rows, at = torch.unique(places // max(1, width), return_inverse=True)
     w, o = before[rows].double(), ours[rows].double()
     sizes = torch.stack([each.square().mean(1) for each in (w, o, o - w)]).amax(0).sqrt()[at]
-    return elements.measured(first, width, total, sizes)
+    return elements.measured(first, width, total, sizes, doubt)
 
 
 @dataclass(frozen=True)
@@ -117,10 +124,12 @@ class Elements:
         odd = (self.ours != self.theirs) & ~(self.ours.isnan() & self.theirs.isnan())
         return Elements(self.places[odd], self.before[odd], self.ours[odd], self.theirs[odd])
 
-    def measured(self, first: int, width: int, total: ExactSum | None, sizes: Tensor | None = None) -> Found | None:
+    def measured(
+        self, first: int, width: int, total: ExactSum | None, sizes: Tensor | None = None, doubt: float = 0.0
+    ) -> Found | None:
         """How far they are apart; all of them are unequal.
 
-        `first` and `total` are as for `measure`; `sizes`, (count,), are those of most elements of each one's row, where
+        `first`, `total` and `doubt` are as for `measure`; `sizes`, (count,), are those of most elements of each one's row, where
         float32 may take something from them.
         """
         if not len(self.places):
@@ -137,7 +146,9 @@ class Elements:
             if total is not None:
                 slack = slack_of(total, first + some // width, some % width).to(distance)
             elif sizes is not None:
-                slack = torch.maximum(size[far], sizes[far].to(distance)) * (SINGLE * (TERMS + math.sqrt(width)))
+                slack = (
+                    torch.maximum(size[far], sizes[far].to(distance)) * (SINGLE * (TERMS + math.sqrt(width))) + doubt
+                )
             less = (apart[far] - slack).clamp(min=0) / ulp[far]
             distance[far] = torch.where(less <= 1, less, distance[far])
         distance = distance.nan_to_num(torch.inf, torch.inf)

@@ -10,8 +10,9 @@ from loratool.lazy import Tensor, torch
 from loratool.results.verify import TensorProof
 from loratool.verifying.causes import known_causes
 from loratool.verifying.guesses import Guess, guesses
+from loratool.verifying.halves import in_halves, off_in_part, takes_part
 from loratool.verifying.looking import SURE, Agreement, Fit, Look
-from loratool.verifying.options import AUTO, TWICE
+from loratool.verifying.options import AUTO, RESIDUAL, TWICE
 from loratool.verifying.quantised import is_quantised
 from loratool.verifying.updates import modules_of
 
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from loratool.verifying.pairing import Pair
 
 NEAREST = "nearest"
+FEW = 0.01  # of a tensor's elements: where no more are off, and the formula itself is known to few digits, all others are it
 NEAR = 0.25  # of a factor: known ones that are no farther are tried as well
 FACTOR, GUESS, COARSE, ELEMENTS, UNEXPLAINED = "factor", "guess", "coarse", "elements", "unexplained"
+PART = "part"
 QUANTISED = "quantised"
 
 
@@ -32,12 +35,14 @@ class Explained:
     """What was found out about an edited tensor."""
 
     status: str  # as of `TensorProof`
-    kind: str = ""  # of what is wrong: factor, guess, coarse, elements or unexplained; empty where nothing is
+    kind: str = ""  # of what is wrong: factor, guess, coarse, part, elements or unexplained; empty where nothing is
     rounding: str = NEAREST
     modules: tuple[tuple[int, str], ...] = ()  # that have a factor: the adapter's number and the target
     fit: Fit | None = None
     guess: Guess | None = None
-    residual: float = 0.0  # ‖W' − W − Σ f ΔW‖ / ‖W‖
+    residual: float = (
+        0.0  # ‖W' − W − Σ f ΔW‖ / ‖W‖, or, of a part that was taken, by how much of it that is another one
+    )
 
     def factors(self, adapters: int) -> tuple[float | None, ...]:
         """How much of each adapter is in the tensor, its modules together."""
@@ -58,16 +63,17 @@ class Explained:
         return TensorProof(self.status, distances.ulp, distances.equal, self.factors(adapters))
 
 
-def as_it_should(pair: Pair) -> Explained:
-    """Of a tensor all of whose elements are the formula's."""
+def as_it_should(pair: Pair, rounding: str = NEAREST) -> Explained:
+    """Of a tensor all of whose elements are the formula's, where tensors like it are rounded in one way."""
     modules = tuple(modules_of(pair.span.edits))
-    return Explained("proven", modules=modules, fit=Fit((1.0,) * len(modules), (0.0,) * len(modules)))
+    how = RESIDUAL if rounding == RESIDUAL and in_halves(pair.span.edits) else NEAREST
+    return Explained("proven", rounding=how, modules=modules, fit=Fit((1.0,) * len(modules), (0.0,) * len(modules)))
 
 
 def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, shared: SharedUpdates) -> Explained:
     """What a tensor is some of whose elements are not the formula's; some rows of it are read again."""
     if not distances.unequal:
-        return as_it_should(pair)
+        return as_it_should(pair, rounding)
     if is_quantised(pair.theirs):
         return Explained("different", QUANTISED, "", tuple(modules_of(pair.span.edits)))
     look = Look(pair, distances.rows, shared)
@@ -79,7 +85,10 @@ def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, sh
     if fit is None or all(map(fit.is_one, range(len(modules)))):
         if found := as_meant(look, distances, fit, once, rounding):
             return found
-        if once.holds and not best.is_better(once):
+        if (off := off_in_part(look)) is not None:
+            return Explained("different", PART, "", modules, fit, residual=off)
+        few = takes_part(look.edits) and distances.beyond <= FEW * distances.elements
+        if few or (once.holds and not best.is_better(once)):
             return Explained("different", ELEMENTS, "", modules, fit)
     if guess := best_guess(look, plan, best):
         return Explained("different", GUESS, "", modules, fit, guess)
@@ -90,7 +99,7 @@ def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, sh
 
 def as_meant(look: Look, distances: Distances, fit: Fit | None, once: Agreement, rounding: str) -> Explained | None:
     """What a tensor is that contains each update once; None where rounding does not explain it."""
-    modules, how = tuple(look.modules), NEAREST
+    modules, how = tuple(look.modules), RESIDUAL if rounding == RESIDUAL and in_halves(look.edits) else NEAREST
     if modules and rounding == AUTO and look.target.itemsize == 2:  # wider ones differ by the arithmetic alone
         twice = look.twice()
         how = TWICE if twice.equal > once.equal else NEAREST

@@ -11,6 +11,7 @@ from loratool.adapters.model_settings import setting
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update, Wrapped
 from loratool.algebra.updates.experts import ExpertLowRank
+from loratool.algebra.updates.residual import Residual
 from loratool.data import dataclass
 from loratool.layouts.fusions import FUSIONS, HEADS, KEY_HEADS
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MOST_PARTS = 4  # of a fused tensor whose orders are tried
 MOST_SLICES = 8  # of an update that are tried in place of a tensor's own, the nearest ones: experts may be hundreds
 TRANSPOSED, EXPERT_MAJOR, FUSED_ORDER = "transposed", "expert-major", "fused-order"
+NOT_TAKEN, NOT_ADDED = "part-not-subtracted", "left-out"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ def guesses(span: Span, plan: MergePlan) -> Iterator[Guess]:
     """Every guess for one tensor."""
     if turned := all_turned(span.edits, transposed):
         yield Guess(TRANSPOSED, "the update was added transposed", turned)
+    if trained := all_turned(span.edits, trained_alone):
+        words = (
+            "the trained update was added, but the part that the adapter's initialisation took from the base was not "
+            "subtracted; that is right if BASE is the residual model, for which init_lora_weights has to be true in "
+            "adapter_config.json"
+        )
+        yield Guess(NOT_TAKEN, words, trained)
+    if taken := all_turned(span.edits, part_alone):
+        words = "the part that the adapter's initialisation took from the base was subtracted, but no trained update was added"
+        yield Guess(NOT_ADDED, words, taken)
     if regrouped := all_turned(span.edits, regrouped_experts):
         yield Guess(EXPERT_MAJOR, "columns of lora_B were taken in the other order of ranks and experts", regrouped)
     whole = any(
@@ -81,6 +93,18 @@ def transposed(update: Update) -> Update | None:
     if isinstance(update, ExpertLowRank):
         return dataclasses.replace(update, transposed=not update.transposed)
     return update.turned if isinstance(update, LowRank) else None
+
+
+def trained_alone(update: Update) -> Update | None:
+    """The update without what was taken from the base for it."""
+    return update.inner if isinstance(update, Residual) else None
+
+
+def part_alone(update: Update) -> Update | None:
+    """What was taken from the base, without the update that was trained then."""
+    if not isinstance(update, Residual):
+        return None
+    return dataclasses.replace(update, inner=dataclasses.replace(update.inner, up=update.inner.up * 0))
 
 
 def regrouped_experts(update: Update) -> Update | None:

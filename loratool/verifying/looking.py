@@ -18,6 +18,7 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.delta_statistics import sample
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.verifying.distances import ulp_of
+from loratool.verifying.halves import doubt_of
 from loratool.verifying.updates import MOST_MODULES, Updates, modules_of, rounded_twice
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Look:
         self.scales: list[float] = []
         self.weight, self.changes = self.rows_with(None)
         self.modules = modules_of(pair.span.edits)
+        self.doubt = doubt_of(pair.span)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """W as it is stored, and W' of the merged model, (n, width) in float64."""
@@ -131,6 +133,7 @@ class Look:
         weight = self.weight
         size = torch.maximum(torch.maximum(weight.abs(), formula.abs()), (formula - weight).abs())
         apart = (self.theirs - formula).abs()
+        apart = (apart - self.doubt).clamp(min=0) if self.doubt else apart
         distance = (apart / ulp_of(size, self.target)).nan_to_num(math.inf, math.inf)
         distance[self.theirs.isnan() & formula.isnan()] = 0
         count = distance.numel()

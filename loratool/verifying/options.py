@@ -7,6 +7,7 @@ from loratool.merging.options import ROUNDINGS, ChangeOptions, RunOptions
 from loratool.options.described import Choice, option
 
 AUTO, TWICE = "auto", "twice"
+RESIDUAL = "residual"  # rounded before the trained update is added: W without the part that its initialisation took
 
 
 @dataclass(frozen=True, kw_only=True)

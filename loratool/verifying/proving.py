@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import field
 from typing import TYPE_CHECKING
 
+from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Held, Plain, Room
 from loratool.data import dataclass
 from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
@@ -30,7 +31,8 @@ from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals
 from loratool.verifying import quick
 from loratool.verifying.distances import Distances, Found, measure, same
-from loratool.verifying.options import TWICE
+from loratool.verifying.halves import doubt_of, residual_of
+from loratool.verifying.options import RESIDUAL, TWICE
 from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
@@ -93,6 +95,15 @@ class Subject:
     updates: dict[str, Updates] = field(default_factory=dict)  # by device, where they are needed one by one
     added: Added | None = None
     odd: bool = False  # whether numpy left some of it to torch
+    doubted: float | None = None
+
+    @property
+    def doubt(self) -> float:
+        """How far elements of the formula may be off where a tool works it out in float32."""
+        with self.work.lock:
+            if self.doubted is None:
+                self.doubted = doubt_of(self.pair.span)
+            return self.doubted
 
     def updates_on(self, device: torch.device) -> Updates:
         with self.work.lock:
@@ -232,7 +243,7 @@ class Proving:
 
     @property
     def plan_rounding(self) -> str:
-        return "nearest" if self.rounding == TWICE else self.rounding
+        return "nearest" if self.rounding in (TWICE, RESIDUAL) else self.rounding
 
     def copies(self, pair: Pair, start: int) -> Task:
         """Compare a run of bytes."""
@@ -264,35 +275,45 @@ class Proving:
             room = Room(self.sources, bench.host, bench.twin, subject.held)
             with exact_arithmetic(), worker.computing():
                 loaded = subject.work.edits_on(worker.device)
-                product = None if self.rounding == TWICE else product_of(loaded, first, count)
+                product = None if self.rounding in (TWICE, RESIDUAL) else product_of(loaded, first, count)
                 theirs = subject.pair.theirs.matrix(span.width).rows(first, count, worker.device, target, room)
                 before = worker.stored_rows(subject.work, first, count, self.sources)
                 after = worker.merged[: count * span.width * target.itemsize].view(target).view(count, span.width)
                 if product is not None and loaded.sum is not None:
                     found = quick.compare(loaded.sum, product, before, theirs, first, after)
                 else:
-                    self.formula(worker, subject, first, before, after)
+                    operand = self.formula(worker, subject, first, before, after)
                     if is_quantised(subject.pair.theirs):
                         weight = subject.pair.theirs.matrix(span.width)
                         found = beyond_half_step(weight, after, theirs, first, subject.held, Room(self.sources))
                     else:
-                        formula = loaded.sum is None and bool(loaded.others)
-                        alike = same(after, theirs)
-                        found = None if alike else measure(before, after, theirs, first, loaded.sum, formula)
+                        total = None if self.rounding == RESIDUAL else loaded.sum
+                        formula = total is None and bool(loaded.others)
+                        found = None if same(after, theirs) else measure(operand, after, theirs, first, total, formula)
+                        if found is not None and found.ulp > 1 and subject.doubt:
+                            found = measure(operand, after, theirs, first, None, True, subject.doubt)
             subject.distances.note(count * span.width, found)
             rows = max(1, span.rows)
             return sum(t.info.nbytes for w in (span.weight, subject.pair.theirs) for t in w.tensors) * count // rows
 
         return compare
 
-    def formula(self, worker: Worker, subject: Subject, first: int, before: Tensor, after: Tensor) -> None:
-        """Put rows of W' from `first` on as the formula gives them into `after`; `before` has those of W."""
-        if self.rounding == TWICE:
-            updates = subject.updates_on(worker.device)
-            weight = updates.begin(before, first)
-            after.copy_(rounded_twice(weight, updates.changes(weight, first), after.dtype))
-        else:
+    def formula(self, worker: Worker, subject: Subject, first: int, before: Tensor, after: Tensor) -> Tensor:
+        """Put rows of W' from `first` on as the formula gives them into `after`; `before` has those of W.
+
+        What comes back is the operand at whose size distances count: W, or what is larger of that and its residual.
+        """
+        if self.rounding not in (TWICE, RESIDUAL):
             worker.merge(subject.work, first, self.sources, after)
+            return before
+        updates = subject.updates_on(worker.device)
+        weight = updates.begin(before, first)
+        if self.rounding == TWICE:
+            after.copy_(rounded_twice(weight, updates.changes(weight, first), after.dtype))
+            return before
+        residual, trained = residual_of(updates, weight, first, after.dtype)
+        after.copy_(round_once(residual + trained, after.dtype))
+        return torch.where(residual.abs() > weight.abs(), residual, weight).float()
 
 
 def same_bytes(one: memoryview, other: memoryview) -> bool:

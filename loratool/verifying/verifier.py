@@ -30,8 +30,9 @@ from loratool.results.verify import NOT_PROVEN, PROVEN, ROUNDED_TWICE, Diagnosis
 from loratool.verifying.configs import compare_files, keys_of
 from loratool.verifying.diagnosing import diagnose_edited, diagnose_pairing, diagnose_quantised, diagnose_rest
 from loratool.verifying.explaining import Explained, as_it_should, explain
+from loratool.verifying.halves import in_halves
 from loratool.verifying.looking import Look
-from loratool.verifying.options import AUTO, TWICE, VerifyOptions
+from loratool.verifying.options import AUTO, RESIDUAL, TWICE, VerifyOptions
 from loratool.verifying.pairing import Pairing, pair
 from loratool.verifying.proving import Proving
 from loratool.verifying.quantised import Survived, is_quantised, survived
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from loratool.verifying.distances import Distances
     from loratool.verifying.pairing import Pair
 
+MOST_TRIED = 3  # of the smallest tensors that differ, by which a way to round is recognised
+MOSTLY = 0.98  # share of elements that are what a way to round gives, but for what float32 takes from a decomposition
 MOST_LOOKED_AT = (
     512  # tensors that differ and are looked at a second time; a model of many experts has tens of thousands
 )
@@ -163,11 +166,18 @@ class Verifier:
             return rounding, distances
         edited = [each for each in self.pairing.pairs if each.span.edits]
         odd = [each for each in edited if distances[each.name].equal < 0.995 and not is_quantised(each.theirs)]
-        smallest = min(odd, key=lambda each: each.span.placed.nbytes, default=None)
-        for other in ("compensated", "stochastic") if smallest is not None else ():
-            assert smallest is not None
-            if not self.prove([smallest], other)[smallest.name].unequal:
+        odd.sort(key=lambda each: each.span.placed.nbytes)
+        for other in ("compensated", "stochastic") if odd else ():
+            if not self.prove(odd[:1], other)[odd[0].name].unequal:
                 return other, {**distances, **self.prove(edited, other)}
+        halves = [each for each in odd if each.span.placed.dtype in ("BF16", "F16") and in_halves(each.span.edits)]
+        some = self.prove([each for each in halves if distances[each.name].ulp > 1][:MOST_TRIED], RESIDUAL)
+        if any(each.ulp <= 1 and each.equal >= MOSTLY for each in some.values()):
+            found = self.prove(halves, RESIDUAL)
+            return RESIDUAL, {
+                **distances,
+                **{name: one for name, one in found.items() if one.beyond <= distances[name].beyond},
+            }
         return AUTO, distances
 
     @property
@@ -195,7 +205,7 @@ class Verifier:
             found = {each.name: one for each, one in zip(odd[::step], results, strict=True)}
         for each in edited:
             if not distances[each.name].unequal:
-                found[each.name] = as_it_should(each)
+                found[each.name] = as_it_should(each, rounding)
         return {each.name: found[each.name] for each in edited if each.name in found}
 
     def look_at_all(self, odd: Sequence[Pair]) -> dict[str, Changed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from loratool.algebra.updates.additive import LowRank, stack
@@ -9,6 +10,7 @@ from loratool.algebra.updates.base import Update, WeightRows, Wrapped
 from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
+ROUNDOFF, GENEROUS = 2.0**-24, 64  # of float32; times what one decomposition loses for its backward error
 # What was taken away of W = U S Vᵀ, or W = Q R, by an update of rank r:
 PRINCIPAL = "principal"  # the r largest singular values and their vectors: PiSSA (Meng et al. 2024, arXiv:2404.02948)
 MINOR = "minor"  # the r smallest ones: KaSA (Wang et al. 2024, arXiv:2412.06071)
@@ -48,6 +50,22 @@ class Residual(Wrapped):
             kept = slice(rank) if self.part == PRINCIPAL else slice(s.shape[0] - rank, None)
             part = LowRank(u[:, kept] * s[kept], v[kept], 1.0)
         return part.turned if self.in_out else part
+
+    def uncertainty(self, weight: Tensor) -> float:
+        """How far an element of the part may be off where somebody decomposes the weight in float32.
+
+        An error E of W turns the vectors on both sides of the cut by ‖E‖ / (their gap) at most (Davis and Kahan 1970,
+        doi:10.1137/0707001), and E is some roundings of the largest singular value, spread over all elements.
+        """
+        if self.part == TRIANGULAR:
+            return 0.0
+        values = torch.linalg.svdvals(weight)
+        cut = self.inner.rank if self.part == PRINCIPAL else len(values) - self.inner.rank
+        if not 0 < cut < len(values):
+            return 0.0
+        inside, outside = float(values[cut - 1]), float(values[cut])
+        gap = max(inside - outside, ROUNDOFF * float(values[0]))
+        return GENEROUS * ROUNDOFF * float(values[0]) * inside / gap / math.sqrt(weight.numel())
 
     def prepared(self, weight: WeightRows) -> Update:
         whole = torch.cat([block for _, block in weight()])
