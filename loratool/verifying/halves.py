@@ -15,14 +15,12 @@ from loratool.algebra.rounding import round_once
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.residual import Residual
 from loratool.lazy import Tensor, torch
-from loratool.merging.loaded_edits import weight_rows
 from loratool.verifying.distances import ulp_of
 from loratool.verifying.updates import Updates
 
 if TYPE_CHECKING:
     from loratool.algebra.updates.base import Update
     from loratool.bases.edits import Edit
-    from loratool.merging.output_layout import Span
     from loratool.verifying.looking import Look
 
 LEAST_ROWS = 4  # for each rank, so that what is not in the space of the factors can be told from rounding
@@ -44,16 +42,6 @@ def in_halves(edits: Sequence[Edit]) -> bool:
 def takes_part(edits: Sequence[Edit]) -> bool:
     """Whether an update takes something from W that is worked out from W."""
     return any(isinstance(each.update, Residual) for each in edits)
-
-
-def doubt_of(span: Span) -> float:
-    """How far elements of the formula may be off where a tool decomposes W in float32; 0 where none has to."""
-    cpu, found = torch.device("cpu"), 0.0
-    for edit in span.edits:
-        if isinstance(edit.update, Residual):
-            rows = weight_rows(span, edit, cpu, torch.float64)
-            found = max(found, abs(edit.strength) * edit.update.uncertainty(torch.cat([block for _, block in rows])))
-    return found
 
 
 def half_of(update: Update, number: int) -> Update:

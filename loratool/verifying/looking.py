@@ -18,8 +18,7 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.delta_statistics import sample
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.verifying.distances import ulp_of
-from loratool.verifying.halves import doubt_of
-from loratool.verifying.updates import MOST_MODULES, Updates, modules_of, rounded_twice
+from loratool.verifying.updates import MOST_MODULES, Updates, doubt_of, modules_of, rounded_twice
 
 if TYPE_CHECKING:
     from loratool.algebra.updates.base import Update

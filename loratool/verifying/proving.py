@@ -31,12 +31,12 @@ from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals
 from loratool.verifying import quick
 from loratool.verifying.distances import Distances, Found, measure, same
-from loratool.verifying.halves import doubt_of, residual_of
+from loratool.verifying.halves import residual_of
 from loratool.verifying.options import RESIDUAL, TWICE
 from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
-from loratool.verifying.updates import Updates, rounded_twice
+from loratool.verifying.updates import Updates, doubt_of, rounded_twice
 from loratool.verifying.without_torch import Tile, suffices
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update, Wrapped
 from loratool.algebra.updates.experts import ExpertLowRank
 from loratool.algebra.updates.replacing import Replace
+from loratool.algebra.updates.residual import Residual
 from loratool.lazy import Tensor, torch
 from loratool.merging.loaded_edits import LoadedEdit, weight_rows
 
@@ -84,6 +85,16 @@ class Updates:
             if block is not total:
                 total += block - weight
         return [*found.values()]
+
+
+def doubt_of(span: Span) -> float:
+    """How far elements of the formula may be off where a tool decomposes W in float32; 0 where none has to."""
+    cpu, found = torch.device("cpu"), 0.0
+    for edit in span.edits:
+        if isinstance(edit.update, Residual):
+            rows = weight_rows(span, edit, cpu, torch.float64)
+            found = max(found, abs(edit.strength) * edit.update.uncertainty(torch.cat([block for _, block in rows])))
+    return found
 
 
 def in_dtype(update: Update, device: torch.device, dtype: torch.dtype | None) -> Update:
