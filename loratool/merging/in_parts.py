@@ -131,6 +131,8 @@ def make_parts(
         bytes_written=sum(part.size for part in made.made),
         published=False,
         notes=made.notes,
+        workers=made.workers,
+        profile=made.profile,
         cost=made.cost,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
 
 from loratool.data import dataclass
@@ -9,6 +10,7 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result, Written
 from loratool.results.merge import MergeReport
+from loratool.results.profile import Profile
 from loratool.results.text import aligned, plural, size
 from loratool.templates import some
 
@@ -28,6 +30,8 @@ class PartReport(Result):
     bytes_written: int
     published: bool  # whether the output was complete already, so that there was nothing to do
     notes: tuple[Note, ...]
+    workers: int = 0  # threads that made them
+    profile: Profile = field(default=Profile({}), compare=False)  # where the time went
 
     def __str__(self) -> str:
         if self.published:

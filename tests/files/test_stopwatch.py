@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,3 +75,26 @@ def test_a_merge_accounts_for_every_byte(tmp_path: Path, capsys: pytest.CaptureF
     assert {"all", "main", "worker"} <= {line.split()[0] for line in shown.err.splitlines() if line.strip()}
     assert cli.run([*words, "-o", str(tmp_path / "one"), "-v"]) == 0
     assert "worker 0" not in capsys.readouterr().err
+
+
+def test_workers_of_a_merge_in_parts_account_for_every_byte_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each shows its own: `-vv` as a table apart from the report, and `--json` among the rest."""
+    base, adapter = faults.make_base(tmp_path / "base", 2, 32), faults.make_adapter(tmp_path / "adapter", 2, 32)
+    words = ["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "--device", "cpu", "--json", "-vv"]
+    counts: Counter[str] = Counter()
+    for part in ("1/2", "2/2"):
+        assert cli.run([*words, "--part", part]) == 0
+        shown = capsys.readouterr()
+        told = json.loads(shown.out)
+        assert told["workers"] > 0
+        assert {"all", "main", "worker"} <= {line.split()[0] for line in shown.err.splitlines() if line.strip()}
+        for stages in told["profile"]["threads"].values():
+            counts.update({stage: spent["bytes"] for stage, spent in stages.items()})
+    loratool.finish_merge(base, adapter, tmp_path / "out", device="cpu")
+    files = [path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")]
+    tensors = sum(len(content) - 8 - int.from_bytes(content[:8], "little") for content in files)
+    assert {stage: counts[stage] for stage in ("read", "digest", "write")} == dict.fromkeys(
+        ("read", "digest", "write"), tensors
+    )
