@@ -22,6 +22,7 @@ push = library_command(
       loratool push ./my-adapter me/my-adapter --dry-run
       loratool push ./my-adapter me/my-adapter --public
       loratool push ./merged me/merged --revision v2 --message "Second try"
+      loratool push s3://models/merged me/merged
     """,
     progress=PUSHING,
 )

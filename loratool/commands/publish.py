@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loratool.errors import LoratoolError, UsageError, printable
+from loratool.errors import LoratoolError, printable
 from loratool.options.shared import PublishOptions
 from loratool.publishing.options import PushOptions
 from loratool.stores.names import is_in_store
@@ -31,21 +31,19 @@ def with_push(
 
     The last operand is OUT. Where that is in a store, `into_store` takes the place of `make`, if it is given.
     """
-    if is_in_store(operands[-1]):
-        if options.destination is not None:
-            raise UsageError(
-                "--push-to-hub needs a local OUT; push it with `loratool push`", hint="loratool push --help"
-            )
-        if into_store is not None:
-            return into_store(*operands, options, progress)
-        from loratool.publishing.storing import made_in_store
-
-        return made_in_store(make, operands, options, progress)
     if options.destination is not None:  # that a push is possible is found out before the work for it is done
         from loratool.publishing.committing import full_name
 
         full_name(options.destination)
-    return published(make(*operands, options, progress), options, push_progress)
+    if not is_in_store(operands[-1]):
+        report = make(*operands, options, progress)
+    elif into_store is not None:
+        report = into_store(*operands, options, progress)
+    else:
+        from loratool.publishing.storing import made_in_store
+
+        report = made_in_store(make, operands, options, progress)
+    return published(report, options, push_progress)
 
 
 def published(report: Report, options: PublishOptions, progress: Progress | None) -> Report:

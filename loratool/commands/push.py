@@ -28,7 +28,7 @@ def push(
     files. The token comes from `hf auth login` or HF_TOKEN.
 
     Args:
-        path: the folder.
+        path: the folder, or a prefix in a store, `s3://bucket/prefix`, from which weights are sent as they are read.
         repo: `org/name`, or `name` for the account of the token. It is created if missing.
         progress: called with (bytes done, total bytes).
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from fnmatch import fnmatch
 from pathlib import Path
 
 from loratool.adapters.formats import is_adapter
@@ -101,12 +102,13 @@ class Folder:
 folders: dict[tuple[object, ...], tuple[Folder, Path]] = {}  # what was made already, and the place in it
 
 
-def brought(place: StorePath, role: Role | None) -> Path:
+def brought(place: StorePath, role: Role | None, more: Sequence[str] = ()) -> Path:
     """The folder or file that stands for a place in a store.
 
     Args:
         place: what was asked for.
         role: what it will be read as, so that the rest is not there; None for headers and all names.
+        more: patterns of other files that are wanted, as in `fnmatch`.
 
     Raises:
         InputError: there is no such thing, or it is malformed.
@@ -114,11 +116,12 @@ def brought(place: StorePath, role: Role | None) -> Path:
         StorageError: there is no room for an adapter.
     """
     root, inside, objects = look_up(place)
-    key = (str(place), role, frozenset((name, there.state) for name, there in objects.items()))
+    wanted = frozenset(name for name in objects for pattern in more if fnmatch(name, pattern))
+    key = (str(place), role, wanted, frozenset((name, there.state) for name, there in objects.items()))
     if key not in folders or not folders[key][1].exists():
         folder = outlined(root, objects)
         location = folder.root / inside if inside else folder.root
-        settle(folder, location, role)
+        settle(folder, location, role, wanted)
         folders[key] = folder, location
     return folders[key][1]
 
@@ -180,8 +183,8 @@ def outlined(root: StorePath, objects: Mapping[str, StoredObject]) -> Folder:
     return Folder(path, objects)
 
 
-def settle(folder: Folder, location: Path, role: Role | None) -> None:
-    """Bring what a folder is read for, and leave nothing else in it but for `role` None."""
+def settle(folder: Folder, location: Path, role: Role | None, more: Set[str]) -> None:
+    """Bring what a folder is read for, and `more` files; leave nothing else in it but for `role` None."""
     small = [Path(os.path.relpath(location.parent / name, folder.root)).as_posix() for name in small_files(location)]
     records = [name for name in (PROVENANCE, sidecar_of(location).name) if name in folder.objects]
     for name in dict.fromkeys([*small, *records]):
@@ -191,12 +194,14 @@ def settle(folder: Folder, location: Path, role: Role | None) -> None:
             folder.put_headers(needed(folder.root, location, "any").weights)
         return
     found = needed(folder.root, location, role)
-    folder.put_headers(found.weights)
+    weights = {name for name in more if name.endswith((".safetensors", ".gguf"))}
+    folder.put_headers(dict.fromkeys([*found.weights, *weights]))
+    folder.copy(more - weights - {*found.names})
     if role == "adapter" or is_adapter(location):
         folder.copy(found.names)
     else:
         folder.copy(found.others)
-    folder.keep({*found.names, *records})
+    folder.keep({*found.names, *records, *more})
 
 
 def bound_of(name: str) -> int:

@@ -6,6 +6,7 @@ The rules for local folders run on them. Whoever reads tensors is given the byte
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from contextlib import suppress
@@ -62,6 +63,34 @@ def forget() -> None:
 def stand_in(path: Path) -> StandIn | None:
     """What a file stands for; None for a file that is its own."""
     return standing.get(os.fspath(path)) if standing else None
+
+
+class Bytes(io.RawIOBase):
+    """A source as Python's files are read."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.at = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.source.size}[whence]
+        return self.at
+
+    def readinto(self, into: Any) -> int:
+        count = max(0, min(len(into), self.source.size - self.at))
+        self.source.read(self.at, count, memoryview(into))
+        self.at += count
+        return count
+
+
+def stream_of(there: StandIn) -> io.BufferedReader:
+    """The bytes of what a file stands for, as those of an open file."""
+    return io.BufferedReader(Bytes(there.source()), max(1, there.ahead))
 
 
 def told_identity(path: Path) -> Identity | None:

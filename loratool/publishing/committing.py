@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import count
@@ -16,6 +17,7 @@ from loratool.fetching.answers import RemoteFile, commit_of, wrong
 from loratool.fetching.client import api, asking, endpoint, patiently, wait_after
 from loratool.files.digests import parts_of
 from loratool.files.hub_cache import is_hub_id
+from loratool.files.stand_ins import stand_in, stream_of
 from loratool.lazy import hub, hub_errors
 from loratool.notes import Note
 from loratool.stores.names import is_in_store
@@ -46,8 +48,16 @@ class Upload:
 
     @cached_property
     def operation(self) -> hub.CommitOperationAdd:
-        """The same for the client, which hashes it."""
-        return hub.CommitOperationAdd(self.name, str(self.path) if self.path is not None else self.content or b"")
+        """The same for the client, which hashes it; what a file stands for is read from where it is."""
+        if self.path is None:
+            return hub.CommitOperationAdd(self.name, self.content or b"")
+        there = stand_in(self.path)
+        return hub.CommitOperationAdd(self.name, str(self.path) if there is None else stream_of(there))
+
+    def rewind(self) -> None:
+        """Before another try: an earlier one may have left what is read from elsewhere at any place."""
+        if isinstance(stream := self.operation.path_or_fileobj, io.IOBase):
+            stream.seek(0)
 
     @cached_property
     def sha256(self) -> str:
@@ -200,6 +210,8 @@ def commit(
         ]
         made = None
         for number in count():
+            for upload in uploads:
+                upload.rewind()
             try:
                 made = api().create_commit(
                     repo,
@@ -228,6 +240,7 @@ def commit(
 
 def send(repo: str, upload: Upload, revision: str | None, create_pr: bool) -> None:
     """Bring the content of a large file to the Hub, where no commit has it yet; what is there is not sent."""
+    upload.rewind()
     api().preupload_lfs_files(
         repo, [upload.operation], revision=revision, create_pr=create_pr, free_memory=False, num_threads=1
     )

@@ -9,6 +9,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.errors import UsageError
+from loratool.fetching.stores import brought
 from loratool.files.checkpoint import MODEL_INDEX
 from loratool.files.pipelines import is_index
 from loratool.notes import Note
@@ -18,6 +20,7 @@ from loratool.publishing.illustrating import picture_of
 from loratool.publishing.selecting import Selection, check_message, select
 from loratool.results.base import Cost
 from loratool.results.push import PushReport
+from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
     from loratool.merging.merge import PathLike
@@ -31,15 +34,16 @@ def push(
     started = time.monotonic()
     check_message(options.message)
     check_name(repo)
-    unlike = record.check(Path(path))
+    root = folder_at(path, options.include)
+    unlike = record.check(root)
     choice = partial(
         select,
-        Path(path),
+        root,
         list(options.include),
         list(options.exclude),
         options.card,
         allow_secret=list(options.allow_secret),
-        picture=cache(partial(picture_of, Path(path))),
+        picture=cache(partial(picture_of, root)),
     )
     selection = choice(place=repo)
     notes = [*selection.notes, *unlike]
@@ -75,6 +79,17 @@ def push(
         )
     sent_names = tuple(upload.name for upload in uploads)
     return report(repo, selection, done, private, sent_names, tuple(replaced), notes, started)
+
+
+def folder_at(path: PathLike, include: Sequence[str]) -> Path:
+    """The folder that is pushed; of a prefix in a store one in which weights stand for their objects."""
+    place = parse_store(path) if is_in_store(path) else None
+    if place is None:
+        return Path(path)
+    found = brought(place, "any", [each for pattern in include for each in (pattern, f"*/{pattern}")])
+    if found.is_file():
+        raise UsageError(f"{place}: a repository holds a folder; push the prefix that the object is in")
+    return found
 
 
 def outdated(selection: Selection, there: set[str]) -> list[str]:

@@ -36,7 +36,6 @@ from loratool.provenance.cards import CARD, addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
 from loratool.publishing.committing import Upload
 from loratool.publishing.illustrating import PICTURE, NoPictureError, illustrated, picture_of
-from loratool.stores.names import is_in_store
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
 KNOWN = (
@@ -122,8 +121,6 @@ def select(
         raise UsageError(
             f"{printable(root)}: a repository holds a folder; put the file into one of its own: {alone(root, place)}"
         )
-    if is_in_store(root):
-        raise UsageError(f"{printable(root)}: PATH must be a local folder, not an address in an object store")
     if not root.is_dir():
         raise UsageError(f"{printable(root)}: not a folder; PATH must be a model or adapter folder")
     if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):

@@ -91,7 +91,6 @@ def test_a_step_does_not_replace_what_loratool_did_not_make_in_a_store(
     [
         ("push adapter STORE/x", 2, "only repositories of the Hub can be pushed to"),
         ("merge base adapter -o out --push-to-hub STORE/x", 2, "only repositories of the Hub can be pushed to"),
-        ("push STORE/team/adapter me/x", 2, "PATH must be a local folder"),
         ("reproduce base -o again --from STORE/team", 2, "--from must be a local folder"),
         ("run STORE/steps.yaml", 3, "a manifest must be a local file"),
     ],

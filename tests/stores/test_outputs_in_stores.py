@@ -61,10 +61,8 @@ def test_an_output_in_a_store_is_that_in_a_folder(
     [
         ("merge base adapter -o OUT.safetensors", "must be a folder"),
         ("merge base adapter -o OUT --also OUT/x=adapter", "is inside"),
-        ("merge base adapter -o OUT --push-to-hub me/it", "needs a local OUT"),
         ("merge base adapter -o OUT --html OUT.html", "cannot be written into a store"),
         ("merge base adapter -o local --svg OUT", "cannot be written into a store"),
-        ("resize adapter -o OUT --rank 2 --push-to-hub me/it", "needs a local OUT"),
         ("compress adapter --into OUT", "local folder only"),
         ("compress adapter --into org/name", "local folder only"),
         ("index adapter -o OUT", "cannot be written into a store"),

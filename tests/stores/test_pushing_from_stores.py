@@ -1,0 +1,71 @@
+"""Models and adapters in a store go to the Hub as those in a folder do; weights of a model do not touch the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_client import Client
+from hub_server import WRITER, Fault, HubServer
+from store_server import BUCKET, StoreServer, tree
+
+import loratool
+from loratool.files.stand_ins import stream_of
+from loratool.stores.names import StorePath
+from loratool.stores.objects import listed
+
+OF_STORE = f"s3://{BUCKET}/pushed"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub: HubServer, tmp_path: Path) -> Client:
+    return Client(hub, tmp_path / "home", WRITER)
+
+
+def test_a_model_in_a_store_is_pushed_as_one_in_a_folder_is(
+    store: StoreServer, hub: HubServer, client: Client, models: Path
+) -> None:
+    """Also what `--include` asks for, and if the line drops on the way."""
+    merged = models / "merged"
+    loratool.merge(models / "base", models / "adapter", merged)
+    (merged / "notes.csv").write_text("1,2")
+    (merged / "optimizer.pt").write_text("x")
+    store.put(BUCKET, merged, "pushed/merged")
+    hub.faults.append(Fault("PUT", "^/lfs/", cut=10_000))
+    client.works("push", f"{OF_STORE}/merged", "alice/it", "--include", "*.csv", cwd=None, **store.environment)
+    there, here = hub.files("alice/it"), tree(merged)
+    assert here.keys() - there.keys() == {"optimizer.pt"}
+    made = {".gitattributes", "README.md", "loratool.json"}  # with the name of the repository
+    assert {name for name, content in there.items() if content != here.get(name)} <= made
+
+
+def test_an_output_in_a_store_is_pushed_from_there(
+    store: StoreServer, hub: HubServer, client: Client, models: Path
+) -> None:
+    out = f"{OF_STORE}/small"
+    words = ("resize", models / "adapter", "--rank", "2", "-o", out, "--push-to-hub", "alice/small")
+    client.works(*words, cwd=None, **store.environment)
+    there = hub.files("alice/small")
+    weights = "adapter_model.safetensors"
+    assert there[weights] == store.objects(BUCKET, "pushed/small")[weights]
+    told = client.refused("push", f"{out}/{weights}", "alice/x", code=2, cwd=None, **store.environment)
+    assert "push the prefix that the object is in" in told
+
+
+def test_bytes_of_an_object_are_a_file(store: StoreServer, models: Path) -> None:
+    """From any place on, in any pieces."""
+    path = models / "adapter" / "adapter_model.safetensors"
+    there, own = listed(StorePath(BUCKET, "team/adapter"))[path.name], path.read_bytes()
+    stream = stream_of(there)
+    assert stream.read() == own
+    assert stream.seek(-100, os.SEEK_END) == stream.tell() == len(own) - 100
+    assert (stream.read(60), stream.read(), stream.read()) == (own[-100:-40], own[-40:], b"")
+    assert (stream.seek(7), stream.seek(3, os.SEEK_CUR), stream.read(5)) == (7, 10, own[10:15])
