@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratool.data import dataclass
+from loratool.errors import NAME_BASE, InputError, printable
 from loratool.layouts.fusions import GROUPED, HEADS, KEY_HEADS, ONE_KEY_HEAD
 
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "attn_config", "ffn_config")
@@ -52,3 +53,20 @@ def attention_heads(config: Mapping[str, Any]) -> Heads | None:
         keys = 1  # whatever else is said of their number
     keys = keys or queries
     return Heads(queries, keys) if queries % keys == 0 else None
+
+
+def model_needed(why: str, known: Iterable[str], config: Mapping[str, Any]) -> InputError:
+    """The error where adapters are written for models of `known` types, and the config of the model is of none, or lacks
+    heads.
+    """
+    types, found = tuple(known), sorted(model_types(config))
+    if {*found} & {*types}:
+        return InputError(f"{why}, and the config.json of this model does not tell how many heads it has")
+    if found:
+        named = ", ".join(map(printable, found))
+        return InputError(f"{why}, which loratool does not know for models of type {named} (only {', '.join(types)})")
+    return InputError(
+        f"{why}; pass --base with the folder of the model that was trained, with its config.json (one of "
+        f"{', '.join(types)})",
+        hint=NAME_BASE,
+    )

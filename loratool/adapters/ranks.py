@@ -194,7 +194,7 @@ def told_of_cuts(asked: int | None, limits: Mapping[str, int], targets: Collecti
     if cut:
         yield Note(
             "rank-cut",
-            f"{len(cut)} of {len(targets)} layers are too small for rank {asked} and get the largest rank their shape "
+            f"rank {asked} is too large for {len(cut)} of {len(targets)} layers, which get the largest that their shape "
             f"allows, such as {limits[cut[0]]} for {printable(cut[0])}",
         )
 

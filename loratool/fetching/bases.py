@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratool.adapters.formats import format_at
 from loratool.errors import UsageError, printable
-from loratool.files.hub_names import parse
+from loratool.files.hub_names import parse, with_owner
 
 AUTO = "auto"
 # What tells models of one family apart, by the fields of configs that hold it. Vocabularies are not among them: they grow.
@@ -41,8 +41,11 @@ def base_of(adapters: Sequence[Path]) -> str:
         raise UsageError(
             f"the adapters name several bases ({', '.join(map(printable, names))}); name one of them with --base"
         )
-    if not os.path.lexists(names[0]) and parse(names[0]) is None:
+    if os.path.lexists(names[0]):
+        return names[0]
+    owned = with_owner(names[0])
+    if parse(owned) is None:
         raise UsageError(
             f"the adapter names its base {printable(names[0])}, which was not found; name it, by its path or Hub id, with --base"
         )
-    return names[0]
+    return owned

@@ -20,6 +20,22 @@ PAGE = re.compile(rf"https?:/{{1,2}}(?:huggingface\.co|hf\.co)/(?!datasets/|spac
 REVISION = re.compile(r"(?!.*\.\.|.*//|.*/\.|[./-])[^\x00-\x20\x7f~^:?*\[\\]{1,200}(?<![./])")
 ONE_SLASH = re.compile(r"^(s3:|hf:)/(?!/)")
 SCHEME = re.compile(r"hf:/{1,2}")  # a Path has lost one of its slashes
+# Models that had no owner until 2024, and that configs still call so: the owner that each has now → the names.
+OWNERS = {
+    "openai-community": r"gpt2(-medium|-large|-xl)?|openai-gpt|roberta-(base|large)-openai-detector",
+    "google-bert": r"bert-(base|large)-(un)?cased(-whole-word-masking)?(-finetuned-(squad|mrpc))?"
+    r"|bert-base-multilingual-(un)?cased|bert-base-chinese|bert-base-german-cased|bert-base-german-dbmdz-(un)?cased",
+    "distilbert": r"distilbert-base-(un)?cased(-distilled-squad)?|distilbert-base-uncased-finetuned-sst-2-english"
+    r"|distilbert-base-(german|multilingual)-cased|distilgpt2|distilroberta-base",
+    "FacebookAI": r"roberta-(base|large)|roberta-large-mnli|xlm-roberta-(base|large)(-finetuned-conll0[23]-[a-z]+)?"
+    r"|xlm-(mlm|clm)-[a-z0-9-]+",
+    "google-t5": r"t5-(small|base|large|3b|11b)",
+    "albert": r"albert-(base|large|xlarge|xxlarge)-v[12]",
+    "xlnet": r"xlnet-(base|large)-cased",
+    "almanach": r"camembert-base",
+    "Salesforce": r"ctrl",
+    "transfo-xl": r"transfo-xl-wt103",
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,12 @@ class HubPath:
     def __str__(self) -> str:
         at = f"@{self.revision}" if self.revision else ""
         return self.repo + at + (f":{self.inside}" if self.inside else "")
+
+
+def with_owner(name: str) -> str:
+    """The name of a repository with its owner, where it is one of those that had none; any other as it is."""
+    owner = next((owner for owner, names in OWNERS.items() if re.fullmatch(names, name)), "")
+    return f"{owner}/{name}" if owner else name
 
 
 def slashed(operand: str | os.PathLike[str]) -> str:

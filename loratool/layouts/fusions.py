@@ -148,6 +148,8 @@ SERVED_AS = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 
+# Attention whose queries take in something else than its keys and values, so that no layer can be all three.
+CROSS_ATTENTION = ("encoder_attn", "cross_attn", "crossattention", "EncDecAttention")
 # Model types whose fused expert weights have gate and up in turns rather than one after the other.
 INTERLEAVED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter"})
 # Model types whose experts PEFT 0.19 and later treats the other way round, since they are flagged as (in, out).

@@ -18,6 +18,7 @@ from typing import Any
 from loratool.data import dataclass
 from loratool.errors import escaped, printable
 from loratool.files.hub_cache import is_hub_id
+from loratool.files.hub_names import with_owner
 from loratool.files.inputs import LARGEST_RECORD, open_regular, read_json
 from loratool.options.described import Options, place_word
 
@@ -172,7 +173,7 @@ def base_id(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any]) -
         str(base.get("id", "")) if isinstance(base, Mapping) else "",
         about.base if isinstance(about, Subject) else str(about.get("_name_or_path") or ""),
     ]
-    return next((name for name in told if is_hub_id(name)), "")
+    return next((name for name in map(with_owner, told) if is_hub_id(name)), "")
 
 
 def front(

@@ -20,6 +20,7 @@ from loratool.lazy import torch
 from loratool.notes import Note
 from loratool.options.described import Choice, Options, PathKind, option
 from loratool.reworking.converting.naming import hint_of, respelled
+from loratool.reworking.converting.strangers import check_has_names
 from loratool.reworking.converting.wholes import outlines
 from loratool.reworking.renaming import dialect_of, named_alike, renamed
 from loratool.reworking.runner import Draft
@@ -117,6 +118,7 @@ def in_manner(
     for source in named_alike(sources, dialect):
         own = {target: layer.magnitude or layer.update for target, layer in source.layers.items()}
         plain = replace(source.adapter, updates={**source.adapter.updates, **own})
+        check_has_names(plain, dialect)
         if lost := form.losses(plain, dialect) if source.adapter.format != form.name or asked else ():
             raise FitError(
                 f"{printable(source.adapter.file.path)}: {dialect} cannot express all of it:", [x.text for x in lost]

@@ -407,7 +407,7 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
     if whole and changed:
         yield Note(
             "no-strength",
-            f"{whole} tensors saved whole or as token rows have no scaling and stay unchanged",
+            f"tensors saved whole or as token rows have no scaling and stay unchanged ({whole})",
         )
     if asleep := sum(m.factor is None for m in modules.values()):
         yield Note("alpha-was-zero", f"{asleep} layers had an alpha of 0 and had no effect")

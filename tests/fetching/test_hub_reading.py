@@ -12,6 +12,7 @@ import faults
 import pytest
 from hub_models import NEEDED, downloaded
 from hub_server import STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
+from peft_files import edit_config
 from safetensors.numpy import load_file, save_file
 
 from loratool import cli
@@ -271,6 +272,17 @@ def test_the_base_may_be_the_one_that_the_adapter_names(
 ) -> None:
     client.works("merge", *form, "org/adapter", "-o", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "loratool.json").read_text())["base"]["name"] == "org/base"
+
+
+def test_a_base_from_before_models_had_owners_is_found_under_its_new_name(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """The Hub itself answers to `gpt2` for openai-community/gpt2; a folder of that name comes first."""
+    hub.add("openai-community/gpt2", models / "base")
+    adapter = shutil.copytree(models / "adapter", tmp_path / "adapter")
+    edit_config(adapter, base_model_name_or_path="gpt2")
+    client.works("merge", adapter, "-o", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "loratool.json").read_text())["base"]["name"] == "openai-community/gpt2"
 
 
 def test_an_adapter_that_names_no_base_or_one_that_is_not_here(client: Client, models: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_rank_above_a_layer_s_shape_is_cut_for_that_layer_and_told(
     assert config["rank_pattern"] == config["alpha_pattern"]
     (note,) = [note for note in report.notes if note.code == "rank-cut"]
     cut = sum(most < rank for most in MOST.values())
-    assert f"{cut} of {len(MOST)} layers are too small for rank {rank}" in note.text
+    assert f"rank {rank} is too large for {cut} of {len(MOST)} layers" in note.text
     assert any(f"such as {most} for {target}" in note.text for target, most in MOST.items())
     if command in ("resize", "extract", "combine") and rank == 99:
         one, two = (changes(model, loaded(model, given / name)) for name in ("one", "two"))

@@ -17,7 +17,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common
 from loratool.adapters.gguf_names import in_model, order_of
 from loratool.adapters.layers import Form, Kind, expert_place
-from loratool.adapters.model_settings import attention_heads, model_types
+from loratool.adapters.model_settings import attention_heads, model_needed, model_types
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
@@ -25,7 +25,7 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace
 from loratool.data import dataclass
-from loratool.errors import NAME_BASE, FitError, InputError, printable
+from loratool.errors import FitError, printable
 from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor
 from loratool.notes import Note
@@ -52,11 +52,7 @@ class Model:
         """Raises `InputError` where the config is of no model that llama.cpp's tables have."""
         known = sorted(MODEL_TYPES.keys() & model_types(config))
         if not known:
-            raise InputError(
-                "llama.cpp names weights by the architecture of the model, which takes the config of one of these types: "
-                f"{', '.join(MODEL_TYPES)}; pass the model that was trained with --base",
-                hint=NAME_BASE,
-            )
+            raise model_needed("llama.cpp names weights by the architecture of the model", MODEL_TYPES, config)
         kind = MODEL_TYPES[known[0]]
         return cls(kind, ARCHITECTURES[kind], config)
 

@@ -21,14 +21,14 @@ from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.torchtune_writing import TorchtuneNames, ordered_file
 from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
 from loratool.adapters.layers import Kind
-from loratool.adapters.model_settings import attention_heads, model_types
+from loratool.adapters.model_settings import attention_heads, model_needed, model_types
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.data import dataclass
-from loratool.errors import NAME_BASE, InputError, printable
+from loratool.errors import printable
 from loratool.files.heads import HasNames
 from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.notes import Note
@@ -113,14 +113,10 @@ class Torchtune(TrainerFormat):
 
     def heads(self) -> dict[str, int]:
         """The heads of modules whose rows are permuted, by the last part of their names. Raises `InputError`."""
-        known = sorted(PERMUTED.keys() & model_types(self.model or {}))
-        heads = attention_heads(self.model or {})
+        config = self.model or {}
+        known, heads = sorted(PERMUTED.keys() & model_types(config)), attention_heads(config)
         if len(known) != 1 or heads is None:
-            raise InputError(
-                "torchtune orders the rows of queries and keys by model and by heads; pass the model that was trained "
-                f"with --base (one of {', '.join(PERMUTED)})",
-                hint=NAME_BASE,
-            )
+            raise model_needed("torchtune orders the rows of queries and keys by model and by heads", PERMUTED, config)
         return {"q_proj": heads.queries, "k_proj": heads.keys} if PERMUTED[known[0]] else {}
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)

@@ -54,6 +54,7 @@ from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
+from loratool.reworking.converting.strangers import check_has_names
 from loratool.reworking.converting.wholes import (
     check_norms,
     outlines,
@@ -145,6 +146,7 @@ def convert(
     config = base.config if base is not None else {}
     goal = replace(goal, form=goal.form.for_model(config))
     given = on_model(read_adapter(path, way), config)
+    check_has_names(given, goal.dialect)
     if base is not None and goal.dialect == "peft":
         given = with_values(given, base)
     keeps = can_keep(given, goal.dialect) and not options.shortens

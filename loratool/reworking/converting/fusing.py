@@ -14,7 +14,7 @@ from loratool.adapters.formats.format import Format
 from loratool.adapters.layers import Kind, Layer
 from loratool.adapters.model_settings import attention_heads, model_types, setting
 from loratool.errors import FitError, InputError, printable
-from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
+from loratool.layouts.fusions import CROSS_ATTENTION, EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
 from loratool.notes import Note
 from loratool.reworking.converting.rows import Rows, Target
 
@@ -33,7 +33,8 @@ def part_of(target: str, fusion: Fusion) -> tuple[str, int, int] | None:
     """(what comes before, part, expert) of a target that is a part of a fused layer; the expert is 0 for none."""
     for number, part in enumerate(fusion.parts):
         pattern = re.escape(part if part.endswith(".weight") else f"{part}.weight").replace(re.escape("#"), r"(\d+)")
-        if match := re.fullmatch(rf"(.*\.|){pattern}", target):
+        match = re.fullmatch(rf"(.*\.|){pattern}", target)
+        if match and not match[1].removesuffix(".").endswith(CROSS_ATTENTION):
             return match[1], number, int(match[2]) if match.lastindex == 2 else 0
     return None
 

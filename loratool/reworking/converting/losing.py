@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
@@ -13,6 +14,8 @@ from loratool.notes import Note
 from loratool.results.repairs import some
 from loratool.reworking.converting.servers import Server
 
+REFUSED = "server-refuses"  # the code of a note
+
 
 def losses_of(adapter: Adapter, form: Format, dialect: str, server: Server | None) -> tuple[Note, ...]:
     """What of an adapter a dialect cannot say, or a server refuses."""
@@ -20,7 +23,7 @@ def losses_of(adapter: Adapter, form: Format, dialect: str, server: Server | Non
     for target, update in (*adapter.updates.items(), *adapter.bases.items()):
         if server is not None and (what := server.refused(update)):
             refused.setdefault(what, []).append(target)
-    notes = (Note("server-refuses", f"{server} does not take {what}: {some(t)}") for what, t in refused.items())
+    notes = (Note(REFUSED, f"{server} does not take {what}: {some(t)}") for what, t in refused.items())
     return (*form.losses(adapter, dialect), *notes)
 
 
@@ -38,6 +41,13 @@ def lengths_lost(adapter: Adapter, form: Format, dialect: str, server: Server | 
     )
 
 
+def who(dialect: str, server: Server | None, lost: Sequence[Note]) -> str:
+    """The tool that takes less than all."""
+    if server is not None and any(note.code == REFUSED for note in lost):
+        return f"{server} does not take all"
+    return f"{dialect} cannot express all"
+
+
 def without_losses(
     adapter: Adapter, form: Format, dialect: str, server: Server | None, accepted: bool
 ) -> tuple[Adapter, tuple[Note, ...]]:
@@ -49,8 +59,8 @@ def without_losses(
         dora = lengths_lost(adapter, form, dialect, server)
         way_out = "; --base with --rank or --energy approximates DoRA by LoRA" if dora else ""
         raise FitError(
-            f"{printable(adapter.file.path)}: {dialect} cannot express all of this adapter; pass --accept-loss to "
-            f"leave it out, or merge it into its base with `loratool merge`{way_out}:",
+            f"{printable(adapter.file.path)}: {who(dialect, server, lost)} of this adapter; pass --accept-loss to leave "
+            f"out the rest, or merge it into its base with `loratool merge`{way_out}:",
             [note.text for note in lost],
         )
     kept: dict[str, Update] = {}

@@ -329,8 +329,8 @@ def unknown(layers: Mapping[str, Sized], dialect: str, names: Mapping[str, str])
                 map(printable, strange),
             )
         raise InputError(
-            f"{dialect} names modules in the layout of its architecture, and these belong to none that is known "
-            f"({', '.join(ARCHITECTURES)}); pass --architecture, or choose another dialect:",
+            f"{dialect} names modules in the layout of their architecture, and these belong to none that is known "
+            f"({', '.join(ARCHITECTURES)}); choose another dialect:",
             grouped(odd),
         )
     return targets
