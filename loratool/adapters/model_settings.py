@@ -64,7 +64,7 @@ def model_needed(why: str, known: Iterable[str], config: Mapping[str, Any]) -> I
         return InputError(f"{why}, and the config.json of this model does not tell how many heads it has")
     if found:
         named = ", ".join(map(printable, found))
-        return InputError(f"{why}, which loratool does not know for models of type {named} (only {', '.join(types)})")
+        return InputError(f"{why}, and type {named} is not supported (only {', '.join(types)})")
     return InputError(
         f"{why}; pass --base with the folder of the model that was trained, with its config.json (one of "
         f"{', '.join(types)})",

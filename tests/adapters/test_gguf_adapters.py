@@ -280,7 +280,7 @@ def test_what_llama_cpp_cannot_load_is_not_written(tmp_path: Path) -> None:
     base, adapter = model(tmp_path / "base", tie_word_embeddings=True), peft_adapter(tmp_path / "peft")
     with pytest.raises(loratool.InputError, match="--base"):
         loratool.convert(adapter, tmp_path / "a.gguf", to="gguf")
-    with pytest.raises(loratool.InputError, match="for models of type rwkv"):
+    with pytest.raises(loratool.InputError, match="type rwkv is not supported"):
         loratool.convert(adapter, tmp_path / "a.gguf", to="gguf", base=model(tmp_path / "other", model_type="rwkv"))
     head = {"lm_head.weight": (torch.ones(RANK, HIDDEN), torch.ones(VOCABULARY, RANK))}
     of_head = write_adapter(tmp_path / "head", head, r=RANK, lora_alpha=1, target_modules=["lm_head"])
