@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import field, replace
@@ -71,6 +73,19 @@ class Rounded:
     factors: Product
     read_back: Product  # what they mean to whoever reads them, in float64
 
+    @property
+    def rank(self) -> int:
+        return self.factors.rank
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The factors of a layer that are written as they lie in another file, byte for byte."""
+
+    target: str
+    rank: int
+    stored: tuple[StoredTensor, StoredTensor]  # A and B, row by row
+
 
 @dataclass
 class Output:
@@ -80,30 +95,32 @@ class Output:
     stage: Stage | None
     names: Spelling
     forms: Mapping[str, Form]
-    dtype: torch.dtype
+    dtype: str  # of the factors, as torch calls it
     scales: Mapping[str, float] = field(default_factory=dict)  # what the output says multiplies factors, where not 1
     ranks: dict[str, int] = field(default_factory=dict)  # of the layers that were written
 
     def rounded(self, target: str, found: Product) -> Rounded:
         """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
         factor = 1 / self.names.times(target)
-        factors = found.scaled(factor).to(self.dtype)
+        factors = found.scaled(factor).to(getattr(torch, self.dtype))
         if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
-            raise FitError(
-                f"{printable(target)}: the factors overflow {str(self.dtype).removeprefix('torch.')}; pass another "
-                "--dtype"
-            )
+            raise FitError(f"{printable(target)}: the factors overflow {self.dtype}; pass another --dtype")
         return Rounded(target, factors, factors.to(torch.float64).scaled(1 / factor))
 
-    def add(self, found: Rounded) -> None:
+    def add(self, found: Rounded | Copied) -> None:
         """Write the factors of a layer, and what says their scale where a tensor does."""
-        self.ranks[found.target] = found.factors.rank
-        for name, number in self.names.strengths(Parts({found.target: found.factors.rank}, self.scales)).items():
-            self.write(name, torch.tensor(number, dtype=torch.float32))
-        if self.file is not None:
-            tensors = self.names.stored(self.forms[found.target], found.factors)
-            for name, tensor in zip(self.names.factors(found.target), tensors, strict=True):
-                self.write(name, tensor)
+        self.ranks[found.target] = found.rank
+        if self.file is None:
+            return
+        for name, number in self.names.strengths(Parts({found.target: found.rank}, self.scales)).items():
+            self.file.add(name, "F32", (), as_float32(number))
+        form, names = self.forms[found.target], self.names.factors(found.target)
+        if isinstance(found, Copied):
+            for name, stored, shape in zip(names, found.stored, self.names.shapes(form), strict=True):
+                self.file.copy(name, stored.file, replace(stored.info, shape=shape))
+            return
+        for name, tensor in zip(names, self.names.stored(form, found.factors), strict=True):
+            self.write(name, tensor)
 
     def write(self, name: str, tensor: Tensor) -> None:
         if self.file is not None:
@@ -128,7 +145,8 @@ class Output:
         if self.stage is None or self.file is None:
             return None
         self.file.finish()
-        self.stage.add(self.names.form.weights_name)
+        if not self.stage.single:  # of a single file no record tells a digest
+            self.stage.add(self.names.form.weights_name)
         if (name := self.names.form.config_name) and not self.stage.single:
             self.stage.write(name, as_json(config))
         return self.stage.folder / (self.names.form.weights_name if self.stage.single else "")
@@ -181,7 +199,7 @@ def adapter_output(
     out: Path,
     forms: Mapping[str, Form],
     carried: Carried,
-    dtype: torch.dtype,
+    dtype: str,
     names: Spelling,
     options: WritingOptions,
     header: Mapping[str, str] | None = None,
@@ -253,7 +271,7 @@ def scaled_output(
         staged(out, wanted, needed, replaceable(options.overwrite), single=single) as stage,
         form.container(stage.folder / form.weights_name, own.values(), header) as written,
     ):
-        output = Output(written, stage, WRITTEN.spelling({}), {}, torch.float32)
+        output = Output(written, stage, WRITTEN.spelling({}), {}, "float32")
         for name, _, shape in own.values():
             if name in scaled.numbers:
                 output.write(name, torch.full(shape, scaled.numbers[name], dtype=torch.float32))
@@ -279,8 +297,8 @@ def times(source: Contents, name: str, factor: float) -> Tensor:
     return found
 
 
-def announced_factors(names: Spelling, forms: Mapping[str, Form], dtype: torch.dtype) -> Iterator[Triple]:
-    spelled = SPELLED[str(dtype).removeprefix("torch.")]
+def announced_factors(names: Spelling, forms: Mapping[str, Form], dtype: str) -> Iterator[Triple]:
+    spelled = SPELLED[dtype]
     for target, form in forms.items():
         for name, shape in zip(names.factors(target), names.shapes(form), strict=True):
             yield name, spelled, shape
@@ -338,17 +356,22 @@ def add_missing_biases(carried: Carried, names: Spelling, lengths: Mapping[str, 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
     """The dtype of the factors: as asked, or the one that holds those of every source."""
+    dtype: torch.dtype = getattr(torch, kept_name(sources, asked))
+    return dtype
+
+
+def kept_name(sources: Sequence[Contents], asked: str) -> str:
+    """The same, as torch calls it."""
     every = (tensor for source in sources for layer in source.layers.values() for tensor in factor_tensors(layer))
-    return factor_dtype({tensor.info.dtype for tensor in every}, asked)
+    return factor_name({tensor.info.dtype for tensor in every}, asked)
 
 
-def factor_dtype(stored: Set[str], asked: str) -> torch.dtype:
+def factor_name(stored: Set[str], asked: str) -> str:
     """The dtype of factors: as asked, or the one that holds what is `stored`, of which indices are no floats."""
     if asked != "keep":
-        dtype: torch.dtype = getattr(torch, asked)
-        return dtype
+        return asked
     found = {EIGHT_BITS.get(name, name) for name in stored} & WIDTH.keys()
-    return torch.float32 if found == {"BF16", "F16"} else torch_dtype(max(found, key=WIDTH.__getitem__, default="F32"))
+    return FLOAT_NAMES["F32" if found == {"BF16", "F16"} else max(found, key=WIDTH.__getitem__, default="F32")]
 
 
 def factor_tensors(layer: Layer) -> Iterator[StoredTensor]:
@@ -363,7 +386,20 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    return SPELLED[str(tensor.dtype).removeprefix("torch.")]
+    return SPELLED[called(tensor.dtype)]
+
+
+def called(dtype: torch.dtype) -> str:
+    """torch.float32 → float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def as_float32(number: float) -> bytes:
+    """A number as a tensor of float32 holds it; infinite where it is too large."""
+    found = array("f", [number])
+    if sys.byteorder == "big":
+        found.byteswap()
+    return found.tobytes()
 
 
 def files_beside(source: Contents) -> dict[str, Path]:

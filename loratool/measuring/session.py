@@ -6,16 +6,17 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import field
+from functools import cached_property
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
 from loratool.algebra.lowrank.products import working_dtype
 from loratool.data import dataclass
-from loratool.devices import check_device, exact_arithmetic, load_linear_algebra, start_torch
+from loratool.devices import check_device, exact_arithmetic, kind_of, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores
 from loratool.grouping import by_key
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 PathLike = str | os.PathLike[str]  # what every path argument takes
+Origins = tuple[dict[str, Any], ...]  # adapters, as provenance names them
 Progress = Callable[[int, int], None]
 CPU_BATCH = 1 << 20  # bytes of factors in float64 that are decomposed at a time
 CUDA_BATCH = 1 << 30
@@ -43,13 +45,24 @@ class Own(threading.local):
 
 @dataclass(frozen=True)
 class Session:
-    """Torch and some devices of one kind, ready to work on the factors of some adapters."""
+    """Torch and some devices of one kind, ready to work on the factors of some adapters; for copies the CPU alone."""
 
-    devices: tuple[torch.device, ...]
-    dtype: torch.dtype  # to compute in
+    names: tuple[str, ...]  # of the devices
+    has_torch: bool
     startup_seconds: float
-    origins: tuple[dict[str, Any], ...]  # the adapters, as provenance names them
+    origins: Origins
     own: Own = field(default_factory=Own)
+
+    @cached_property
+    def devices(self) -> tuple[torch.device, ...]:
+        import torch
+
+        return tuple(map(torch.device, self.names))
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """To compute in."""
+        return working_dtype(self.devices)
 
     @property
     def device(self) -> torch.device:
@@ -58,12 +71,12 @@ class Session:
 
     @property
     def on_gpu(self) -> bool:
-        return self.devices[0].type == "cuda"
+        return kind_of(self.names) == "cuda"
 
     @property
     def workers(self) -> int:
         """Threads: one for each core, or for each GPU."""
-        return len(self.devices) if self.on_gpu else max(len(self.devices), min(cores(), MOST_WORKERS))
+        return len(self.names) if self.on_gpu else max(len(self.names), min(cores(), MOST_WORKERS))
 
     def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """The results of all items in their order. Each worker takes the next item for its own device.
@@ -75,6 +88,8 @@ class Session:
         numbers = count()
 
         def begin() -> None:
+            if not self.has_torch:
+                return
             import torch
 
             torch.set_num_threads(1)
@@ -115,27 +130,37 @@ class Session:
 
     def told(self, started: float) -> dict[str, Any]:
         """What every report tells of the work that began at `started`."""
-        devices = ", ".join(map(str, self.devices))
-        return {"cost": Cost.since(started, devices, self.startup_seconds)}
+        return {"cost": Cost.since(started, ", ".join(self.names), self.startup_seconds)}
+
+
+def hashing(sources: Sequence[Contents]) -> Future[Origins]:
+    """The adapters, as provenance names them; their files are hashed for it, in the background."""
+    pool = ThreadPoolExecutor(1, "loratool-hash")
+    found = pool.submit(lambda: tuple(map(described, sources)))
+    pool.shutdown(wait=False)
+    return found
 
 
 @contextmanager
-def session(device: str, sources: Sequence[Contents]) -> Iterator[Session]:
-    """Import torch and wake the devices, hashing the adapters meanwhile."""
+def session(device: str, sources: Sequence[Contents], origins: Future[Origins] | None = None) -> Iterator[Session]:
+    """Import torch and wake the devices, hashing the adapters meanwhile, unless they are `origins` already."""
     check_device(device)
     runtime = start_torch(device)
     try:
-        origins = tuple(described(source) for source in sources)
+        known = origins.result() if origins is not None else tuple(map(described, sources))
         ready = runtime.result()
-        import torch
-
-        devices = tuple(map(torch.device, ready.devices))
         load_linear_algebra(ready.devices)
         with exact_arithmetic():
-            yield Session(devices, working_dtype(devices), ready.seconds, origins)
+            yield Session(ready.devices, True, ready.seconds, known)
     except LoratoolError:
         runtime.exception()  # wait for the import: a process that ends in the middle of it may crash
         raise
+
+
+@contextmanager
+def copying(origins: Future[Origins]) -> Iterator[Session]:
+    """For what copies bytes and compares them: no torch, and as many threads as on the CPU."""
+    yield Session(("cpu",), False, 0.0, origins.result())
 
 
 @dataclass(frozen=True)

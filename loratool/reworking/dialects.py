@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapters.formats import DIALECTS, WRITTEN, format_of
 from loratool.adapters.formats.format import Format, Spelling
 from loratool.adapters.layers import Contents, Form, Kind
-from loratool.adapters.writer import Carried
+from loratool.adapters.writer import Carried, called
 from loratool.bases.opening import open_checkpoint
 from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
@@ -61,7 +61,7 @@ class Manner:
     ) -> Draft:
         """What is written of layers whose scale is in their factors."""
         adapters = [source.adapter for source in sources]
-        return Draft(forms, names, dtype, carried, sources=adapters, architecture=self.architecture)
+        return Draft(forms, names, called(dtype), carried, sources=adapters, architecture=self.architecture)
 
 
 @dataclass(frozen=True, kw_only=True)

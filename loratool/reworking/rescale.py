@@ -353,8 +353,7 @@ class Baker(Maker[str, None]):
         scaled = found.scaled(self.remaining(task))
         rounded = output.rounded(task, padded(scaled, output.forms[task].rank))
         if bool(found.up.any()) and not bool(rounded.factors.up.any()):
-            dtype = str(output.dtype).removeprefix("torch.")
-            raise FitError(f"{printable(task)}: all of B would be zero in {dtype}")
+            raise FitError(f"{printable(task)}: all of B would be zero in {output.dtype}")
         return [Made((rounded,), None)]
 
     def remaining(self, task: str) -> float:

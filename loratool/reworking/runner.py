@@ -19,10 +19,9 @@ from typing import Any, Generic, TypeVar
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import Form
-from loratool.adapters.writer import Carried, FactorOptions, Output, Rounded, adapter_output
+from loratool.adapters.writer import Carried, Copied, FactorOptions, Output, Rounded, adapter_output
 from loratool.data import dataclass
 from loratool.files.outputs import MADE_HERE
-from loratool.lazy import torch
 from loratool.measuring.session import PathLike, Progress, Session
 from loratool.notes import Note, as_records
 from loratool.options.described import Options
@@ -38,7 +37,7 @@ class Draft:
 
     forms: Mapping[str, Form]  # by target
     names: Spelling
-    dtype: torch.dtype
+    dtype: str  # of the factors, as torch calls it
     carried: Carried  # what stands beside the factors
     scales: Mapping[str, float] = field(default_factory=dict)  # what the output says multiplies factors, where not 1
     sources: Sequence[Adapter] = ()  # whose headers are kept, as far as they stay true
@@ -53,7 +52,7 @@ class Draft:
 class Made(Generic[Told]):
     """A layer that was worked on: its factors, none where it gets none, and what is told of it."""
 
-    factors: tuple[Rounded, ...]
+    factors: tuple[Rounded | Copied, ...]
     told: Told
 
 

@@ -355,7 +355,7 @@ def write_as_mlx(source: Path, out: Path) -> None:
     rank = max(layer.rank for layer in contents.layers.values())
     forms = {target: Form.of(layer, rank) for target, layer in contents.layers.items()}
     carried = carried_over(contents, names) if contents.dora else Carried()
-    with adapter_output(out, forms, carried, torch.float32, names, FactorOptions()) as output:
+    with adapter_output(out, forms, carried, "float32", names, FactorOptions()) as output:
         for target in contents.layers:
             product = contents.load(target, torch.device("cpu"), torch.float64)
             output.add(output.rounded(target, padded(product, rank)))

@@ -93,6 +93,10 @@ class Spelling(Protocol):
     def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
         """A and B of a product, as they are stored."""
 
+    def keeps(self, form: Form) -> bool:  # noqa: ARG002 (what is not known to be the same is computed)
+        """Whether A and B of a layer are stored row by row, as (rank, in) and (out, rank), so that bytes can be copied."""
+        return False
+
     def bias(self, target: str) -> str:
         """The name of what B adds to the output, for the target of the weight."""
 
@@ -161,6 +165,9 @@ class FactorsOnly:
     flattens = False
     scales_biases = False
     kinds: Mapping[str, Kind]
+
+    def keeps(self, form: Form) -> bool:  # noqa: ARG002 (as above)
+        return False
 
     def lengths(self, form: Form, columns: int = 0) -> Shape:
         if columns:

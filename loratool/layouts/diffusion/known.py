@@ -6,7 +6,7 @@ Depths and counts are those of the released models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import field
 from functools import cache
 
 from loratool.data import dataclass
@@ -105,7 +105,7 @@ def links(name: str) -> tuple[Row, ...]:
                 found.append(ended)
             for number in range(known.counts.get(ended.original.partition(".")[0], 0) if "#" in ended.original else 0):
                 parts = tuple(part.replace("#", str(number)) for part in ended.parts)
-                found.append(replace(ended, original=ended.original.replace("#", str(number)), parts=parts))
+                found.append(ended.called(ended.original.replace("#", str(number)), parts))
     return tuple(found)
 
 
@@ -124,7 +124,7 @@ def with_ends(row: Row, known: Architecture) -> list[Row]:
     else:
         ends = list(ENDS.get(stem, ()))
     start = part.removesuffix(".*")
-    return [replace(row, original=f"{stem}.{end}".rstrip("."), parts=(f"{start}.{end}".rstrip("."),)) for end in ends]
+    return [row.called(f"{stem}.{end}".rstrip("."), (f"{start}.{end}".rstrip("."),)) for end in ends]
 
 
 def level_of(original: str, known: Architecture) -> int | None:

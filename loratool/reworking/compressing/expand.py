@@ -10,7 +10,7 @@ from typing import Any
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import DIALECTS
 from loratool.adapters.layers import Form
-from loratool.adapters.writer import Carried, adapter_output, check_adapter_target
+from loratool.adapters.writer import Carried, adapter_output, called, check_adapter_target
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, padded
 from loratool.errors import InputError, printable
@@ -58,7 +58,7 @@ def expand(
         }
     )
     with session("cpu", ()) as at_work:
-        with adapter_output(target, forms, carried, dtype, names, options, header) as output:
+        with adapter_output(target, forms, carried, called(dtype), names, options, header) as output:
             for done, (layer, shape) in enumerate(forms.items()):
                 output.add(output.rounded(layer, at_rank(bases, member, layer, shape)))
                 if progress:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,14 @@ from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.training_data import without_training_data
 from loratool.adapters.unsettled import settled as on_model
 from loratool.adapters.writer import (
+    Copied,
     FactorOptions,
     Output,
     Rounded,
     check_adapter_target,
     files_beside,
     kept_dtype,
+    kept_name,
     told_beside,
 )
 from loratool.algebra.lowrank.joint import truncated
@@ -38,7 +39,7 @@ from loratool.errors import FitError, InputError, LoratoolError, UsageError, pri
 from loratool.fetching import local
 from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import torch
-from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.measuring.session import PathLike, Progress, Session, copying, hashing, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Choice, Number, PlaceKind, option
 from loratool.options.shared import PublishOptions
@@ -46,13 +47,14 @@ from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked, kernels_in
 from loratool.reworking.converting.carrying import carried
+from loratool.reworking.converting.copying import copies, may_be_copied, only_low_rank
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept, others_in, whole
 from loratool.reworking.converting.losing import lengths_lost, without_losses
 from loratool.reworking.converting.naming import Wanted, hint_of, respelled, with_experts_apart
 from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
-from loratool.reworking.converting.rows import Target, narrowed
+from loratool.reworking.converting.rows import Target, narrowed, settled
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
 from loratool.reworking.converting.strangers import check_has_names
 from loratool.reworking.converting.wholes import (
@@ -63,8 +65,6 @@ from loratool.reworking.converting.wholes import (
     with_values,
 )
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
-
-SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,23 +162,24 @@ def convert(
     contents = with_biases_apart(contents, kinds if keeps else ())
     if not contents.layers and not others and (goal.form is not NAMED or not stored_in_full(contents)):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")
-    with session("cpu", [contents]) as at_work:
-        contents = as_lora(contents, moved, options.rank, options.energy, at_work)
-        hint = options.architecture or hint_of(contents)
-        beside = outlines(contents, others)
+    origins = hashing([contents])
+    hint = options.architecture or hint_of(contents)
+    beside = outlines(contents, others)
+    wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
+    forms = projections(contents, kernels, "" if wanted.is_assumed else wanted.architecture)
+    if (shaped := in_their_form(contents, forms)) is not contents:
+        contents = shaped
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
-        forms = projections(contents, kernels, "" if wanted.is_assumed else wanted.architecture)
-        if (shaped := in_their_form(contents, forms)) is not contents:
-            contents = shaped
-            wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
-        check_norms(contents, goal.dialect, wanted.architecture)
-        if goal.server is not None and goal.server.splits(config):
-            wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
-        made = Converter(contents, wanted, at_work, goal, options, kinds)
-        made.lost, made.moved, made.kernels = lost, moved, {**kernels, **forms}
-        made.models = {"base": told_model(base, ModelDigests.of(base, compute=False))} if base is not None else {}
-        if keeps:
-            made.keep(given, whole(wanted.beside, others))
+    check_norms(contents, goal.dialect, wanted.architecture)
+    if goal.server is not None and goal.server.splits(config):
+        wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
+    made = Converter(contents, wanted, goal, options, kinds)
+    made.lost, made.moved, made.kernels = lost, moved, {**kernels, **forms}
+    made.models = {"base": told_model(base, ModelDigests.of(base, compute=False))} if base is not None else {}
+    if keeps:
+        made.keep(given, whole(wanted.beside, others))
+    with session("cpu", [contents], origins) if made.computes else copying(origins) as at_work:
+        made.begin(at_work)
         for _ in at_work.spread(partial(check_baked, given, plain), made.kinds):
             pass
         done = run(made, target, [path], options, progress)
@@ -198,14 +199,13 @@ class Converter(Maker[str, str]):
         self,
         contents: Contents,
         wanted: Wanted,
-        at_work: Session,
         goal: Goal,
         options: ConvertOptions,
         kinds: Mapping[str, str],  # of layers that were LoHa or LoKr
     ) -> None:
-        self.contents, self.wanted, self.at_work, self.goal, self.options = contents, wanted, at_work, goal, options
+        self.contents, self.wanted, self.goal, self.options = contents, wanted, goal, options
         self.kinds = kinds
-        self.dtype = kept_dtype([contents], options.dtype)
+        self.dtype = kept_name([contents], options.dtype)
         self.own: dict[str, int] = {}  # the ranks that layers of the output have by themselves
         self.cut: dict[str, int] = {}  # those to which they are approximated
         self.ranks: dict[str, int] = {}  # those that they get
@@ -213,8 +213,26 @@ class Converter(Maker[str, str]):
         self.as_read: Mapping[str, Target] = {}  # the targets as the dialect's reader calls them
         self.compared: dict[str, Compared] = {}
         self.beside: dict[str, float] = {}  # the errors of what is no layer
-        self.targets = narrowed(wanted.targets, contents.layers, self.load)
+        self.targets = wanted.targets
         self.kept: dict[str, str] = {}  # layers of the output whose tensors are those of a layer of the input
+        self.copied: dict[str, Copied] = {}  # layers of the output whose factors are those of a layer of the input
+
+    @property
+    def computes(self) -> bool:
+        """Whether any number of the output is not one of the input, so that torch is needed."""
+        if self.kinds or self.moved or self.options.shortens or not only_low_rank(self.contents):
+            return True
+        layers = self.contents.layers
+        if not all(may_be_copied(target, layers, self.dtype) for target in self.targets.values()):
+            return True
+        self.draft()
+        return self.copied.keys() != self.targets.keys()
+
+    def begin(self, at_work: Session) -> None:
+        """What has to be computed before a layer is written."""
+        self.at_work, options = at_work, self.options
+        self.contents = as_lora(self.contents, self.moved, options.rank, options.energy, at_work)
+        self.targets = narrowed(self.targets, self.contents.layers, self.load)
 
     def keep(self, given: Adapter, others: Mapping[str, str]) -> None:
         """Write LoHa and LoKr as they are, where a layer stays one, and `others` by the target that each gets."""
@@ -229,6 +247,10 @@ class Converter(Maker[str, str]):
         self.wanted = replace(self.wanted, beside=beside)
 
     def draft(self) -> Draft:
+        return self.drafted
+
+    @cached_property
+    def drafted(self) -> Draft:
         layers, form = self.contents.layers, self.goal.form
         release = self.contents.training.release if form is format_of(self.contents.adapter) else ""
         kinds = {name: target.kind for name, target in self.targets.items()}
@@ -237,6 +259,7 @@ class Converter(Maker[str, str]):
         scales = self.scales(names)
         self.choose_ranks(names)
         forms = {name: target.form(layers, self.ranks[name]) for name, target in self.targets.items()}
+        self.copied = dict(copies(self.targets, layers, forms, self.factors, names, self.dtype))
         beside = carried(self.contents, self.targets, names, forms, scales, self.wanted.beside)
         parts = Parts(
             self.ranks,
@@ -324,22 +347,29 @@ class Converter(Maker[str, str]):
         return self.targets
 
     def work(self, output: Output, task: str) -> list[Made[str]]:
-        target = self.targets[task]
+        if task in self.copied:
+            if not all(tensor.finite() for tensor in self.copied[task].stored):
+                self.contents.adapter.check_values()  # which tells all of them
+            return [Made((self.copied[task],), task)]
+        target, dtype = self.targets[task], getattr(torch, output.dtype)
         if task in self.cut:
             whole = target.product(self.load_exactly, self.factors[task], self.own[task])
-            product = padded(truncated(whole, self.cut[task])[0], self.ranks[task]).to(output.dtype)
+            product = padded(truncated(whole, self.cut[task])[0], self.ranks[task]).to(dtype)
         else:
-            product = target.product(self.load, self.factors[task], self.ranks[task]).to(output.dtype)
+            product = target.product(self.load, self.factors[task], self.ranks[task]).to(dtype)
         if not (bool(product.up.isfinite().all()) and bool(product.down.isfinite().all())):
             self.contents.adapter.check_values()
-            dtype = str(output.dtype).removeprefix("torch.")
-            raise FitError(f"{printable(task)}: the factors overflow {dtype}; pass another --dtype")
+            raise FitError(f"{printable(task)}: the factors overflow {output.dtype}; pass another --dtype")
         return [Made((Rounded(task, product, product),), task)]
 
     def load(self, target: str) -> Product:
         """The factors of a layer of the input, in their own dtype or a wider one."""
-        dtype = torch.promote_types(self.dtype, kept_dtype([self.contents], "keep"))
-        return self.contents.layers[target].load_factors(torch.device("cpu"), dtype)
+        return self.contents.layers[target].load_factors(torch.device("cpu"), self.widest)
+
+    @cached_property
+    def widest(self) -> torch.dtype:
+        """The dtype that holds the factors of the input and of the output."""
+        return torch.promote_types(getattr(torch, self.dtype), kept_dtype([self.contents], "keep"))
 
     def load_exactly(self, target: str) -> Product:
         return self.contents.layers[target].load_factors(torch.device("cpu"), torch.float64)
@@ -366,7 +396,7 @@ class Converter(Maker[str, str]):
         written = contents_of(replace(found, updates=others), "convert")
         self.check_layers({*written.layers, *same})
         places = places_of(self.as_read)
-        comparison = Comparison(self.contents, written, places, self.dtype, self.moved, self.wanted.beside)
+        comparison = Comparison(self.contents, written, places, self.dtype, self.moved, self.wanted.beside, self.copied)
 
         def work(target: str) -> tuple[str, Compared]:
             return target, comparison.compare(target)
@@ -443,7 +473,7 @@ class Converter(Maker[str, str]):
             modules=modules,
             layers=len(self.targets) + len(self.kept),
             ranks=self.ranks,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             beside=dict(sorted(self.beside.items())),
             worst=max(
                 errors,
@@ -461,11 +491,3 @@ class Proof:
     """What the record of an output says of it."""
 
     worst_error: float  # ‖ΔW − ΔW'‖ / ‖ΔW‖ of the worst layer, as read back
-
-
-def settled(wanted: float, said: float) -> float:
-    """What rows are multiplied by, where a file says one scale and another is wanted: 1 where they mean the same."""
-    if not said:
-        return 1.0 if not wanted else math.nan
-    factor = wanted / said
-    return 1.0 if abs(factor - 1) <= SAME else factor

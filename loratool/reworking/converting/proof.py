@@ -9,7 +9,7 @@ the difference of their `up` times that, and no QR is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -80,9 +80,10 @@ class Comparison:
     given: Contents
     found: Contents
     places: Mapping[str, list[Held]]
-    dtype: torch.dtype  # of the output's factors
+    dtype: str  # of the output's factors, as torch calls it
     moved: Mapping[str, Moved]  # what DoRA makes of layers that are written as LoRA
     full: Mapping[str, Target]  # where what is stored in full was written
+    copied: Collection[str] = ()  # layers of the output whose factors must be bytes of the input
 
     @property
     def before(self) -> Mapping[str, Layer]:
@@ -173,8 +174,9 @@ class Comparison:
             *map(length, self.left_out(layer, whole, places)),
         )
         sizes = float(torch.linalg.vector_norm(whole.up) * torch.linalg.vector_norm(whole.down))
-        unit = UNIT[str(self.dtype).removeprefix("torch.")]
-        limit = max(EXACT, 4 * unit * max(1.0, sizes / norm)) if norm else 0.0
+        unit = UNIT[self.dtype]
+        copied = any(place.target in self.copied for place in places)
+        limit = max(EXACT, 4 * unit * max(1.0, sizes / norm)) if norm and not copied else 0.0
         return Compared(norm, lost / norm if norm else lost, limit)
 
     def written(self, places: list[Held]) -> Iterator[tuple[int, Product]]:

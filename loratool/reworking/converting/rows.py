@@ -9,6 +9,7 @@ together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -19,6 +20,7 @@ from loratool.algebra.lowrank.products import Product, padded
 from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
+SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a float32
 Load = Callable[[str], Product]  # the factors of a layer by its target, without its scale, a batch of those of experts
 
 
@@ -193,3 +195,11 @@ def gathered(parts: Sequence[Rows], values: Mapping[str, Tensor], dtype: torch.d
         for part in parts
     ]
     return torch.cat(found)
+
+
+def settled(wanted: float, said: float) -> float:
+    """What rows are multiplied by, where a file says one scale and another is wanted: 1 where they mean the same."""
+    if not said:
+        return 1.0 if not wanted else math.nan
+    factor = wanted / said
+    return 1.0 if abs(factor - 1) <= SAME else factor

@@ -17,7 +17,7 @@ from loratool.adapters.layers import ATTENTION, Form, Kind, adapted_module
 from loratool.adapters.ranks import told_of_cuts
 from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
-from loratool.adapters.writer import Output, Rounded, check_adapter_target, factor_dtype
+from loratool.adapters.writer import Output, Rounded, called, check_adapter_target, factor_name
 from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
 from loratool.bases.binding.orientation import module_of
 from loratool.bases.packed import Packed
@@ -206,7 +206,9 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the factors: as asked, or the one that holds those of the tuned layers."""
-        return factor_dtype({change.tuned.dtype for change in self.pairing.changes.values()}, self.asked_dtype)
+        names = {change.tuned.dtype for change in self.pairing.changes.values()}
+        dtype: torch.dtype = getattr(torch, factor_name(names, self.asked_dtype))
+        return dtype
 
     def draft(self) -> Draft:
         self.find_stacked_rank()
@@ -214,7 +216,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         kinds = {t: form.kind for t, form in forms.items()}
         names = self.names(kinds, self.release(forms))
         carried = self.pairing.carried(self.manner.form, self.manner.dialect)
-        return Draft(forms, names, self.dtype, carried, architecture=self.manner.architecture)
+        return Draft(forms, names, called(self.dtype), carried, architecture=self.manner.architecture)
 
     def release(self, forms: Mapping[str, Form]) -> str:
         """Whose way round the factors of experts are written; empty where there are none."""

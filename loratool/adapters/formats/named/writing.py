@@ -131,6 +131,9 @@ class NamedNames(FactorsOnly):
         of_a, of_b = self.shapes(replace(form, rank=found.rank))
         return found.down.reshape(of_a).contiguous(), found.up.reshape(of_b).contiguous()
 
+    def keeps(self, form: Form) -> bool:  # noqa: ARG002 (all it can store)
+        return True
+
     def magnitude(self, target: str) -> str:
         return self.module(target) + self.dialect.magnitude
 

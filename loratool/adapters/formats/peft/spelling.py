@@ -166,6 +166,9 @@ class Names:
                 down, up = down.reshape(of_a), up.reshape(of_b)
         return down.contiguous(), up.contiguous()
 
+    def keeps(self, form: Form) -> bool:
+        return form.kind in (Kind.LINEAR, Kind.CONVOLUTION)
+
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
         """The config of an adapter that is made of others."""
         own = [s.config if s.format == self.form.name else config_of(s.training) for s in sources]
