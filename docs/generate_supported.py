@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.formats.peft.support import INITIALISATIONS, OPTIONS, TYPES, Row
 from loratool.adapters.formats.roles.reading import FAMILIES
-from loratool.bases.codecs import CODECS
+from loratool.bases.codecs.known import CODECS
 from loratool.bases.codecs.unreadable import METHODS
 from loratool.bases.packed import Requantizable
 

@@ -79,8 +79,8 @@ EXPORTS = {
     "merge_status": "commands.parts",
     "merged": "commands.in_memory",
     "open_checkpoint": "bases.opening",
-    "plan": "commands.merge",
-    "plan_merge": "commands.merge",
+    "plan": "commands.plan",
+    "plan_merge": "commands.plan",
     "push": "commands.push",
     "read_adapter": "adapters.formats",
     "rebase": "commands.rebase",
@@ -89,7 +89,7 @@ EXPORTS = {
     "rescale": "commands.rescale",
     "resize": "commands.resize",
     "run": "commands.run",
-    "stream": "commands.merge",
+    "stream": "commands.stream",
     "verify": "commands.verify",
     "verify_part": "commands.partial",
     "write_page": "pictures.writing",
@@ -115,9 +115,6 @@ if TYPE_CHECKING:
         abort_merge as abort_merge,
         merge as merge,
         merge_many as merge_many,
-        plan as plan,
-        plan_merge as plan_merge,
-        stream as stream,
     )
     from loratool.commands.partial import (
         extract_part as extract_part,
@@ -132,6 +129,7 @@ if TYPE_CHECKING:
         merge_part as merge_part,
         merge_status as merge_status,
     )
+    from loratool.commands.plan import plan as plan, plan_merge as plan_merge
     from loratool.commands.push import push as push
     from loratool.commands.rebase import rebase as rebase
     from loratool.commands.record import record as record
@@ -139,6 +137,7 @@ if TYPE_CHECKING:
     from loratool.commands.rescale import rescale as rescale
     from loratool.commands.resize import resize as resize
     from loratool.commands.run import run as run
+    from loratool.commands.stream import stream as stream
     from loratool.commands.verify import verify as verify
     from loratool.errors import (
         FitError as FitError,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 
@@ -61,6 +60,8 @@ json.dump([invalid, [[p for p, e in expressions if e.search(n)] for n in names]]
 
 def search_apart(patterns: list[str], names: list[str], around: str) -> list[list[str]]:
     """For each name the patterns that are found in it, tried in a child process under a time limit."""
+    import subprocess
+
     try:
         answer = subprocess.run(
             [sys.executable, "-I", "-S", "-c", SEARCHER],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import struct
-import zipfile
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -147,6 +146,8 @@ def look_inside(path: Path, name: str, kind: Kind, own: SafeFile | None) -> Weig
 
 def listing(path: Path) -> str:
     """What the listing of torch's zip archive tells of a pickle; nothing of it is loaded."""
+    import zipfile
+
     try:
         with open(open_regular(path), "rb") as stream:
             start = stream.read(64)

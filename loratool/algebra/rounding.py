@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from loratool.lazy import Tensor, numpy, torch
@@ -134,10 +133,9 @@ def exact_sums(start: Numbers, terms: Sequence[Term], dtype: torch.dtype) -> Ten
         rounded, sure = decided(high, low, rest, dtype)
     rounded[torch.from_numpy((high == 0) & (start == 0) & numpy.signbit(start))] = -0.0
     for at in numpy.flatnonzero(~sure).tolist():
-        exact = Fraction(float(start[at]))
-        for left, right, scale in terms:
-            for one, other in zip(left[:, at].tolist(), right[:, at].tolist(), strict=True):
-                exact += Fraction(one) * Fraction(other) * Fraction(scale)
+        from loratool.algebra.rational import nearest, sum_of
+
+        exact = sum_of(float(start[at]), ((left[:, at], right[:, at], scale) for left, right, scale in terms))
         rounded[at] = nearest(exact, dtype) or math.copysign(
             0.0, -1.0 if exact < 0 or is_minus_zero(start[at]) else 1.0
         )
@@ -186,22 +184,3 @@ def decided(high: Numbers, low: Numbers, rest: Numbers, dtype: torch.dtype) -> t
     result = torch.where(moved, torch.copysign(chosen.view(dtype), torch.from_numpy(high).to(dtype)), near)
     sure = numpy.where(tie, (rest == 0) | (numpy.abs(low) > rest), rest < step / 4)
     return result, sure & numpy.isfinite(values)
-
-
-def exponent_of(size: Fraction) -> int:
-    """That of a positive number: 2 ** exponent ≤ size < 2 ** (exponent + 1)."""
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    return exponent - (size < Fraction(2) ** exponent)
-
-
-def nearest(value: Fraction, dtype: torch.dtype) -> float:
-    """The number of `dtype` next to `value`, ties to even; infinite beyond the largest one."""
-    size, about = abs(value), torch.finfo(dtype)
-    if size == 0:
-        return 0.0
-    exponent = exponent_of(size)
-    finest = int(math.log2(about.eps))  # the step at 1, as a power of two
-    unit = max(exponent, int(math.log2(about.smallest_normal))) + finest
-    count = round(size / Fraction(2) ** unit)  # ties to even
-    rounded = math.inf if Fraction(count) * Fraction(2) ** unit > Fraction(about.max) else math.ldexp(count, unit)
-    return -rounded if value < 0 else rounded

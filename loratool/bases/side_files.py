@@ -12,7 +12,6 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
-from loratool.bases.codecs.plain_modules import in_memory
 from loratool.bases.decoded import Decoded, PackedModel
 from loratool.bases.packed import TWINS
 from loratool.data import dataclass
@@ -208,6 +207,8 @@ def packing_edits_of(part: PackedModel, plain: Sequence[str]) -> list[ConfigEdit
         inside = [ConfigEdit(each.path, None, part.folder + each.file) for each in places if each.path]
         return [*inside, *(ConfigEdit((), None, part.folder + name) for name in whole)]
     about = f"names the weights that become plain, {len(plain)} in total"
+    from loratool.bases.codecs.plain_modules import in_memory
+
     named = [*plain, *in_memory(plain, part.model)]
     return [
         ConfigEdit(

@@ -4,7 +4,7 @@ import click
 
 from loratool.cli.operands import Output
 from loratool.cli.options import A_MODEL, AN_ADAPTER, PATH, library_command
-from loratool.commands.merge import plan as function
+from loratool.commands.plan import plan as function
 from loratool.merging.dry_run import DryRunOptions
 
 plan = library_command(

@@ -1,44 +1,29 @@
-"""`loratool merge`: a merge, then a push where one is asked for; a plan alone; a merge that streams to the Hub."""
+"""`loratool merge`: a merge, then a push where one is asked for; several at one reading; what is left of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import Adapter
 from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.data import dataclass
 from loratool.errors import UsageError
-from loratool.files.checkpoint import Checkpoint
-from loratool.merging import merge as merging, merge_many as many, planning
-from loratool.merging.dry_run import DryRunOptions, dry_run
-from loratool.merging.in_parts import abort
-from loratool.merging.in_store import merge_into_store
+from loratool.merging import merge as merging
 from loratool.merging.merge import MergeOptions, PathLike, Progress
-from loratool.merging.merge_many import Outputs
-from loratool.merging.options import ClusterOptions, PlanOptions
-from loratool.merging.plan import MergePlan
+from loratool.merging.options import ClusterOptions
 from loratool.options.described import made_of, option
 from loratool.options.shared import PublishOptions
-from loratool.publishing import streaming
-from loratool.publishing.streaming import StreamOptions
-from loratool.results.abort import AbortReport
 from loratool.results.merge import MergeReport
-from loratool.results.merge_many import MergeManyReport
-from loratool.results.stream import StreamReport
 from loratool.stores.names import is_in_store
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from loratool.commands.keywords import (
-        DryRunKeywords,
-        MergeKeywords,
-        PlanKeywords,
-        StreamKeywords,
-        WholePlanKeywords,
-    )
+    from loratool.commands.keywords import MergeKeywords, WholePlanKeywords
+    from loratool.merging.merge_many import Outputs
+    from loratool.results.abort import AbortReport
+    from loratool.results.merge_many import MergeManyReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +102,8 @@ def abort_merge(out: PathLike) -> AbortReport:
         StorageError: `OUT.partial` contains files that loratool did not write.
         StoreError: the store refuses, or is out of reach.
     """
+    from loratool.merging.in_parts import abort
+
     return abort(out)
 
 
@@ -134,6 +121,8 @@ def merge_anywhere(
 
         return merge_on_ray(base, adapters, out, options, options, progress)
     if is_in_store(out):
+        from loratool.merging.in_store import merge_into_store
+
         return merge_into_store(base, adapters, out, options, progress)
     return merging.merge(base, adapters, out, options, progress)
 
@@ -162,73 +151,6 @@ def merge_many(
         UsageError: `weights` is given, there are no outputs, or one of them is another or inside another.
         LoratoolError: the base cannot be merged into.
     """
+    from loratool.merging import merge_many as many
+
     return many.merge_many(base, outputs, made_of(MergeOptions, keywords, "merge_many"), progress)
-
-
-@library_function(DryRunOptions, "merge")
-def plan(
-    base: PathLike,
-    adapters: Sequence[PathLike] | PathLike = (),
-    out: PathLike | None = None,
-    **keywords: Unpack[DryRunKeywords],
-) -> MergePlan:
-    """What `merge` with the same arguments would do, and the gain to be expected; nothing is written.
-
-    With `simulate`, how long the merge would take with some numbers of workers, from headers alone; then no gain is
-    forecast.
-
-    Args:
-        base: as for `merge`; of one on the Hub only headers are read.
-        adapters: as for `merge`.
-        out: as for `merge`; None for a folder that is chosen later.
-
-    Raises:
-        LoratoolError: as `merge` does.
-    """
-    return dry_run(base, adapters, out, made_of(DryRunOptions, keywords, "plan"))
-
-
-@library_function(PlanOptions, "merge")
-def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack[PlanKeywords]) -> MergePlan:
-    """Plan `base` + Σ weight · adapter for a checkpoint and adapters that are already open.
-
-    Args:
-        base: the model to merge into, from `open_checkpoint`.
-        adapters: one or more adapters trained on it, from `read_adapter`.
-
-    Raises:
-        UsageError: the options contradict each other.
-        InputError: an adapter uses a feature, or the base a dtype, that is not supported.
-        FitError: an adapter tensor matches no weight of the base, or two match the same one.
-    """
-    return planning.plan_merge(base, adapters, made_of(PlanOptions, keywords, "plan_merge"))
-
-
-@library_function(StreamOptions, "merge")
-def stream(
-    base: PathLike,
-    adapters: Sequence[PathLike] | PathLike,
-    repo: str,
-    *,
-    progress: Progress | None = None,
-    **keywords: Unpack[StreamKeywords],
-) -> StreamReport:
-    """Merge as `merge` does, and upload each output file before the next is made.
-
-    At most two weight files are on this disk at a time, in a folder of the working directory that goes when all is
-    done. The same call after an interruption continues with the files that the repository has not.
-
-    Args:
-        base: a model on the Hub, or a local one; "auto" for the one that the adapters name.
-        adapters: one adapter or several.
-        repo: `org/name` of the repository to make, or `name` for the account of the token.
-        progress: called with (bytes done, total bytes).
-
-    Raises:
-        UsageError: the arguments contradict each other, or the repository holds a model.
-        InputError, FitError: as for `merge`.
-        StorageError: there is no room for two files.
-        HubError: no token, no right, missing, gated or out of reach.
-        VerificationError: what arrived is not what was sent.
-    """
-    return streaming.stream(base, adapters, repo, made_of(StreamOptions, keywords, "stream"), progress)

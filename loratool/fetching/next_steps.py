@@ -15,7 +15,6 @@ from loratool.errors import (
     VerificationError,
     escaped,
 )
-from loratool.fetching.client import is_offline
 from loratool.fetching.operands import Operand, is_list, kind_of, proposals
 from loratool.files.system import shell_line
 
@@ -91,8 +90,11 @@ def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequenc
         return "loratool help operands"
     if isinstance(error, VerificationError):
         return "" if command == "verify" else "loratool help exit-codes"
-    if isinstance(error, HubError) and is_offline():
-        return "loratool help hub"
+    if isinstance(error, HubError):
+        from loratool.fetching.client import is_offline  # here, as the client is needed by few commands
+
+        if is_offline():
+            return "loratool help hub"
     if isinstance(error, (StorageError, HubError)):  # once what is in the way is gone
         return typed(*arguments)
     if isinstance(error, UsageError):

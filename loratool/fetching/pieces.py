@@ -14,8 +14,9 @@ from pathlib import Path
 from loratool.bases.opening import open_checkpoint
 from loratool.data import dataclass
 from loratool.errors import HubError, InputError, printable
-from loratool.fetching import HubPath, local, place_of, root_of
+from loratool.fetching import HubPath, local, place_of
 from loratool.fetching.client import api, asking, is_offline, patiently
+from loratool.fetching.downloading import root_of
 from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers, ranged_file
 from loratool.fetching.ranges import Ranged
 from loratool.files.checkpoint import Checkpoint

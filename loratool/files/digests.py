@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.names import has_other_parts
-from loratool.files.process import cores
+from loratool.files.process import on_all_cores
 from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo
 from loratool.files.source import Source, expect
 from loratool.files.stand_ins import stand_in
@@ -359,7 +358,7 @@ def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State], fi
             continue
         chunks += [(info.name, one, at + a, at + b) for one, (a, b) in zip(each, pairwise(cuts), strict=True)]
 
-    with file.open() as source, ThreadPoolExecutor(cores()) as pool:
+    with file.open() as source:
 
         def look(chunk: tuple[str, str | Reference, int, int]) -> str:
             name, listed, start, stop = chunk
@@ -367,7 +366,7 @@ def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State], fi
                 return "" if has_bytes(source, start, stop, listed, find) else name
             return "" if digest_of_range(source, start, stop, begin) == listed else name
 
-        unequal += filter(None, pool.map(look, chunks))
+        unequal += filter(None, on_all_cores(look, chunks))
         file.check_unchanged(source)
         file.check_unchanged()
     return unequal
@@ -375,13 +374,13 @@ def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State], fi
 
 def unequal_copies(file: SafeFile, copies: Sequence[CopiedRange]) -> list[str]:
     """The tensors with bytes in ranges that a store copied, and that do not have the MD5 that it told of them."""
-    with file.open() as source, ThreadPoolExecutor(cores()) as pool:
+    with file.open() as source:
 
         def look(copy: CopiedRange) -> bool:
             return digest_of_range(source, copy.start, copy.stop, md5_state) != copy.md5
 
         checked = [copy for copy in copies if copy.md5]
-        wrong = [copy for copy, other in zip(checked, pool.map(look, checked), strict=True) if other]
+        wrong = [copy for copy, other in zip(checked, on_all_cores(look, checked), strict=True) if other]
     infos = [(file.position(info), info) for info in file.layout.in_order if info.nbytes]
     return [i.name for c in wrong for at, i in infos if at < c.stop and at + i.nbytes > c.start]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.files.digests import State, Tree, chunk_cuts, digest_of_range, new_state
-from loratool.files.process import cores
+from loratool.files.process import on_all_cores
 
 if TYPE_CHECKING:
     from loratool.files.safefile import SafeFile
@@ -83,13 +82,10 @@ class SeenDigests:
 
     def tree(self, file: SafeFile) -> Tree:
         """The digests of a file; what is not known of it is read now, on all cores."""
-        with file.open() as source, ThreadPoolExecutor(cores()) as pool:
+        with file.open() as source:
             missing = [chunk for chunk in self.chunks[file.path] if not chunk.digest]
-            for chunk, digest in zip(
-                missing,
-                pool.map(lambda each: digest_of_range(source, each.start, each.stop, new_state), missing),
-                strict=True,
-            ):
+            digests = on_all_cores(lambda each: digest_of_range(source, each.start, each.stop, new_state), missing)
+            for chunk, digest in zip(missing, digests, strict=True):
                 chunk.digest = digest
             file.check_unchanged(source)
         known = {chunk.start: chunk.digest for chunk in self.chunks[file.path]}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from loratool.files.safefile import Layout, TensorInfo
 
@@ -57,6 +56,8 @@ class SmallTensors:
             found = self.ask(self.layout.data_start + first, last - first) if last > first else b""
             for info in group:
                 self.kept[info.name] = found[info.start - first : info.stop - first]
+
+        from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(READERS) as readers:
             list(readers.map(bring, neighbours(infos)))

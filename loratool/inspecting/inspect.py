@@ -22,7 +22,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.data import dataclass
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, escaped, printable
-from loratool.fetching import Located, Role, headers, local
+from loratool.fetching import Located, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
 from loratool.files.containers import SHARED, compressed_in
 from loratool.files.inputs import LARGEST_RECORD, read_json
@@ -57,6 +57,7 @@ from loratool.templates import listed as in_one_line
 
 if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit  # which loads all about bases
+    from loratool.fetching.outline import Role
 
 Progress = Callable[[int, int], None]
 Measuring = Callable[[Adapter, "Fit | None", str, Progress | None], Values]

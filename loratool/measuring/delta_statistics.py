@@ -17,10 +17,9 @@ from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.results.values import MeasuredOnBase
-from loratool.templates import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import Tensor
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from loratool.bases.weights import StoredWeight
     from loratool.files.checkpoint import Checkpoint
 
-LARGEST_RATIO = 1.0  # ‖ΔW‖/‖W‖; fine-tuning stays far below it
 BLOCK = 4 << 20  # bytes of float32 weight that are looked at together
 SAMPLED_ENTRIES = 1 << 20  # of one weight: rounding is tried on as many rows as hold them
 
@@ -171,11 +169,3 @@ def sample(rows: int, wanted: int) -> Iterator[tuple[int, int]]:
     each = wanted // parts
     for part in range(parts):
         yield part * rows // parts, each
-
-
-def larger(ratios: Mapping[str, float]) -> str:
-    """What to say of updates that are larger than their weights; `ratios` are ‖ΔW‖/‖W‖ by name."""
-    return (
-        f"‖ΔW‖ is up to {max(ratios.values()):.3g} times ‖W‖ in {listed(ratios)}; alpha or the scaling is probably "
-        "wrong, or this is not the base the adapter was trained on"
-    )

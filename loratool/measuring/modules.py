@@ -20,7 +20,8 @@ from loratool.algebra.lowrank.products import singular_values
 from loratool.algebra.updates.additive import Add
 from loratool.bases.decoded import Decoded
 from loratool.errors import printable
-from loratool.measuring.delta_statistics import LARGEST_RATIO, larger, measure_on_base
+from loratool.measuring.delta_statistics import measure_on_base
+from loratool.measuring.large_updates import LARGEST_RATIO, larger
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.results.values import Measured, Suggestion, Values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loratool.measuring.delta_statistics import LARGEST_RATIO, larger
+from loratool.measuring.large_updates import LARGEST_RATIO, larger
 from loratool.notes import Note
 from loratool.results.merge import AdapterEffect
 from loratool.templates import listed

@@ -25,7 +25,6 @@ from loratool.files.process import cores
 from loratool.files.sink import PAGE, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
-from loratool.merging.repacking import pack_anew
 from loratool.merging.resources import (
     Resources,
     choose_resources,
@@ -367,6 +366,8 @@ class Engine:
     def repack(self, worker: Worker, task: Repack) -> None:
         """Pack a weight anew, and write all of its tensors."""
         output, most = task.output, self.resources().block
+        from loratool.merging.repacking import pack_anew
+
         made = pack_anew(worker, task.work, output.sources, most, task.renew)
         for chunk in task.chunks:
             if output.job.stop.is_set():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -289,6 +288,8 @@ def opened_inputs(
     base, paths = located(base, adapters)
     if not paths or stack is None:
         return *read_inputs(local(base, "model"), paths, ways), paths
+    import tempfile
+
     from loratool.fetching.pieces import opened
 
     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.replacing import Replace
-from loratool.bases.codecs.gguf import packed_info, repacked
 from loratool.bases.decoded import Decoded, weights_by_shard
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
@@ -256,6 +255,8 @@ def in_kind(entry: Origin, changes: OutputChanges) -> Origin:
         return entry
     if changes.kind in FLOAT_NAMES:
         return replace(entry, dtype=changes.kind)
+    from loratool.bases.codecs.gguf import packed_info, repacked
+
     if entry.shape[-1] % TYPES[changes.kind].values:
         return entry
     stored = packed_info(entry.name, changes.kind, entry.shape)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from loratool.algebra.rounding import exponent_of
+from loratool.algebra.rational import exponent_of
 from loratool.lazy import Tensor, numpy, torch
 
 if TYPE_CHECKING:

@@ -7,28 +7,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.layers import Contents, Form, Kind, Layer
 from loratool.adapters.reading import AS_STORED, Reading
-from loratool.adapters.training import Training
-from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
-from loratool.algebra.updates.dora import Magnitude
-from loratool.algebra.updates.experts import ExpertFactors
 from loratool.data import dataclass
 from loratool.errors import BAKE, FitError, InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
-from loratool.files.heads import HasNames
 from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
-from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
-from loratool.lazy import Tensor
 from loratool.notes import Note
-from loratool.provenance.cards import Subject
-from loratool.results.findings import Finding
-from loratool.results.repairs import some
+
+if TYPE_CHECKING:
+    from loratool.adapters.adapter import Adapter, StoredTensor
+    from loratool.adapters.layers import Contents, Form, Kind, Layer
+    from loratool.adapters.training import Training
+    from loratool.algebra.lowrank.products import Product
+    from loratool.algebra.updates.experts import ExpertFactors
+    from loratool.files.heads import HasNames
+    from loratool.files.tensor_writer import TensorFile, Triple
+    from loratool.lazy import Tensor
+    from loratool.provenance.cards import Subject
+    from loratool.results.findings import Finding
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]  # opaque to all but the format that made it
@@ -57,6 +57,10 @@ def most_common(scales: Iterable[float]) -> float:
 
 def uneven_dora(adapter: Adapter, reader: str) -> tuple[Note, ...]:
     """What to say of DoRA in some layers where `reader` takes it in all of them or in none."""
+    from loratool.algebra.updates.dora import Magnitude
+    from loratool.algebra.updates.experts import ExpertFactors
+    from loratool.results.repairs import some
+
     lengths = [target for target, update in adapter.updates.items() if isinstance(update, Magnitude)]
     plain = [target for target, update in adapter.updates.items() if isinstance(update, (LowRank, ExpertFactors))]
     if not lengths or not plain:
@@ -301,6 +305,9 @@ class Format(Protocol):
 
     def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:  # noqa: ARG002 (no command repairs these)
         """What is wrong with how it is written down; `path` is what commands are told with."""
+        from loratool.results.findings import Finding
+        from loratool.results.repairs import some
+
         if adapter.unused:
             where = tuple(map(printable, adapter.unused))
             yield Finding("problem", "unknown-tensor", f"unrecognised tensors: {some(adapter.unused)}", "", where)
@@ -355,6 +362,8 @@ class Format(Protocol):
         self, path: Path, announced: Iterable[Triple], metadata: Mapping[str, str]
     ) -> AbstractContextManager[TensorFile]:
         """The file of its tensors, to be written tensor by tensor; `announced` are all that may come."""
+        from loratool.files.tensor_writer import tensor_file
+
         return tensor_file(path, announced, metadata)
 
     dialects: Sequence[str] = ()  # the words that name how it spells adapters that it writes

@@ -1,4 +1,4 @@
-"""Packed weights: how each kind of quantised checkpoint is read. A kind is one module with one entry in `CODECS`."""
+"""Packed weights: how quantised checkpoints are read. `known` lists the kinds, each a module of its own."""
 
 from __future__ import annotations
 
@@ -6,40 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from loratool.bases.codecs.awq import Awq
-from loratool.bases.codecs.bitsandbytes import BitsAndBytes
-from loratool.bases.codecs.compressed_tensors import CompressedTensors
-from loratool.bases.codecs.fp8 import Fp8
-from loratool.bases.codecs.fp8_files import Fp8Files
-from loratool.bases.codecs.gguf import Gguf
-from loratool.bases.codecs.gptq import Gptq
-from loratool.bases.codecs.hqq import HqqCodec
-from loratool.bases.codecs.modelopt import ModelOpt
-from loratool.bases.codecs.mxfp4 import Mxfp4
-from loratool.bases.codecs.quanto import Quanto
-from loratool.bases.codecs.torchao import TorchAo
-from loratool.bases.codecs.unreadable import Unreadable
 from loratool.bases.decoded import Decoded, PackedModel
-from loratool.bases.packed import ENTRIES, TWINS, Codec, Setting, Settings
+from loratool.bases.packed import ENTRIES, TWINS, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json
 from loratool.files.pipelines import Member, itself
+from loratool.files.safefile import FLOAT_NAMES
 
-CODECS: tuple[Codec, ...] = (
-    Gguf(),
-    Fp8(),
-    BitsAndBytes(),
-    Gptq(),
-    Awq(),
-    HqqCodec(),
-    TorchAo(),
-    CompressedTensors(),
-    ModelOpt(),
-    Mxfp4(),
-    Quanto(),
-    Unreadable(),
-    Fp8Files(),
-)
+PLAIN_ENDS = (".weight", ".bias")  # of names that no part of a packed weight has beside its values
 
 
 def decoded(base: Checkpoint) -> Checkpoint:
@@ -57,10 +31,25 @@ def decoded(base: Checkpoint) -> Checkpoint:
 def quantised(model: Checkpoint, prefix: str) -> PackedModel | None:
     """A model with what a codec finds in it; None where none knows any of its weights."""
     settings = Settings(tuple(settings_in(model)))
+    if not settings.places and is_plain(model):
+        return None  # and no codec is imported
+    from loratool.bases.codecs.known import CODECS
+
     for codec in CODECS:
         if (packing := codec.find(model, settings)) is not None:
             return PackedModel(model, packing, codec, settings, prefix)
     return None
+
+
+def is_plain(model: Checkpoint) -> bool:
+    """Whether nothing in the files of a model can be a part of a packed weight.
+
+    Packed values are of other dtypes than plain ones, what is stored beside them has names of its own, and some tools
+    describe it in the headers.
+    """
+    return all((shard.layout.metadata or {}).keys() <= {"format"} for shard in model.shards) and all(
+        info.dtype in FLOAT_NAMES and name.endswith(PLAIN_ENDS) for name, info in model.tensors.items()
+    )
 
 
 def models_in(base: Checkpoint) -> Iterator[tuple[str, Checkpoint]]:

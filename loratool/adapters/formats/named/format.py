@@ -7,15 +7,10 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
-from loratool.adapters.formats.named import card, header, refused, strength, writing
-from loratool.adapters.formats.named.dialects import ModuleSpelling, spelling_of
-from loratool.adapters.formats.named.reading import FULL, Configs, Reader
-from loratool.adapters.formats.roles import split
-from loratool.adapters.layers import Contents, Kind
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
@@ -24,20 +19,30 @@ from loratool.files.checkpoint import NUMBERED, sort_side_files
 from loratool.files.heads import HasNames, kinds_of, read_head
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import SafeFile, read_safefile
-from loratool.notes import Note
-from loratool.provenance.cards import Subject
+
+if TYPE_CHECKING:
+    from loratool.adapters.formats.named.dialects import ModuleSpelling
+    from loratool.adapters.formats.named.header import Header
+    from loratool.adapters.formats.named.reading import Configs, Reader
+    from loratool.adapters.formats.named.writing import NamedNames
+    from loratool.adapters.layers import Contents, Kind
+    from loratool.notes import Note
+    from loratool.provenance.cards import Subject
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers saves them
 OF_MODELS = ("config.json", "model_index.json")  # with one of them a folder is a model
 
 
 class Named(Format):
-    """Adapters that are read by the names of their tensors, and by nothing else."""
+    """Adapters that are read by the names of their tensors, and by nothing else.
+
+    What it takes to read and to write them is imported there: most adapters and models are none of these.
+    """
 
     name = "named"
     config_name = ""  # there is none
     weights_name = WEIGHTS
-    dialects = tuple(writing.DIALECTS)
+    dialects = ("diffusers", "kohya", "comfy", "lycoris")
 
     def __init__(self, configs: Configs) -> None:
         """`configs` reads what diffusers puts into headers; a file of its own in the same folder comes before the names."""
@@ -51,6 +56,8 @@ class Named(Format):
         return (path / WEIGHTS).is_file() or any(self.adapters_in(path))
 
     def claims(self, file: HasNames) -> frozenset[str]:
+        from loratool.adapters.formats.named import header, refused
+
         beside = (file.path.parent / self.configs.config_name).is_file()
         sure = not beside or header.CONFIGS in file.metadata
         found, rest = set[str](), list[str]()
@@ -86,9 +93,11 @@ class Named(Format):
         return False
 
     def training_at(self, path: Path) -> Training:
-        return self.training_in(header.Header.of(self.file_at(path)))
+        from loratool.adapters.formats.named.header import Header
 
-    def training_in(self, found: header.Header) -> Training:
+        return self.training_in(Header.of(self.file_at(path)))
+
+    def training_in(self, found: Header) -> Training:
         """What the header of a file says of the training; of several configs in it the denoiser's."""
         configs = found.configs([])
         config = next((configs[word] for word in ("unet", "transformer", "prior", "") if word in configs), None)
@@ -100,6 +109,8 @@ class Named(Format):
         return weights, sort_side_files(location, {*weights})[0]
 
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
+        from loratool.adapters.formats.named.reading import Reader
+
         file = self.file_at(path)
         found = Reader(file, reading, self.configs)
         found.read()
@@ -126,33 +137,48 @@ class Named(Format):
         )
         return adapter, tuple(found.problems)
 
-    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> writing.NamedNames:  # noqa: ARG002
-        return writing.NamedNames(self, kinds, dialect)
+    def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> NamedNames:  # noqa: ARG002
+        from loratool.adapters.formats.named.writing import NamedNames
+
+        return NamedNames(self, kinds, dialect)
 
     rescales_tensors: bool = True
 
     def alpha_of(self, contents: Contents, target: str) -> float:
-        return strength.alpha_of(contents, target)
+        from loratool.adapters.formats.named.strength import alpha_of
+
+        return alpha_of(contents, target)
 
     def scaled(self, contents: Contents, factors: Mapping[str, float], scales: Mapping[str, float]) -> Scaled:
-        return strength.scaled(contents, factors, scales)
+        from loratool.adapters.formats.named.strength import scaled
+
+        return scaled(contents, factors, scales)
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:
-        return writing.losses(adapter, dialect)
+        from loratool.adapters.formats.named.writing import losses
+
+        return losses(adapter, dialect)
 
     def subject(self, config: Config) -> Subject:
-        return card.subject(config, self.training_in(header.Header(config)))
+        from loratool.adapters.formats.named.card import subject
+        from loratool.adapters.formats.named.header import Header
+
+        return subject(config, self.training_in(Header(config)))
 
     def card_config(self, folder: Path) -> Config | None:
         """The header of the file; of several files what all headers say."""
         if not self.recognises(folder):
             return None
+        from loratool.adapters.formats.named.card import common
+
         files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else list(self.adapters_in(folder))
-        return card.common([read_head(path).metadata for path in files])
+        return common([read_head(path).metadata for path in files])
 
 
 def with_methods(training: Training, found: Reader) -> Training:
     """What was trained, by the tensors that there are."""
+    from loratool.adapters.formats.named.reading import FULL
+
     method = " + ".join(sorted(found.methods)) or (FULL if found.updates else training.method)
     return replace(training, method=method, dora=found.dora, variants=("DoRA",) if found.dora else training.variants)
 
@@ -160,6 +186,9 @@ def with_methods(training: Training, found: Reader) -> Training:
 @lru_cache(maxsize=2048)  # files of one architecture have the same names
 def spelling_in(name: str) -> tuple[ModuleSpelling, str] | None:
     """How the name of a tensor is spelled, and its role; None for one of no dialect."""
+    from loratool.adapters.formats.named.dialects import spelling_of
+    from loratool.adapters.formats.roles import split
+
     parts = split(name)
     spelled = spelling_of(parts[0]) if parts else None
     return (spelled[0], parts[1]) if parts and spelled else None

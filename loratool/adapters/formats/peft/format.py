@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Format, uneven_dora
-from loratool.adapters.formats.peft import counting, experts, files, health, keys, scaling, strength
-from loratool.adapters.formats.peft.card import subject
-from loratool.adapters.formats.peft.describing import plain_config
-from loratool.adapters.formats.peft.parameters import REGISTERED
+from loratool.adapters.formats.format import Format
+from loratool.adapters.formats.peft import files, keys, lora, scaling
 from loratool.adapters.formats.peft.reading import read_leniently, read_saved
-from loratool.adapters.formats.peft.spelling import Names, was_inside
 from loratool.adapters.formats.peft.training import training_of
-from loratool.adapters.formats.roles.names import of_factors
-from loratool.adapters.layers import Contents, Kind, Layer
-from loratool.adapters.reading import Reading
-from loratool.adapters.training import Training
-from loratool.algebra.updates.additive import Add, LowRank
-from loratool.algebra.updates.base import Update
-from loratool.algebra.updates.dora import Magnitude
-from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import printable
-from loratool.files.checkpoint import Checkpoint
 from loratool.files.heads import HasNames, kinds_of
-from loratool.notes import Note
-from loratool.results.repairs import some
+
+if TYPE_CHECKING:
+    from loratool.adapters.adapter import Adapter
+    from loratool.adapters.formats.peft.spelling import Names
+    from loratool.adapters.layers import Contents, Kind, Layer
+    from loratool.adapters.reading import Reading
+    from loratool.adapters.training import Training
+    from loratool.algebra.updates.additive import LowRank
+    from loratool.algebra.updates.experts import ExpertFactors
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.notes import Note
+    from loratool.provenance.cards import Subject
+    from loratool.results.findings import Finding
 
 
 class Peft(Format):
-    """Adapters as PEFT saves them."""
+    """Adapters as PEFT saves them.
+
+    What only some commands ask for is imported there: a merge reads adapters and does no more with them.
+    """
 
     name = "peft"
     config_name = files.CONFIG
@@ -39,27 +39,66 @@ class Peft(Format):
     file_names = files.NAMES
     newest = "0.21.2"
     dialects = ("peft", "peft-fused", "peft-split")
-    repairs = health.REPAIRS
 
     recognises = staticmethod(files.recognises)
     needed = staticmethod(files.needed)
     read_leniently = staticmethod(read_leniently)
     read_saved = staticmethod(read_saved)  # a file of tensors that were trained whole
-    parameters = staticmethod(counting.count_parameters)
-    findings = staticmethod(health.findings)
-    was_inside = staticmethod(was_inside)
-    one_rank_experts = staticmethod(experts.stacked_by_peft)
-    rank_notes = staticmethod(experts.rank_notes)
-    subject = staticmethod(subject)
-    plain_config = staticmethod(plain_config)
     training_of = staticmethod(training_of)
     scales = staticmethod(scaling.scales_in)  # of a config that another format holds
 
+    @property
+    def repairs(self) -> Mapping[str, str]:
+        from loratool.adapters.formats.peft.health import REPAIRS
+
+        return REPAIRS
+
+    def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:
+        from loratool.adapters.formats.peft.health import findings
+
+        return findings(adapter, path)
+
+    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
+        from loratool.adapters.formats.peft.counting import count_parameters
+
+        return count_parameters(adapter, in_base)
+
+    def subject(self, config: Mapping[str, Any]) -> Subject:
+        from loratool.adapters.formats.peft.card import subject
+
+        return subject(config)
+
+    def was_inside(self, adapter: Adapter, target: str) -> bool:
+        from loratool.adapters.formats.peft.spelling import was_inside
+
+        return was_inside(adapter, target)
+
+    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:
+        from loratool.adapters.formats.peft.experts import stacked_by_peft
+
+        return stacked_by_peft(targets)
+
+    def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
+        from loratool.adapters.formats.peft.experts import rank_notes
+
+        return rank_notes(own, ranks)
+
+    def plain_config(
+        self, training: Training, layers: Mapping[str, tuple[int, float]], *, whole_paths: bool = False
+    ) -> dict[str, Any]:
+        """The config of LoRA, with (rank, α) of each layer by its path."""
+        from loratool.adapters.formats.peft.describing import plain_config
+
+        return plain_config(training, layers, whole_paths=whole_paths)
+
     def claims(self, file: HasNames) -> frozenset[str]:
+        names = frozenset(kinds_of(file).values())
+        found = frozenset(name for name in names if keys.has_slot(name, lora.SLOTS))
+        if found == names:
+            return found
         from loratool.adapters.formats.peft import unmerged  # which needs every method
 
-        found = {name: keys.split(name, unmerged.SLOTS) for name in kinds_of(file).values()}
-        return frozenset(name for name, key in found.items() if key is not None and key.slot)
+        return frozenset(name for name in names if keys.has_slot(name, unmerged.SLOTS))
 
     def is_config(self, config: Mapping[str, Any]) -> bool:
         return bool({"peft_type", "lora_alpha"} & config.keys())
@@ -83,33 +122,36 @@ class Peft(Format):
         )
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> Names:  # noqa: ARG002
+        from loratool.adapters.formats.peft.spelling import Names
+
         return Names(self, kinds, release)
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (all have one config)
-        columns = [target for target, update in adapter.updates.items() if is_by_column(update)]
-        full = [t for t, u in adapter.updates.items() if isinstance(u, Add) and not of_factors(t, adapter.sources)]
-        lost = {"DoRA of input columns": columns, "changes stored in full": full}
-        ways_out = {"changes stored in full": " (--base writes the new values)"}
-        notes = (
-            Note("not-in-peft", f"PEFT cannot store {what}{ways_out.get(what, '')}: {some(t)}")
-            for what, t in lost.items()
-            if t
-        )
-        return (*notes, *uneven_dora(adapter, "PEFT"))
+        from loratool.adapters.formats.peft.losing import losses
+
+        return losses(adapter)
 
     def task_heads(self, task: str) -> tuple[str, ...]:
         return keys.HEADS.get(task, ())
 
     def tells_apart(self, parameters: set[str]) -> bool:
+        from loratool.adapters.formats.peft.parameters import REGISTERED
+
         return any(parameters <= set(row) for row in REGISTERED)
 
     def alpha_of(self, contents: Contents, target: str) -> float:
+        from loratool.adapters.formats.peft import strength
+
         return strength.alpha_of(contents, self.names_of(contents), target)
 
     def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
+        from loratool.adapters.formats.peft import strength
+
         return strength.with_alpha(contents, self.names_of(contents), layer, alpha)
 
     def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:
+        from loratool.adapters.formats.peft import strength
+
         return strength.rescaled(contents, self.names_of(contents), factors, one_alpha)
 
     def renamed_base(self, config: Mapping[str, Any], base: str) -> dict[str, Any]:
@@ -119,10 +161,3 @@ class Peft(Format):
     def names_of(self, contents: Contents) -> Names:
         """The names of an adapter's own layers."""
         return self.spelling({t: layer.kind for t, layer in contents.layers.items()}, contents.training.release)
-
-
-def is_by_column(update: Update) -> bool:
-    """Whether DoRA has the lengths of columns, as PEFT has them of an embedding alone."""
-    if not (isinstance(update, Magnitude) and update.by_column):
-        return False
-    return not (isinstance(update.inner, LowRank) and update.inner.table)

@@ -96,6 +96,12 @@ def split(name: str, slots: Collection[str]) -> Key | None:
     return Key(".".join(path))
 
 
+def has_slot(name: str, slots: Collection[str]) -> bool:
+    """Whether a name spells what is in one of these slots."""
+    key = split(name, slots)
+    return key is not None and bool(key.slot)
+
+
 def member(path: list[str], at: int) -> Key | None:
     """The key of a member of the slot at `at` of a path."""
     rest = path[at + 1 :]
