@@ -9,7 +9,8 @@ import pytest
 import torch
 from exactly import exact_products, nearest_value, spelled
 
-from loratool.algebra.rounding import FEW, exact_sums, nearest, round_once
+from loratool.algebra.rational import nearest
+from loratool.algebra.rounding import FEW, exact_sums, round_once
 
 NARROW = [torch.bfloat16, torch.float16]
 EVERY = [*NARROW, torch.float32, torch.float64]
