@@ -13,6 +13,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
 from loratool.data import dataclass
 from loratool.lazy import Tensor
 
@@ -60,6 +61,18 @@ def settled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
         updates |= found
         sources |= dict.fromkeys(found, adapter.sources.get(target, ()))
     return replace(adapter, updates=updates, sources=sources)
+
+
+def as_stored(adapter: Adapter) -> Adapter:
+    """The adapter with factors as they are stored, whatever rows of a model they change."""
+
+    def plain(update: Update) -> Update:
+        if not isinstance(update, Unsettled):
+            return update
+        lengths: Any = update.magnitude
+        return update.inner if lengths is None else Magnitude(update.inner, lengths)
+
+    return replace(adapter, updates={target: plain(update) for target, update in adapter.updates.items()})
 
 
 def parts_or_none(update: Unsettled, config: Mapping[str, Any]) -> Parts | None:

@@ -16,14 +16,16 @@ from typing import Any
 from loratool import __version__
 from loratool.adapters.adapter import FACTOR_NAMES, Adapter, Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
-from loratool.adapters.formats.format import Format, Parts, Scaled, Spelling
+from loratool.adapters.formats.format import Format, Parts, Restated, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
-from loratool.adapters.weight_files import fates, module_files
+from loratool.adapters.weight_files import MODEL_CONFIG, fates, module_files
 from loratool.algebra.lowrank.products import Product
 from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
+from loratool.files.gguf import GgufFile
+from loratool.files.gguf_writer import copy_with_values
 from loratool.files.journal import Journal
 from loratool.files.outputs import MADE_HERE, as_json, check_target
 from loratool.files.safefile import FLOAT_NAMES
@@ -37,6 +39,7 @@ from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
 from loratool.provenance.inputs import told_adapter
 
 SPELLED = {name: dtype for dtype, name in {**FACTOR_NAMES, "I64": "int64"}.items()}  # float32 → F32
+SLACK = 1 << 16  # bytes of metadata that a copy may have besides
 WIDTH = {"F64": 4, "F32": 3, "BF16": 2, "F16": 1}
 EIGHT_BITS = {"F8_E4M3": "BF16", "F8_E5M2": "BF16"}  # which holds all that they do
 
@@ -251,6 +254,35 @@ def copied_output(
         weights.check_unchanged()
         stage.write(form.config_name, as_json(config))
         finish(stage, form, config, provenance, files_beside(source), [source.adapter.folder])
+
+
+def restated_output(
+    out: Path, source: Contents, made: Restated, provenance: Mapping[str, Any], options: WritingOptions
+) -> None:
+    """An adapter with the same tensors, byte for byte, whose one number for their strength is another."""
+    form, adapter, file = format_of(source.adapter), source.adapter, source.adapter.file
+    adapter.check_values()
+    if options.dry_run:
+        return
+    name, single = form.weights_name, form.weights_name if is_single(out, form) else ""
+    beside, settings = files_beside(source), adapter.config_file.name
+    if made.settings:
+        model = adapter.folder / MODEL_CONFIG  # which may tell the heads of the model
+        beside |= {MODEL_CONFIG: model} if model.is_file() else {}
+        beside.pop(settings, None)
+    wanted = Journal(os.urandom(16).hex(), files={name})
+    with staged(out, wanted, file.layout.size + SLACK, replaceable(options.overwrite), single=single) as stage:
+        if made.settings:
+            stage.copy(name, file.path)
+            stage.write(settings, made.settings)
+        else:
+            assert isinstance(file, GgufFile)
+            told: dict[str, str | float] = {**made.values, MADE_HERE: json.dumps(provenance)}
+            copy_with_values(file, stage.folder / name, told)
+            stage.add(name)
+        file.check_unchanged()
+        if not single:
+            finish(stage, form, adapter.config, provenance, beside, [adapter.folder])
 
 
 def scaled_output(

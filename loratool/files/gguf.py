@@ -14,6 +14,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class GgufLayout(Layout):
     table: int  # byte at which the list of tensors begins
     alignment: int
     stop: int  # bytes of data, with the padding at their end
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # key → the bytes of its entry in the header
 
     @property
     def size(self) -> int:
@@ -184,6 +186,7 @@ class Reader:
     def __init__(self, path: Path, size: int, read: Callable[[int, int], bytes]) -> None:
         self.path, self.size, self.read = path, size, read
         self.raw, self.at = b"", 0
+        self.places: dict[str, tuple[int, int]] = {}
 
     def refuse(self, what: str) -> InputError:
         return InputError(f"{printable(self.path)}: {what}")
@@ -243,7 +246,7 @@ class Reader:
         self.need(min(-self.at % alignment, self.size - self.at))
         header = self.raw[: self.at]
         stop = self.check_tiling(tensors, len(header), alignment)
-        return GgufLayout(header, tensors, None, values, table, alignment, stop)
+        return GgufLayout(header, tensors, None, values, table, alignment, stop, self.places)
 
     def check_start(self) -> None:
         """Magic and version."""
@@ -269,10 +272,12 @@ class Reader:
             raise self.refuse(f"its metadata has {count} entries, over the limit of {MOST_VALUES}")
         found: dict[str, Value] = {}
         for _ in range(count):
+            start = self.at
             key = self.text(LONGEST_NAME, "a key of its metadata")
             if key in found:
                 raise self.refuse(f"the key {printable(key)} of its metadata is duplicated")
             found[key] = self.value(key, self.number("I"))
+            self.places[key] = (start, self.at)
         return found
 
     def value(self, key: str, code: int) -> Value:

@@ -10,7 +10,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING
 
 from loratool.data import dataclass
-from loratool.files.gguf import MAGIC, GgufLayout, padded
+from loratool.files.gguf import MAGIC, GgufFile, GgufLayout, padded
 from loratool.files.safefile import SafeFile, TensorInfo, copy_bytes, copy_range, write_fully
 from loratool.files.system import open_file, sync_file
 from loratool.files.tensor_writer import TensorFile
@@ -37,6 +37,32 @@ def new_layout(values: Mapping[str, str | float]) -> GgufLayout:
     """The layout of a file that has values and no tensors; `like` gives one with tensors."""
     head = MAGIC + struct.pack("<IQQ", VERSION, 0, len(values)) + b"".join(entry(*each) for each in values.items())
     return GgufLayout(head, {}, None, {}, len(head), ALIGNMENT, 0)
+
+
+def with_values(layout: GgufLayout, values: Mapping[str, str | float]) -> GgufLayout:
+    """The layout of the same tensors with some values of the metadata, which are there or are added; the rest stays."""
+    kept = [
+        entry(key, values[key]) if key in values else layout.header[start:stop]
+        for key, (start, stop) in layout.places.items()
+    ]
+    added = [entry(key, value) for key, value in values.items() if key not in layout.places]
+    head = layout.header[:16] + struct.pack("<Q", len(kept) + len(added)) + b"".join(kept + added)
+    plain = GgufLayout(head, {}, None, layout.values, len(head), layout.alignment, 0)
+    return plain.like((info.name, info.dtype, info.shape) for info in layout.in_order)
+
+
+def copy_with_values(source: GgufFile, path: Path, values: Mapping[str, str | float]) -> None:
+    """A file like `source`, to the byte, but for some values of its metadata."""
+    assert isinstance(source.layout, GgufLayout)
+    layout = with_values(source.layout, values)
+    output = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        write_fully(output, layout.header, 0)
+        with source.open() as reading:
+            copy_range(reading, source.layout.data_start, source.layout.stop, output, layout.data_start)
+        sync_file(output)
+    finally:
+        os.close(output)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, conte
 from loratool.adapters.patterns import search_names
 from loratool.adapters.ranks import evened
 from loratool.adapters.reading import ReadingOptions
-from loratool.adapters.unsettled import settled
+from loratool.adapters.unsettled import as_stored, settled
 from loratool.adapters.writer import (
     FactorOptions,
     Output,
@@ -26,13 +26,14 @@ from loratool.adapters.writer import (
     copied_output,
     files_beside,
     kept_dtype,
+    restated_output,
     scaled_output,
     told_beside,
 )
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import padded, singular_values
 from loratool.data import dataclass
-from loratool.errors import FitError, InputError, UsageError, printable
+from loratool.errors import BAKE, FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
@@ -43,6 +44,7 @@ from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
 LARGEST = 3.4e38  # of a float32
+EVEN = 1e-9  # factors that differ by less are one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ def rescale(
     check(asked, {**factors, **blocks.factors}, options.each, options.bake)
     path = local(adapter, "adapter")
     contents, manner, in_place = opened(path, options)
+    restates = in_place and not manner.form.rescales_tensors
     target = check_adapter_target(out, [path], options, manner.form)
     if not contents.layers and not (contents.changes and manner.form.rescales_tensors):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
@@ -127,7 +130,8 @@ def rescale(
             run(Baker(contents, manner, modules, at_work, options, facts, notes, changes), target, [path], options)
         else:
             record = record_of("rescale", [path], options, facts, notes)
-            write_alphas(target, contents, modules, options, record, changes)
+            write = write_one_alpha if restates else write_alphas
+            write(target, contents, modules, options, record, changes)
     return RescaleReport(
         out=target,
         written=not options.dry_run,
@@ -144,7 +148,10 @@ def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]
     """An adapter, how it is written, and whether its tensors stay but for those that hold its strength."""
     (way,) = options.readings(1)
     base = options.model()
-    given = settled(read_adapter(path, way), base.config if base else {})
+    read = read_adapter(path, way)
+    if is_even(options) and format_of(read).restated(read, 1.0) is not None:
+        return contents_of(as_stored(read), "rescale"), Manner(format_of(read), ""), True
+    given = settled(read, base.config if base else {})
     contents = contents_of(given, "rescale", as_products=bool(given.dialects))
     if format_of(given).rescales_tensors and not options.bake and options.to is None:
         return replace(contents, adapter=given), Manner(format_of(given), ""), True  # LoHa and LoKr stay what they are
@@ -152,6 +159,12 @@ def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]
         return contents, Manner(format_of(given), ""), False
     (contents,), manner = in_manner([contents], options.to, base)
     return contents, manner, False
+
+
+def is_even(options: RescaleOptions) -> bool:
+    """Whether all layers get one factor that does not depend on how a dialect divides them, and nothing else is to change."""
+    others = (options.bake, options.to, options.spectral, options.match, options.block_weights)
+    return not any(others) and not options.each
 
 
 def is_copied(contents: Contents, options: RescaleOptions) -> bool:
@@ -307,6 +320,24 @@ def write_alphas(
         contents.adapter.check_values()
     else:
         copied_output(out, contents, config, provenance, options)
+
+
+def write_one_alpha(
+    out: Path,
+    contents: Contents,
+    modules: Mapping[str, RescaledLayer],
+    options: RescaleOptions,
+    provenance: Mapping[str, Any],
+    changes: Mapping[str, float],  # noqa: ARG001 (such files have none)
+) -> None:
+    """The same tensors in a file that has one α for all."""
+    form, factors = format_of(contents.adapter), [m.factor for m in modules.values() if m.factor is not None]
+    made = (
+        form.restated(contents.adapter, factors[0]) if max(factors) - min(factors) <= EVEN * abs(factors[0]) else None
+    )
+    if made is None:
+        raise InputError(f"{form.name} has one alpha for all layers, and these need several; pass --bake", hint=BAKE)
+    restated_output(out, contents, made, provenance, options)
 
 
 def ranks_of(contents: Contents, manner: Manner) -> dict[str, int]:

@@ -130,6 +130,35 @@ def test_an_adapter_merges_into_a_gguf_model_as_it_lies_there(tmp_path: Path) ->
     assert np.allclose(merged, exactly, rtol=1e-6, atol=1e-6)
 
 
+ARRAY_OF_TWO = struct.pack("<IQII", 4, 2, 1, 2)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.0, None])
+def test_another_strength_is_another_alpha_in_the_same_bytes(tmp_path: Path, alpha: float | None) -> None:
+    """llama.cpp multiplies by α / rank, or by 1 without an α. Other metadata, of every type, and all tensors keep their
+    bytes; no heads are needed. The file is marked as made here, so that --overwrite may replace it.
+    """
+    more = (gguf_bytes.number("general.file_type", 1), gguf_bytes.entry("x.list", gguf_bytes.ARRAY, ARRAY_OF_TWO))
+    tensors = tensors_of(factors())
+    given = write(tmp_path / "a.gguf", tensors, alpha, more)
+    report = loratool.rescale(given, tmp_path / "out.gguf", scale=3.0)
+    assert not report.baked
+    before, after = read_gguf(given), read_gguf(tmp_path / "out.gguf")
+    assert after.values["adapter.lora.alpha"] == 3.0 * (alpha or RANK)
+    own = {"adapter.lora.alpha", "loratool"}
+    assert {k: v for k, v in after.values.items() if k not in own} == {
+        k: v for k, v in before.values.items() if k not in own
+    }
+    data = [file.path.read_bytes()[file.layout.data_start :] for file in (before, after)]
+    assert data[0] == data[1]
+    loratool.rescale(given, tmp_path / "out.gguf", alpha=7.0, overwrite=True)
+    assert read_gguf(tmp_path / "out.gguf").values["adapter.lora.alpha"] == 7.0
+    loratool.rescale(given, tmp_path / "folder", scale=3.0)
+    assert read_gguf(tmp_path / "folder" / "adapter.gguf").values["adapter.lora.alpha"] == 3.0 * (alpha or RANK)
+    for out in ("out.gguf", "folder"):
+        assert read_adapter(tmp_path / out).updates.keys() == read_adapter(given).updates.keys()
+
+
 @pytest.mark.parametrize("alpha", [0.0, None])
 def test_without_alpha_updates_are_multiplied_by_1_and_a_note_says_it(tmp_path: Path, alpha: float | None) -> None:
     path = write(tmp_path / "a.gguf", tensors_of(factors()), alpha)
@@ -202,7 +231,7 @@ def test_malformed_adapters_are_refused_with_what_is_wrong(tmp_path: Path, case:
 
 
 def test_what_llama_cpp_would_not_apply_to_every_token_is_not_merged(tmp_path: Path) -> None:
-    tokens = gguf_bytes.entry("adapter.alora.invocation_tokens", gguf_bytes.ARRAY, struct.pack("<IQII", 4, 2, 1, 2))
+    tokens = gguf_bytes.entry("adapter.alora.invocation_tokens", gguf_bytes.ARRAY, ARRAY_OF_TWO)
     adapter = read_adapter(write(tmp_path / "a.gguf", tensors_of(factors()), more=(tokens,)))
     assert any("activated LoRA" in reason for reason in adapter.unsupported)
     adapter = read_adapter(write(tmp_path / "b.gguf", tensors_of(factors()), kind="rwkv7"))

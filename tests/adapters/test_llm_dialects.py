@@ -314,11 +314,33 @@ def test_a_conversion_takes_the_heads_of_its_base(base: Path, tmp_path: Path) ->
         torch.testing.assert_close(found[module], weights(base)[module] + delta, rtol=1e-5, atol=1e-5)
 
 
-def test_layouts_without_a_place_for_another_alpha_are_rescaled_as_plain_lora(tmp_path: Path) -> None:
-    """Their settings are no config that could be written anew; the refusal names the option."""
+def test_another_strength_changes_the_alpha_in_the_settings_alone(base: Path, tmp_path: Path) -> None:
+    """No heads are needed for it. Tensors, and all other settings, keep their bytes; the new adapter is read as before."""
+    lit, tune = litgpt(tmp_path / "lit", "qv"), torchtune(tmp_path / "tune")
+    shutil.copy(base / "config.json", tune)
+    for adapter, deltas in ((lit, litgpt_deltas("qv")), (tune, torchtune_deltas())):
+        out = tmp_path / f"{adapter.name}-half"
+        report = loratool.rescale(adapter, out, scale=0.5)
+        assert not report.baked
+        (before,), (after,) = (list(folder.glob("*.safetensors")) for folder in (adapter, out))
+        assert after.read_bytes() == before.read_bytes()
+        assert (out / "config.json").exists() == (adapter / "config.json").exists()
+        check_merged(
+            merged(base, out, tmp_path / f"{adapter.name}-merged"), base, {m: d / 2 for m, d in deltas.items()}
+        )
+    old, new = ((folder / "hyperparameters.yaml").read_text().splitlines() for folder in (lit, tmp_path / "lit-half"))
+    assert [line for line in new if line not in old] == [f"lora_alpha: {ALPHA / 2}"]
+    assert len(new) == len(old)
+    assert json.loads((tmp_path / "tune-half" / "adapter_config.json").read_text()) == {
+        **TUNE_CONFIG,
+        "lora_alpha": 0.5,
+    }
+
+
+def test_strengths_that_one_alpha_cannot_say_are_baked(tmp_path: Path) -> None:
     adapter = litgpt(tmp_path / "a", "k")
     with pytest.raises(loratool.InputError, match="--bake"):
-        loratool.rescale(adapter, tmp_path / "half", scale=0.5)
+        loratool.rescale(adapter, tmp_path / "half", match=["k_proj=0.5"])
     loratool.rescale(adapter, tmp_path / "half", scale=0.5, bake=True)
     assert loratool.read_adapter(tmp_path / "half").format == "peft"
 

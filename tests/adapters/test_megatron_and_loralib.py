@@ -283,6 +283,19 @@ def test_a_rewritten_adapter_names_the_modules_as_transformers_does(base: Path, 
         torch.testing.assert_close(found[module], weights(base)[module] + 2 * delta, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_another_strength_changes_one_number_of_the_settings(base: Path, tmp_path: Path, style: str) -> None:
+    """Heads are not needed; the comment on its line, all other lines and all tensors keep their bytes."""
+    name, text = SETTINGS[style]
+    text = text.replace("num_attention_heads", "heads_that_are_not_told")
+    adapter = write(tmp_path / "a", megatron_tensors(style), (name, text))
+    loratool.rescale(adapter, tmp_path / "triple", scale=3.0)
+    assert (tmp_path / "triple" / name).read_text() == text.replace(f"  alpha: {ALPHA}", f"  alpha: {3 * ALPHA}")
+    assert (tmp_path / "triple" / "adapter.safetensors").read_bytes() == (adapter / "weights.safetensors").read_bytes()
+    out = merged(base, tmp_path / "triple", tmp_path / "out")
+    check_merged(out, base, {module: 3 * delta for module, delta in megatron_deltas().items()})
+
+
 QKV = STYLES["bridge"]["qkv"].format(0)
 
 

@@ -77,6 +77,14 @@ class Scaled:
     header: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Restated:
+    """The one number of a file that says how strong all updates are, at another strength."""
+
+    values: Mapping[str, float] = field(default_factory=dict)  # of a GGUF file's metadata
+    settings: bytes = b""  # the file of the adapter's settings, where it is there
+
+
 class Spelling(Protocol):
     """How the tensors of a new adapter are named and laid out, which all of its layers together may decide."""
 
@@ -345,6 +353,13 @@ class Format(Protocol):
     def renamed_base(self, config: Config, base: str) -> Config:  # noqa: ARG002 (most name none)
         """A config that names another base, of no known commit, where it names one."""
         return config
+
+    def restated(self, adapter: Adapter, factor: float) -> Restated | None:  # noqa: ARG002 (most have several numbers)
+        """The same tensors `factor` times as strong, which one number says; None where none does.
+
+        It takes neither the names of layers nor a model, so that factors may be `Unsettled`.
+        """
+        return None
 
     rescales_tensors: bool = False  # whether strengths are in its tensors, where those of others are in a config
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Config, Format
+from loratool.adapters.formats.format import Config, Format, Restated
 from loratool.adapters.formats.gguf_writing import GgufNames, Model, losses, stack_of
 from loratool.adapters.formats.rows import derived, entry_of
 from loratool.adapters.gguf_names import Back, InModel, in_model, order_of
@@ -237,6 +237,15 @@ class GgufAdapter(Format):
         )
         adapter = settled(adapter, self.model.config) if self.model is not None else adapter
         return adapter, (*problems, *found.problems)
+
+    def restated(self, adapter: Adapter, factor: float) -> Restated | None:
+        assert isinstance(adapter.file, GgufFile)
+        own: Any = adapter.file.values.get(ALPHA)  # 0 or none for a scale of 1
+        plain = (u.inner if isinstance(u, Unsettled) else u for u in adapter.updates.values())
+        given = {u.scale * u.rank for u in plain if isinstance(u, LowRank)}
+        if not own and len(given) != 1:
+            return None
+        return Restated({ALPHA: (own or given.pop()) * factor})
 
     def card_config(self, folder: Path) -> Config | None:
         """What the metadata tell of the base."""

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import StoredTensor
+from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.rows import part_of
 from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
-from loratool.adapters.formats.yaml_lines import read_settings
+from loratool.adapters.formats.yaml_lines import read_settings, with_number
 from loratool.adapters.model_settings import attention_heads
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
@@ -89,6 +89,7 @@ class Litgpt(TrainerFormat):
     config_name = SETTINGS
     weights_name = "lit_model.lora.safetensors"
     settings = (SETTINGS,)
+    alphas = (("lora_alpha",),)
     models = (MODEL,)
 
     def claims(self, file: HasNames) -> frozenset[str]:
@@ -99,6 +100,9 @@ class Litgpt(TrainerFormat):
 
     def read_config(self, path: Path) -> Config:
         return read_settings(path)
+
+    def with_setting(self, adapter: Adapter, path: tuple[str, ...], number: float) -> bytes | None:
+        return with_number(adapter.config_file.read_bytes(), path, number)
 
     def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:
         path = folder / MODEL

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, Derived, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, Adapter, Derived, StoredTensor
 from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.rows import OfGroups, derived, entry_of, part_of
 from loratool.adapters.formats.tensor_ranks import DIVIDER, gathered, paths_of_ranks, read_ranks
@@ -34,7 +34,7 @@ from loratool.adapters.formats.trainer import (
     value_in,
     whole_in,
 )
-from loratool.adapters.formats.yaml_lines import read_settings
+from loratool.adapters.formats.yaml_lines import read_settings, with_number
 from loratool.adapters.model_settings import Heads, attention_heads
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
@@ -127,6 +127,7 @@ class Megatron(TrainerFormat):
     config_name = RUN
     weights_name = "adapter.safetensors"
     settings = (RUN, MODEL)
+    alphas = ALPHAS
 
     def claims(self, file: HasNames) -> frozenset[str]:
         modules = [
@@ -152,6 +153,9 @@ class Megatron(TrainerFormat):
 
     def read_config(self, path: Path) -> Config:
         return read_settings(path)
+
+    def with_setting(self, adapter: Adapter, path: tuple[str, ...], number: float) -> bytes | None:
+        return with_number(adapter.config_file.read_bytes(), path, number)
 
     def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:
         own = {**config, **(table if isinstance(table := config.get("model"), dict) else {})}

@@ -92,6 +92,7 @@ class Torchtune(TrainerFormat):
     config_name = "adapter_config.json"
     weights_name = "adapter_model.safetensors"
     settings = ("adapter_config.json",)
+    alphas = (("lora_alpha",),)
     dialects = ("torchtune",)
 
     def __init__(self, model: Mapping[str, Any] | None = None) -> None:

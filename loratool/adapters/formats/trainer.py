@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import FACTOR_NAMES, Adapter, StoredTensor
-from loratool.adapters.formats.format import Config, Format
+from loratool.adapters.formats.format import Config, Format, Restated
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import settled
@@ -25,6 +25,7 @@ from loratool.files.checkpoint import NUMBERED, sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
+from loratool.files.outputs import as_json
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
@@ -200,6 +201,20 @@ class TrainerFormat(Format):
         )
         return settled(adapter, self.model_at(folder, config)), tuple(found.problems)
 
+    alphas: tuple[tuple[str, ...], ...] = ()  # where settings may have the α of all modules
+
+    def restated(self, adapter: Adapter, factor: float) -> Restated | None:
+        path = next((path for path in self.alphas if value_in(adapter.config, *path)), None)
+        if path is None or adapter.config_file == adapter.file.path or adapter.file.files != (adapter.file,):
+            return None
+        alpha = tidy(value_in(adapter.config, *path) * factor)
+        settings = self.with_setting(adapter, path, alpha)
+        return None if settings is None else Restated(settings=settings)
+
+    def with_setting(self, adapter: Adapter, path: tuple[str, ...], number: float) -> bytes | None:
+        """The file of an adapter's settings with another number at the top; None where it cannot be put there."""
+        return as_json({**adapter.config, path[0]: number}) if len(path) == 1 else None
+
     def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:  # noqa: ARG002
         """The config of the model that was trained, as far as an adapter's folder tells it."""
         path = folder / MODEL_CONFIG
@@ -225,6 +240,11 @@ class TrainerFormat(Format):
             ranks=(training.rank,) if training.rank else (),
             snippet=lambda base, where: [],  # noqa: ARG005 (it is not loaded by a call)
         )
+
+
+def tidy(alpha: float) -> float | int:
+    """α as settings have it: a whole number where it is one."""
+    return round(alpha) if alpha == round(alpha) else alpha
 
 
 def text_in(config: Config, *path: str) -> str:

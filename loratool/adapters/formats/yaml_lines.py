@@ -75,6 +75,38 @@ def settings_in(text: str, shown: str) -> dict[str, Any]:
     return top[""] or {}  # a list at the top has no settings
 
 
+def with_number(content: bytes, path: tuple[str, ...], number: float) -> bytes | None:
+    """The file with another number for one nested setting; None where that is on no line alone, or would change more."""
+    text = content.decode("utf-8")
+    lines, opened = text.splitlines(keepends=True), list[tuple[int, str]]()
+    wanted: Any = settings_in(text, "")
+    for name in path[:-1]:
+        wanted = wanted.get(name) if isinstance(wanted, dict) else None
+    if not isinstance(wanted, dict) or path[-1] not in wanted:
+        return None
+    for at, line in enumerate(lines):
+        body = line.rstrip("\r\n").lstrip(" ")
+        indent = len(line.rstrip("\r\n")) - len(body)
+        if (match := LINE.fullmatch(body)) is None:
+            continue
+        opened = [*(each for each in opened if each[0] < indent), (indent, match["key"])]
+        if tuple(key for _, key in opened) == path and match["value"] is not None:
+            start, stop = (indent + place for place in match.span("value"))
+            made = "".join([*lines[:at], line[:start], repr(number), line[stop:], *lines[at + 1 :]])
+            return made.encode() if is_same_but(text, made, path, number) else None
+    return None
+
+
+def is_same_but(before: str, after: str, path: tuple[str, ...], number: float) -> bool:
+    """Whether a setting is a number after a change, and all others are what they were."""
+    old, new = settings_in(before, ""), settings_in(after, "")
+    table: Any = old
+    for name in path[:-1]:
+        table = table[name]
+    table[path[-1]] = number
+    return old == new
+
+
 def added(table: dict[str, Any], key: str, value: str | None, indent: int, shown: str) -> Place | None:
     """Take up a setting; None for one whose value is in the lines after it."""
     if key in table:
