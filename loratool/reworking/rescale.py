@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import is_zero, stored_tensors
+from loratool.adapters.adapter import Adapter, is_zero, stored_tensors
 from loratool.adapters.blocks import BlockWeights
 from loratool.adapters.formats import format_of, read_adapter
-from loratool.adapters.formats.format import Parts, Spelling
+from loratool.adapters.formats.format import Parts, Restated, Spelling
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Layer, contents_of
 from loratool.adapters.patterns import search_names
 from loratool.adapters.ranks import evened
@@ -86,7 +86,6 @@ def rescale(
     check(asked, {**factors, **blocks.factors}, options.each, options.bake)
     path = local(adapter, "adapter")
     contents, manner, in_place = opened(path, options)
-    restates = in_place and not manner.form.rescales_tensors
     target = check_adapter_target(out, [path], options, manner.form)
     if not contents.layers and not (contents.changes and manner.form.rescales_tensors):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
@@ -130,8 +129,7 @@ def rescale(
             run(Baker(contents, manner, modules, at_work, options, facts, notes, changes), target, [path], options)
         else:
             record = record_of("rescale", [path], options, facts, notes)
-            write = write_one_alpha if restates else write_alphas
-            write(target, contents, modules, options, record, changes)
+            write_alphas(target, contents, modules, options, record, changes)
     return RescaleReport(
         out=target,
         written=not options.dry_run,
@@ -149,7 +147,7 @@ def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]
     (way,) = options.readings(1)
     base = options.model()
     read = read_adapter(path, way)
-    if is_even(options) and format_of(read).restated(read, 1.0) is not None:
+    if restates(read, options):
         return contents_of(as_stored(read), "rescale"), Manner(format_of(read), ""), True
     given = settled(read, base.config if base else {})
     contents = contents_of(given, "rescale", as_products=bool(given.dialects))
@@ -165,6 +163,11 @@ def is_even(options: RescaleOptions) -> bool:
     """Whether all layers get one factor that does not depend on how a dialect divides them, and nothing else is to change."""
     others = (options.bake, options.to, options.spectral, options.match, options.block_weights)
     return not any(others) and not options.each
+
+
+def restates(adapter: Adapter, options: RescaleOptions) -> bool:
+    """Whether an adapter gets another α where it has one for all layers."""
+    return is_even(options) and format_of(adapter).restated(adapter, 1.0) is not None
 
 
 def is_copied(contents: Contents, options: RescaleOptions) -> bool:
@@ -315,6 +318,9 @@ def write_alphas(
         scaled = form.scaled(contents, strengths, {t: m.after for t, m in modules.items()})
         scaled_output(out, contents, scaled, provenance, options)
         return
+    if restates(contents.adapter, options):
+        restated_output(out, contents, with_one_alpha(contents, factors), provenance, options)
+        return
     config = format_of(contents.adapter).rescaled(contents, factors, options.alpha is not None)
     if options.dry_run:
         contents.adapter.check_values()
@@ -322,22 +328,13 @@ def write_alphas(
         copied_output(out, contents, config, provenance, options)
 
 
-def write_one_alpha(
-    out: Path,
-    contents: Contents,
-    modules: Mapping[str, RescaledLayer],
-    options: RescaleOptions,
-    provenance: Mapping[str, Any],
-    changes: Mapping[str, float],  # noqa: ARG001 (such files have none)
-) -> None:
-    """The same tensors in a file that has one α for all."""
-    form, factors = format_of(contents.adapter), [m.factor for m in modules.values() if m.factor is not None]
-    made = (
-        form.restated(contents.adapter, factors[0]) if max(factors) - min(factors) <= EVEN * abs(factors[0]) else None
-    )
+def with_one_alpha(contents: Contents, factors: Mapping[str, float | None]) -> Restated:
+    """Its one α at another strength. Raises `InputError` where its layers would need several."""
+    form, known = format_of(contents.adapter), [factor for factor in factors.values() if factor is not None]
+    made = form.restated(contents.adapter, known[0]) if max(known) - min(known) <= EVEN * abs(known[0]) else None
     if made is None:
         raise InputError(f"{form.name} has one alpha for all layers, and these need several; pass --bake", hint=BAKE)
-    restated_output(out, contents, made, provenance, options)
+    return made
 
 
 def ranks_of(contents: Contents, manner: Manner) -> dict[str, int]:
