@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -79,11 +82,30 @@ else:
 def installed(package: str) -> str:
     """The version of a package, which is not imported for it; empty where it is not installed.
 
-    Remembered, as all of the package's metadata is parsed for it.
+    Its metadata are looked for where installers put them, for the import of `importlib.metadata` takes as long as the plan
+    of a merge; that is asked where there are none.
     """
+    wanted = package.lower().replace("-", "_")
+    for folder in sys.path:
+        with suppress(OSError), os.scandir(folder or os.curdir) as entries:
+            for entry in entries:
+                name, _, rest = entry.name.partition("-")
+                if rest.endswith(".dist-info") and name.lower() == wanted and (told := version_in(entry.path)):
+                    return told
     from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def version_in(folder: str) -> str:
+    """The version in a package's metadata, whose head is lines of `Key: value`; empty where they say none."""
+    with suppress(OSError, UnicodeDecodeError), open(os.path.join(folder, "METADATA"), encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("Version:"):
+                return line.partition(":")[2].strip()
+            if not line.strip():
+                break
+    return ""

@@ -64,7 +64,7 @@ def told_model(model: Checkpoint, digests: ModelDigests | None = None) -> dict[s
         "name": model.name,
         **told_input(model.root, alone),
         "files": files,
-        **made_of(model.root, dict.fromkeys(weights, "")),
+        **made_of(model.root, dict.fromkeys(weights, ""), next(iter(weights.values())).metadata if alone else None),
     }
 
 

@@ -27,13 +27,13 @@ KEPT_OF_FILE = ("size", "sha256", "function", "root", "header")
 KEPT_OF_INPUT = ("name", "hub", "id", *LICENCE, "format", "weight", "rank", "sha256")
 
 
-def record_at(place: Path) -> dict[str, Any]:
-    """The record of a folder or of one file; raises `InputError` where there is none that can be read."""
+def record_at(place: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The record of a folder or of one file, whose header may have been read; raises `InputError` where none can be read."""
     folder, only = (place, "") if place.is_dir() else (place.parent, place.name)
     path = record_for(folder, only)
     if path.is_file():
         return read_json(path, LARGEST_RECORD)
-    if only and place.is_file() and (told := in_header(place)):
+    if only and place.is_file() and (told := in_header(place, metadata)):
         return told
     if not place.exists():
         raise InputError(f"{printable(place)}: no such file or folder")
@@ -83,7 +83,7 @@ def made_of(place: Path, files: Mapping[str, str], metadata: Mapping[str, str] |
     """
     folder = place if place.is_dir() else place.parent
     try:
-        record = record_at(place)
+        record = record_at(place, metadata)
         listed = read_recorded(record)
         if not all(is_listed(listed.get(name), folder / name, sha256) for name, sha256 in files.items()):
             record = {}
