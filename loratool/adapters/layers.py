@@ -10,7 +10,6 @@ from enum import Enum
 from typing import Any
 
 from loratool.adapters.adapter import FACTOR_NAMES, Adapter, stored_tensors
-from loratool.adapters.as_lora import as_product, kind_unknown
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import Unsettled, open_question
 from loratool.algebra.lowrank.products import ROUNDING, Product
@@ -248,6 +247,8 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
 
     `as_products` takes LoHa and LoKr as the LoRA that they are, whose factors are computed.
     """
+    from loratool.adapters.as_lora import as_product, kind_unknown
+
     shown = printable(adapter.file.path)
     if adapter.unsupported:
         raise InputError(f"{shown}: cannot {verb} this adapter:", adapter.unsupported)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import tempfile
     from pathlib import Path
 
     from loratool.files.source import Source

@@ -34,7 +34,6 @@ from loratool.merging.resources import (
     rows_of_block,
     sums_products,
 )
-from loratool.merging.row_blocks import Worker
 from loratool.merging.tasks import (
     Compute,
     Copy,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from loratool.merging.output_layout import ShardPlan
+    from loratool.merging.row_blocks import Worker
 
 MOST_LANES = 4  # output files of a job that are written at the same time
 FINISHING_SHARDS = 2  # output files of a job besides that are being synced
@@ -278,7 +278,7 @@ class Engine:
             for task in tasks:
                 if isinstance(task, Repack):
                     worker = worker or self.worker(number)
-                    assert isinstance(worker, Worker)
+                    assert not isinstance(worker, NumpyWorker)
                     with task.output.job.guarded():
                         self.repack(worker, task)
             digests: list[str] = []
@@ -291,6 +291,8 @@ class Engine:
     def worker(self, number: int) -> Worker | NumpyWorker:
         """The buffers of a thread."""
         if self.runtime.result().has_torch:
+            from loratool.merging.row_blocks import Worker
+
             return Worker.of(self.spans, self.resources(), number)
         return NumpyWorker(self.spans, self.resources(), number)
 

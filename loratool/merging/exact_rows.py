@@ -20,6 +20,7 @@ from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.addends import GENEROUS, MOST_TERMS, ROUNDOFF, Addend, Stack, by_place
 from loratool.merging.single_elements import SingleElements
+from loratool.merging.totals import Seen
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,16 +31,6 @@ MANY = 16  # where more than one of so many elements is undecided, it is asked w
 MOST_VIEWS = 64
 SMALL = 1 << 15  # elements of a weight that are computed in float64, which takes fewer steps
 WORKABLE = 2.0**-60, 2.0**60  # sizes of scales and sums that float32 computes with
-
-
-@dataclass
-class Seen:
-    """What was seen of a block of rows."""
-
-    weight: float = 0.0  # ‖W‖²
-    change: float = 0.0  # ‖ΔW‖²
-    largest: float = 0.0  # no element of the result is larger in size
-    kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # of sampled rows: module → as `Totals.kept`
 
 
 @dataclass(frozen=True)

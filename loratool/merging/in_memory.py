@@ -27,6 +27,7 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.pipelines import identities, itself
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
+from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import Gains, gain_notes, hidden_updates
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
@@ -40,7 +41,7 @@ from loratool.merging.resources import (
     sums_products,
     work_memory,
 )
-from loratool.merging.row_blocks import EditedSpan, Worker
+from loratool.merging.row_blocks import Worker
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.tasks import chunks_of, compare_replaced
 from loratool.merging.totals import Totals

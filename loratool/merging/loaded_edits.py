@@ -24,13 +24,13 @@ from loratool.files.stopwatch import lap
 from loratool.lazy import torch
 from loratool.merging.addends import Addend, Place
 from loratool.merging.compensating import compensate
-from loratool.merging.exact_rows import ExactSum, Scratch, Seen, convert, largest_of
+from loratool.merging.exact_rows import ExactSum, Scratch, convert, largest_of
 from loratool.merging.gain import measure_kept, rows_apart
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import sums_products
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.stochastic import random_numbers, round_at_random
-from loratool.merging.totals import Effect
+from loratool.merging.totals import Effect, Seen
 
 LOOKED_AT = 1 << 19  # elements in which the effect of an update is looked for at a time
 LOOKED_AT_FIRST = 1 << 14  # elements in which it is looked for at first; most show it there

@@ -16,9 +16,10 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, torch
 from loratool.merging.addends import Place
+from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import kept_of
 from loratool.merging.resources import rows_of_block
-from loratool.merging.row_blocks import EditedSpan, Worker
+from loratool.merging.row_blocks import Worker
 from loratool.merging.totals import summed
 
 

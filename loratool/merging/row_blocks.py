@@ -7,79 +7,21 @@ of it on the device, and a stream of its own.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.weights import Held, Room, StoredWeight
+from loratool.bases.weights import Room, StoredWeight
 from loratool.errors import FitError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.sink import PAGE
 from loratool.files.stopwatch import lap
 from loratool.lazy import torch
-from loratool.merging.exact_rows import Scratch, Seen
-from loratool.merging.loaded_edits import LoadedEdits, has_effect, is_changed, load_edits
+from loratool.merging.edited_spans import EditedSpan
+from loratool.merging.exact_rows import Scratch
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, itemsize, needs_float64, rows_of_block, tile_elements
-from loratool.merging.shared_updates import SharedUpdates
-from loratool.merging.totals import Totals, summed
-
-
-class EditedSpan:
-    """A span on its way through the workers, with its factors loaded once per device."""
-
-    def __init__(self, span: Span, totals: Totals, shared: SharedUpdates, rounding: str = "nearest") -> None:
-        self.span, self.totals, self.shared, self.rounding = span, totals, shared, rounding
-        self.lock, self.held = threading.Lock(), Held()
-        self.loaded: dict[str, LoadedEdits] = {}
-        self.waiting = {(edit.adapter, edit.target) for edit in span.edits}  # updates that have changed nothing so far
-        totals.measured |= self.waiting
-
-    def edits_on(self, device: torch.device) -> LoadedEdits:
-        """The edits ready to apply on `device`."""
-        with self.lock:
-            key = str(device)
-            if key not in self.loaded:
-                self.loaded[key] = load_edits(self.span, self.shared, device, self.rounding)
-            return self.loaded[key]
-
-    def look_for_effects(self, loaded: LoadedEdits, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
-        """Note which updates change an element of some rows, from `first` on, and whether all of them together do."""
-        effective = self.totals.effective
-        self.waiting = self.waiting - effective
-        alone = len(self.span.edits) == 1
-        changed = (alone or not self.totals.changed) and is_changed(before, after)
-        if changed:
-            self.totals.changed = True  # never set to False: another worker may have seen a change meanwhile
-        for effect in self.waiting:
-            if effect not in effective and (changed if alone else has_effect(loaded.only(effect), before, first)):
-                effective.add(effect)
-
-    def packed_anew(
-        self, kept: dict[str, tuple[float, float]], lost: float, change: float, weight: float, differs: bool
-    ) -> None:
-        """Account for a weight that was packed anew: ‖W' − (W + ΔW)‖², ‖ΔW‖², ‖W‖², and whether W' is not W."""
-        name = self.span.placed.name
-        with self.lock:
-            self.totals.kept[name], self.totals.lost[name] = kept, (lost, change)
-            self.totals.norms[name] = weight, change
-            if differs:
-                self.totals.changed = True
-                self.totals.effective |= {(edit.adapter, edit.target) for edit in self.span.edits}
-
-    def seen(self, rows: int, block: Seen, whole: float, nonfinite: int) -> None:
-        """Account for a block that has been written; `whole` is ‖ΔW‖ of all blocks, or infinite where nobody knows."""
-        name = self.span.placed.name
-        change = whole**2 * rows / self.span.rows if math.isfinite(whole) else block.change
-        with self.lock:
-            self.totals.kept[name] = summed([self.totals.kept.get(name, {}), block.kept])
-            if nonfinite:
-                self.totals.nonfinite[name] = self.totals.nonfinite.get(name, 0) + nonfinite
-            if self.span.edits:
-                before = self.totals.norms.get(name, (0.0, 0.0))
-                self.totals.norms[name] = before[0] + block.weight, before[1] + change
 
 
 class Worker:

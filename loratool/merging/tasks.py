@@ -16,8 +16,8 @@ from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources
 from loratool.files.seen_digests import SeenDigests
 from loratool.files.sink import Arrived
+from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.resources import MOST_SHELVED
-from loratool.merging.row_blocks import EditedSpan
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Effect, Totals
 

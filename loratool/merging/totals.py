@@ -37,6 +37,16 @@ class Totals:
         return summed(self.kept.get(name, {}) for name in names)
 
 
+@dataclass
+class Seen:
+    """What was seen of a block of rows."""
+
+    weight: float = 0.0  # ‖W‖²
+    change: float = 0.0  # ‖ΔW‖²
+    largest: float = 0.0  # no element of the result is larger in size
+    kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # of sampled rows: module → as `Totals.kept`
+
+
 def summed(tables: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
     """Pairs of numbers of the same name, added up."""
     found: dict[str, tuple[float, float]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.bases.weights import Memory
 from loratool.devices import exact_arithmetic
@@ -11,12 +11,15 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.sink import PAGE
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
-from loratool.merging.exact_rows import Seen
+from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import rows_apart
 from loratool.merging.numpy_sums import Added, Measured, Tiles, readable
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
-from loratool.merging.row_blocks import EditedSpan, Worker
+from loratool.merging.totals import Seen
+
+if TYPE_CHECKING:
+    from loratool.merging.row_blocks import Worker
 
 
 class NumpyWorker:
@@ -74,6 +77,8 @@ class NumpyWorker:
     def by_torch(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """The same rows by a worker that has torch."""
         with exact_arithmetic():
+            from loratool.merging.row_blocks import Worker
+
             self.worker = self.worker or Worker.of(self.spans, self.resources, self.number)
             return self.worker.merged_rows(work, first, count, sources, shift)
 

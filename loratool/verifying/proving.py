@@ -17,6 +17,7 @@ from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, res
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
+from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.numpy_sums import Added
 from loratool.merging.resources import (
     MOST_SHELVED,
@@ -26,7 +27,7 @@ from loratool.merging.resources import (
     rows_of_block,
     sums_products,
 )
-from loratool.merging.row_blocks import EditedSpan, Worker
+from loratool.merging.row_blocks import Worker
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals
 from loratool.verifying import quick

@@ -26,7 +26,6 @@ from loratool.bases.binding.places import ALL, Bound, Match, Place, Rule
 from loratool.bases.binding.proposing import proposals
 from loratool.bases.binding.resolving import Renaming, Resolver
 from loratool.bases.binding.telling import Nearest, tell
-from loratool.bases.binding.unlike import unlike_kinds
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import NUMBERED, Checkpoint
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
@@ -56,8 +55,11 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         bound = bind_components(adapter, base, parts, renamings, fan_in_fan_out)
     else:
         bound = bind_model(adapter, base, renamings, fan_in_fan_out)
-    if bound.problems and (why := unlike_kinds(adapter, base, parts)):
-        raise FitError(f"{adapter.name}: {why}")
+    if bound.problems:
+        from loratool.bases.binding.unlike import unlike_kinds  # which knows many models
+
+        if why := unlike_kinds(adapter, base, parts):
+            raise FitError(f"{adapter.name}: {why}")
     notes = list(bound.notes)
     mapped = mapped_of(adapter.updates, renamings)
     for text, (pattern, _) in zip(maps, renamings, strict=True):
