@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from loratool.merging.exact_rows import ExactSum, Scratch, Seen
+    from loratool.merging.exact_rows import ExactSum, Scratch
     from loratool.merging.numpy_sums import Added, Tiles
+    from loratool.merging.totals import Seen
 
 
 def peft_merge(base: str, adapter: str, out: str, device: str = "cpu") -> None:
@@ -129,7 +130,8 @@ def merge_in_float32(
     import torch
 
     from loratool.files.stopwatch import lap
-    from loratool.merging.exact_rows import Seen, largest_of
+    from loratool.merging.exact_rows import largest_of
+    from loratool.merging.totals import Seen
 
     seen = Seen()
     for at in range(0, before.shape[0], tile):
