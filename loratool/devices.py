@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.data import dataclass
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 RUNTIME_MEMORY = 256 << 20  # bytes: Python, torch and its libraries, before any work
+CUDA_LIBRARIES = 260 << 20  # bytes that those of a torch built for CUDA take besides, whatever computes
 
 
 def kind_of(devices: Sequence[str]) -> str:
@@ -167,6 +171,18 @@ def exact_arithmetic() -> Iterator[None]:
             if not PRECISION.users:
                 torch.set_float32_matmul_precision(PRECISION.before)
                 torch.set_num_threads(PRECISION.threads)  # workers set it to 1
+
+
+def runtime_memory() -> int:
+    """Bytes of Python, torch and its libraries before any work on a CPU, told without importing torch."""
+    found = find_spec("torch")
+    folder = Path(found.origin).parent if found and found.origin else Path()
+    return RUNTIME_MEMORY + (CUDA_LIBRARIES if (folder / "lib" / "libtorch_cuda.so").exists() else 0)
+
+
+def has_torch() -> bool:
+    """Whether torch has been imported."""
+    return "torch" in sys.modules
 
 
 def resident_memory() -> int:

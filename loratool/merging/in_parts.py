@@ -157,7 +157,8 @@ class Made:
 
 def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None) -> Made:
     """Make those of some parts that are not there; raises `PublishedError` where the output is complete."""
-    runtime = runtime_for(plan_of(merge.plan, parts).spans, merge.options.device, merge.options.is_simple)
+    options = merge.options
+    runtime = runtime_for(plan_of(merge.plan, parts).spans, options.device, options.is_simple, options.max_memory)
     return result_of(making(merge, parts, share, runtime), merge, runtime, progress)
 
 

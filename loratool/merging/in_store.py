@@ -37,7 +37,7 @@ def merge_into_store(
 ) -> MergeReport:
     """Merge into a store; `loratool.commands.merge` says all of it. Raises as `merge` does."""
     merge = open_parts(base, adapters, out, options, joining=False)
-    runtime = runtime_for(merge.plan.spans, options.device, options.is_simple)
+    runtime = runtime_for(merge.plan.spans, options.device, options.is_simple, options.max_memory)
     return result_of(making_in_store(merge, runtime), merge, runtime, progress)
 
 

@@ -94,8 +94,8 @@ class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
 
     @property
     def is_simple(self) -> bool:
-        """Whether sums are rounded to the nearest, in any amount of memory."""
-        return self.rounding == "nearest" and self.max_memory is None
+        """Whether sums are rounded to the nearest."""
+        return self.rounding == "nearest"
 
 
 def merge(
@@ -110,7 +110,7 @@ def merge(
     try:
         prepared = prepare(base, adapters, out, options)
         lap("plan")
-        runtime = runtime_for(prepared[0].spans, options.device, options.is_simple)
+        runtime = runtime_for(prepared[0].spans, options.device, options.is_simple, options.max_memory)
         (report,) = make_all([making(prepared, out, options, runtime, started)], options, runtime, progress, watch)
     finally:
         stopwatch.end()

@@ -107,7 +107,7 @@ def merge_many(
         lap("plan")
         spans = [span for each in ready for span in each.plan.spans]
         simple = all(each.wanted.options.is_simple for each in ready)
-        runtime = runtime_for(spans, options.device, simple)
+        runtime = runtime_for(spans, options.device, simple, options.max_memory)
         makings = [
             making_in_store(into_stores[each.wanted.key], runtime)
             if each.wanted.stored

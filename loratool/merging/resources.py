@@ -8,7 +8,15 @@ from loratool.adapters.adapter import stored_tensors
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.packed import Packed
 from loratool.data import dataclass
-from loratool.devices import RUNTIME_MEMORY, Runtime, kind_of, means_cpu, start_torch, without_torch
+from loratool.devices import (
+    RUNTIME_MEMORY,
+    Runtime,
+    kind_of,
+    means_cpu,
+    runtime_memory,
+    start_torch,
+    without_torch,
+)
 from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import COPY_PIECE, PAGE
@@ -40,6 +48,7 @@ MOST_WORKERS = 16
 GPU_WORKERS = 16  # per GPU: most of them hash and write
 CUDA_MEMORY = 600 << 20  # bytes of host memory that the CUDA libraries take besides
 CUDA_WORKING_MEMORY = 512 << 20  # bytes of host memory that kernels take when they first run
+NUMPY_MEMORY = 64 << 20  # bytes: Python, numpy and its libraries, before any work
 WORKING_MEMORY = 32 << 20  # bytes: hashing, small files and the libraries' own buffers
 
 
@@ -50,6 +59,7 @@ class Resources:
     devices: tuple[str, ...]  # "cpu", or one or more of "cuda:0", …
     workers: int
     block: int  # bytes of weight that pass at a time, at least one row
+    max_memory: int | None = None  # the limit that they keep within
 
     @property
     def on_gpu(self) -> bool:
@@ -61,19 +71,31 @@ class Resources:
         return kind_of(self.devices)
 
 
-def runtime_for(spans: Iterable[Span], device: str, simple: bool = False) -> Future[Runtime]:
-    """Torch on its way in the background, and not at all where every span is a copy or numpy computes it.
+def runtime_for(
+    spans: Iterable[Span], device: str, simple: bool = False, max_memory: int | None = None
+) -> Future[Runtime]:
+    """Torch on its way in the background, and not at all where `needs_torch` does not say so."""
+    return start_torch(device) if needs_torch(tuple(spans), device, simple, max_memory) else without_torch()
 
-    `simple` tells whether sums are rounded to the nearest, in any amount of memory.
-    """
+
+def needs_torch(spans: Sequence[Span], device: str, simple: bool, max_memory: int | None) -> bool:
+    """Whether any span is neither a copy nor computed by numpy; `simple` tells whether sums are rounded to the nearest."""
     computed = [span for span in spans if not span.carried]
-    return without_torch() if not computed or (simple and by_numpy(computed, device)) else start_torch(device)
+    return bool(computed) and not (simple and by_numpy(computed, device, max_memory))
 
 
-def by_numpy(spans: Sequence[Span], device: str) -> bool:
-    """Whether numpy computes some spans: it can, and is not slower by what its threads wait for each other."""
-    few = most_workers() <= FEW_WORKERS or sum(span.placed.elements for span in spans) <= FEW_ELEMENTS
-    return few and means_cpu(device) and all(map(suits, spans))
+def by_numpy(spans: Sequence[Span], device: str, max_memory: int | None = None) -> bool:
+    """Whether numpy computes some spans: it can, and is not slower by what its threads wait for each other.
+
+    It does in any case where a limit would leave torch fewer threads or smaller blocks.
+    """
+    if not means_cpu(device) or not all(map(suits, spans)):
+        return False
+    workers = most_workers()
+    few = workers <= FEW_WORKERS or sum(span.placed.elements for span in spans) <= FEW_ELEMENTS
+    return few or (
+        max_memory is not None and max_memory < runtime_memory() + work_memory(spans, workers, LARGE_BLOCK, False)
+    )
 
 
 def choose_resources(
@@ -89,6 +111,7 @@ def choose_resources(
     `sent` are bytes that each worker may hold of what it sends elsewhere.
     Raises `UsageError` with the smallest limit that would do.
     """
+    used = max(used, NUMPY_MEMORY)  # which may not have been imported so far
     on_gpu = kind_of(devices) == "cuda"
     chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
     block = CUDA_BLOCK if on_gpu else CPU_BLOCK if chosen <= FEW_WORKERS else LARGE_BLOCK
@@ -105,14 +128,19 @@ def choose_resources(
                 f"--max-memory: {max_memory / 10**6:g} MB is too little; this merge needs at least {least} MB",
                 hint=f"--max-memory {least}MB",
             )
-    return Resources(devices, chosen, block)
+    return Resources(devices, chosen, block, max_memory)
 
 
-def estimated_memory(spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None) -> int:
+def estimated_memory(
+    spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None, simple: bool
+) -> int:
     """Bytes that a merge is expected to keep resident, told without importing torch."""
     on_gpu = device.startswith("cuda")
     devices = tuple(device.split(",")) if on_gpu else ("cpu",)
-    used = RUNTIME_MEMORY + (CUDA_MEMORY if on_gpu else 0)
+    if needs_torch(spans, device, simple, max_memory):
+        used = RUNTIME_MEMORY + CUDA_MEMORY if on_gpu else runtime_memory()
+    else:
+        used = NUMPY_MEMORY
     chosen = choose_resources(spans, devices, workers, max_memory, used)
     return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.weights import Memory
-from loratool.devices import exact_arithmetic
+from loratool.devices import exact_arithmetic, has_torch, resident_memory, runtime_memory
+from loratool.errors import UsageError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.sink import PAGE
 from loratool.files.stopwatch import lap
@@ -76,11 +77,27 @@ class NumpyWorker:
 
     def by_torch(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """The same rows by a worker that has torch."""
+        if self.worker is None:
+            self.check_memory(work.span)
         with exact_arithmetic():
             from loratool.merging.row_blocks import Worker
 
             self.worker = self.worker or Worker.of(self.spans, self.resources, self.number)
             return self.worker.merged_rows(work, first, count, sources, shift)
+
+    def check_memory(self, span: Span) -> None:
+        """Raise `UsageError` where torch is not there yet, and a limit leaves no memory for it."""
+        limit = self.resources.max_memory
+        if limit is None or has_torch():
+            return
+        needed = resident_memory() + runtime_memory()
+        if needed > limit:
+            least = -(-needed // 10**6)
+            raise UsageError(
+                f"--max-memory: {limit / 10**6:g} MB is too little; {printable(span.placed.name)} has values that only "
+                f"torch can compute, which takes at least {least} MB",
+                hint=f"--max-memory {least}MB",
+            )
 
 
 def added_to(span: Span) -> Added:

@@ -107,7 +107,7 @@ def stream(
         stage = cache(lambda: draft if options.dry_run else stack.enter_context(workplace(home)))
         source = stack.enter_context(opened(chosen_base(base, paths), lambda name: stage().place_for(name)))
         plan = planned(source.checkpoint, read_all(paths, ways), options)
-        runtime = runtime_for(plan.spans, options.device)
+        runtime = runtime_for(plan.spans, options.device, options.is_simple, options.max_memory)
         check_values(plan)
         invoked = repeated(plan, paths, options, f" --stream --push-to-hub {repo}")
         others = partial(small_files, plan, repo=repo, options=options)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 import loratool
 from loratool.bases.weights import widen
+from loratool.devices import resident_memory
 from loratool.errors import FitError
-from loratool.merging import numpy_sums, resources
+from loratool.merging import numpy_sums, resources, without_torch
 from loratool.merging.numpy_sums import Added, Tiles
 
 ROWS, COLUMNS, RANK = 12, 32, 3
@@ -164,6 +165,37 @@ def test_weights_that_are_not_finite_are_carried_by_torch(tmp_path: Path, monkey
         down, up = factors[name]
         wanted = rounded(weight.double() + up.double() @ down.double(), torch.bfloat16)
         assert torch.equal(found[name].nan_to_num(0), wanted.nan_to_num(0))
+
+
+@pytest.mark.parametrize("spare", [0, 1 << 40])
+def test_a_limit_that_leaves_no_memory_for_torch_is_told_where_it_takes_torch(
+    spare: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight is infinite."""
+    weights = {ODD: numbers(64, 48, seed=5).bfloat16()}
+    weights[ODD][3, 5] = math.inf
+    write_model(tmp_path / "base", weights, CONFIG)
+    factors = {ODD: (numbers(RANK, 48, seed=7), numbers(64, RANK, seed=8, size=0.01))}
+    write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
+    limit = {"max_memory": resident_memory() + (200 << 20)}
+    monkeypatch.setattr(without_torch, "runtime_memory", lambda: (300 << 20) - spare)
+    monkeypatch.setattr(without_torch, "has_torch", lambda: False)
+    if spare:
+        loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", device="cpu", **limit)
+        return
+    with pytest.raises(loratool.UsageError, match=rf"{ODD} has values that only torch can compute, .* at least \d+ MB"):
+        loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", device="cpu", **limit)
+
+
+def test_many_cores_compute_by_numpy_where_a_limit_leaves_little_for_torch(
+    of: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = loratool.plan(of.base, of.adapter).spans
+    monkeypatch.setattr(resources, "cores", lambda: 64)
+    monkeypatch.setattr(resources, "FEW_ELEMENTS", 0)
+    assert not resources.by_numpy(spans, "cpu")
+    assert not resources.by_numpy(spans, "cpu", 8 << 30)
+    assert resources.by_numpy(spans, "cpu", 200 << 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
