@@ -132,7 +132,7 @@ def choose_resources(
 
 
 def estimated_memory(
-    spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None, simple: bool
+    spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None, simple: bool = False
 ) -> int:
     """Bytes that a merge is expected to keep resident, told without importing torch."""
     on_gpu = device.startswith("cuda")

@@ -177,7 +177,7 @@ def test_a_limit_that_leaves_no_memory_for_torch_is_told_where_it_takes_torch(
     write_model(tmp_path / "base", weights, CONFIG)
     factors = {ODD: (numbers(RANK, 48, seed=7), numbers(64, RANK, seed=8, size=0.01))}
     write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
-    limit = {"max_memory": resident_memory() + (200 << 20)}
+    limit: dict[str, Any] = {"max_memory": resident_memory() + (200 << 20)}
     monkeypatch.setattr(without_torch, "runtime_memory", lambda: (300 << 20) - spare)
     monkeypatch.setattr(without_torch, "has_torch", lambda: False)
     if spare:
