@@ -283,3 +283,18 @@ def test_diffusers_loads_a_control_adapter_that_was_converted(tmp_path: Path) ->
     loratool.merge(tmp_path / "base", tmp_path / "control.safetensors", tmp_path / "out", device="cpu")
     found, before = merged(tmp_path / "out"), merged(tmp_path / "base")
     same(found, fused(pipe, tmp_path / "lora"), 6, before)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux"])
+def test_diffusers_runs_the_code_of_a_card(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny pipeline in place of the base, up to the image itself, which takes components that it has not."""
+    torch.manual_seed(0)
+    pipe = PIPELINES[kind]()
+    trained(pipe, tmp_path / "style")
+    loratool.rescale(tmp_path / "style", tmp_path / "weaker", scale=0.5)
+    card = (tmp_path / "weaker" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("pipeline.to(")[0]
+    monkeypatch.chdir(tmp_path / "weaker")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda base, **options: pipe)
+    exec(compile(code, "card", "exec"), {})
+    assert pipe.get_list_adapters()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import click
 import faults
@@ -380,6 +382,76 @@ def test_the_card_of_an_image_adapter_is_what_the_hub_expects(
         "widget": [{"text": 'a "sks" dog: #1'}],
     }
     assert data == wanted | ({"base_model": [base], "base_model_relation": "adapter"} if base else {})
+
+
+class Pipeline:
+    """What the code of a card takes for diffusers' pipelines; it keeps what it was asked for."""
+
+    asked: ClassVar[list[object]] = []
+
+    @classmethod
+    def from_pretrained(cls, base: str, **options: object) -> Pipeline:
+        cls.asked = [base, options]
+        return cls()
+
+    def load_lora_weights(self, place: str) -> None:
+        self.asked.append(place)
+
+    def to(self, device: str) -> None:
+        self.asked.append(device)
+
+    def __call__(self, prompt: str) -> Any:
+        self.asked.append(prompt)
+        return SimpleNamespace(images=[Image()], frames=["a video"])
+
+
+class Image:
+    def save(self, name: str) -> None:
+        Pipeline.asked.append(name)
+
+
+@pytest.fixture
+def diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of these names, for code that imports them."""
+    write = lambda video, name: Pipeline.asked.append((video, name))  # noqa: E731
+    utils = SimpleNamespace(export_to_video=write)
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(DiffusionPipeline=Pipeline, utils=utils))
+    monkeypatch.setitem(sys.modules, "diffusers.utils", utils)
+
+
+@pytest.mark.usefixtures("diffusers")
+@pytest.mark.parametrize(
+    ("header", "base", "dtype"),
+    [
+        (SDXL | {"ss_sd_model_name": "sd_xl_base_1.0.safetensors"}, SDXL_BASE, torch.float16),
+        ({"ss_base_model_version": "flux1", "ss_sd_model_name": "some/flux"}, "some/flux", torch.bfloat16),
+        ({"ss_base_model_version": "wan2.1"}, "BASE", torch.bfloat16),
+    ],
+)
+def test_the_card_of_an_image_adapter_has_code_that_runs_its_pipeline(
+    tmp_path: Path, header: dict[str, str], base: str, dtype: torch.dtype
+) -> None:
+    """Read by the Hub's parser, and executed: the base in the dtype of its family, the adapter from its repository, and
+    the words that call up what was trained, whatever characters they have.
+    """
+    prompt = 'a "sks" dog\\'
+    card = ModelCard(select_card(image_adapter(tmp_path / "style", header | {"modelspec.trigger_phrase": prompt})))
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    exec(compile(code, "card", "exec"), {})
+    made = [("a video", "video.mp4")] if header["ss_base_model_version"] == "wan2.1" else ["image.png"]
+    assert Pipeline.asked == [base, {"torch_dtype": dtype}, "me/style", "cuda", prompt, *made]
+
+
+def test_no_code_is_told_for_what_diffusers_does_not_load(tmp_path: Path) -> None:
+    """LoHa, on the way to the Hub and as an output."""
+    sides = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    (tmp_path / "loha").mkdir()
+    save_file({f"{KOHYA}.{side}": torch.ones(4, 4) for side in sides}, tmp_path / "loha" / "style.safetensors", SDXL)
+    assert "## Usage" not in select_card(tmp_path / "loha")
+    loratool.rescale(tmp_path / "loha", tmp_path / "out", scale=0.5)
+    assert "## Usage" not in (tmp_path / "out" / "README.md").read_text()
+    loratool.convert(tmp_path / "loha", tmp_path / "lora", to="diffusers", rank=2)
+    assert "pipeline.load_lora_weights(place)" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_what_no_header_holds_is_in_no_card(tmp_path: Path) -> None:

@@ -680,3 +680,9 @@ def test_language_models_and_image_models_are_told_apart(tmp_path: Path) -> None
         for adapter in (flux, unet):
             with pytest.raises(InputError, match="for language models"):
                 loratool.convert(adapter, tmp_path / "out", to=dialect)
+
+
+def test_an_architecture_that_the_modules_are_not_of_is_refused_with_the_one_that_they_are_of(tmp_path: Path) -> None:
+    adapter = in_diffusers({f"unet.{BLOCK}.attn1.to_q": (8, 8)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match="these are not modules of flux, but of sdxl"):
+        loratool.convert(adapter, tmp_path / "out.safetensors", to="kohya", architecture="flux")

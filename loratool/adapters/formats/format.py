@@ -354,6 +354,10 @@ class Format(Protocol):
         """A config that names another base, of no known commit, where it names one."""
         return config
 
+    def with_weights(self, config: Config, folder: Path) -> Config:  # noqa: ARG002 (most configs tell all)
+        """A config, with what a card needs to know of the weights that are in a folder."""
+        return config
+
     def restated(self, adapter: Adapter, factor: float) -> Restated | None:  # noqa: ARG002 (most have several numbers)
         """The same tensors `factor` times as strong, which one number says; None where none does.
 

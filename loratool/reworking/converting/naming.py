@@ -248,6 +248,12 @@ def respelled(
     both: dict[str, Sized] = {**layers, **beside}
     own = dialect == "peft" and not any(map(names_component, both))  # PEFT has the names of the model that was trained
     found = readings(both, architecture) if not own else []
+    if not found and architecture and not own and (others := readings(both)):
+        fitting = " or ".join(dict.fromkeys(reading.architecture for reading in others))
+        raise InputError(
+            f"these are not modules of {architecture}, but of {fitting}",
+            hint=f"--architecture {others[0].architecture}",
+        )
     if not found:
         return apart_from_layers(unknown(both, dialect, dotted(base)), layers)
     reading, notes = chosen(found, layers, architecture or hint)

@@ -165,14 +165,20 @@ class Named(Format):
 
         return subject(config, self.training_in(Header(config)))
 
+    def with_weights(self, config: Config, folder: Path) -> Config:
+        from loratool.adapters.formats.named.card import told_of
+
+        return told_of([config], read_head(folder / WEIGHTS).tensors)
+
     def card_config(self, folder: Path) -> Config | None:
         """The header of the file; of several files what all headers say."""
         if not self.recognises(folder):
             return None
-        from loratool.adapters.formats.named.card import common
+        from loratool.adapters.formats.named.card import told_of
 
         files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else list(self.adapters_in(folder))
-        return common([read_head(path).metadata for path in files])
+        heads = [read_head(path) for path in files]
+        return told_of([head.metadata for head in heads], (name for head in heads for name in head.tensors))
 
 
 def with_methods(training: Training, found: Reader) -> Training:
