@@ -2,7 +2,7 @@
 
 python benchmarks/programs.py peft-merge BASE ADAPTER OUT [DEVICE]
 python benchmarks/programs.py peft-combine CONFIG.json OUT RANK full|reduced ADAPTER...
-python benchmarks/programs.py altered [--float32] [--block BYTES] merge BASE ADAPTER -o OUT ...
+python benchmarks/programs.py altered [--float32] [--block BYTES] [--numpy] merge BASE ADAPTER -o OUT ...
 python benchmarks/programs.py in-parts DEVICE,DEVICE... merge BASE ADAPTER -o OUT ...
 """
 
@@ -66,7 +66,10 @@ def peft_combine(config: str, out: str, rank: str, kind: str, *adapters: str) ->
 
 
 def altered(*words: str) -> None:
-    """Loratool's command line, with its engine computing in plain float32 or with blocks of another size."""
+    """Loratool's command line, with its engine computing in plain float32, with blocks of another size, or by numpy.
+
+    `--numpy` has it compute what it can, on any number of cores.
+    """
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from loratool.cli import main
     from loratool.merging import exact_rows, numpy_sums, resources
@@ -74,14 +77,16 @@ def altered(*words: str) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--block", type=int)
+    parser.add_argument("--numpy", action="store_true")
     options, command = parser.parse_known_args(words)
     if options.float32:
         exact_rows.ExactSum.merge = merge_in_float32  # type: ignore[method-assign]
         exact_rows.SMALL = 0  # weights that are computed in float64
         numpy_sums.Tiles.sum = sum_in_float32  # type: ignore[method-assign]
-        numpy_sums.Tiles.rounded = rounded_in_float32  # type: ignore[method-assign]
     if options.block:
-        resources.CPU_BLOCK = resources.CUDA_BLOCK = options.block
+        resources.CPU_BLOCK = resources.LARGE_BLOCK = resources.CUDA_BLOCK = options.block
+    if options.numpy:
+        resources.FEW_WORKERS = 1 << 10
     sys.argv = ["loratool", *command]
     main()
 
@@ -161,23 +166,22 @@ def merge_in_float32(
     return seen
 
 
-def sum_in_float32(self: Tiles, added: Added, weight: NDArray[Any], first: int, largest: float) -> None:  # noqa: ARG001
-    """What `Tiles.sum` would do without exactness."""
+def sum_in_float32(
+    self: Tiles,
+    added: Added,
+    weight: NDArray[Any],
+    first: int,
+    largest: float,  # noqa: ARG001
+    after: NDArray[Any],
+) -> NDArray[Any]:
+    """What `Tiles.sum` would do without exactness: no element is left undecided."""
     import numpy
 
     count, parts = len(weight), len(added.cut)
     sums, up = self.sums[:count], added.up[first : first + count]
     numpy.matmul(up, added.cut[:, :-1], out=sums.reshape(count, parts, -1).transpose(1, 0, 2))
     numpy.add(sums, weight, out=sums)
-
-
-def rounded_in_float32(self: Tiles, after: NDArray[Any]) -> NDArray[Any]:
-    """What `Tiles.rounded` would do: no element is left undecided."""
-    import numpy
-
-    from loratool.merging.numpy_sums import nearest_bits
-
-    after[...] = nearest_bits(self.sums[: len(after)])
+    after[...] = self.result.nearest(sums)
     return numpy.empty(0, numpy.int64)
 
 

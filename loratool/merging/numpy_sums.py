@@ -1,8 +1,9 @@
-"""W + scale · up @ down rounded once to bfloat16, by numpy: importing torch takes longer than most of these sums.
+"""W + scale · up @ down rounded once to bfloat16 or float32, by numpy: importing torch takes longer than most of these sums.
 
-The rule is that of `exact_rows`: a sum in float32 has a bound of its error, both ends of the interval are rounded, and
-where they differ an element is decided in float64 and then in error-free sums. What is rare is left to torch: weights
-that are not finite or out of range, and results near the smallest numbers. The bytes are the same.
+The rule is that of `exact_rows`: a sum in float32, of float64 for results in float32, has a bound of its error, both ends
+of the interval are rounded, and where they differ an element is decided in float64 and then in error-free sums. What is
+rare is left to torch: weights that are not finite or out of range, and results near the smallest numbers. The bytes are
+the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.algebra.rounding import FEW, Accumulator, has_exact_products, sums_of_few, two_sum
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.bases.packed import Packed
@@ -22,6 +22,7 @@ from loratool.data import dataclass
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
+from loratool.merging.numpy_rounding import RESULTS, Result, exactly, rounded_once
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit
@@ -35,14 +36,12 @@ MANY = 16  # where more than one of so many elements is undecided, torch finds o
 ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already
 WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
 LARGEST = 2.0**120  # of weights and of what is added, so that no sum is near the largest number
-SMALLEST = 2.0**-120  # of results: bfloat16 has fewer digits from 2^-126 on
-HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
-LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
+SMALLEST = 2.0**-120  # of results: both dtypes have fewer digits from 2^-126 on
 
 
 def suits(span: Span) -> bool:
-    """Whether a span is a weight with no edit or one of the most common kind, which goes to the output in bfloat16."""
-    if span.packed or span.placed.dtype != "BF16" or readable(span.weight) is None or len(span.edits) > 1:
+    """Whether a span is a weight with no edit or one of the most common kind, in the output in bfloat16 or float32."""
+    if span.packed or span.placed.dtype not in RESULTS or readable(span.weight) is None or len(span.edits) > 1:
         return False
     return not span.edits or is_one_product(span)
 
@@ -86,20 +85,21 @@ def order_of(edit: Edit) -> RowOrder | None:
 class Added:
     """scale · up @ down, with what bounds the error of computing it."""
 
-    up: NDArray[Any]  # (rows, rank) of float32
-    down: NDArray[Any]  # (rank, width) of float32
+    up: NDArray[Any]  # (rows, rank) of float32, or of float64
+    down: NDArray[Any]  # (rank, width) of the same dtype
     scale: float
 
     @classmethod
-    def by(cls, edit: Edit) -> Added:
-        """What an edit adds."""
+    def by(cls, edit: Edit, work: type[Any]) -> Added:
+        """What an edit adds, to be computed in some dtype."""
         update, order = update_of(edit), order_of(edit)
         assert update is not None
         up: Any = update.up
         down: Any = update.down
         rows = values_of(up)
         rows = rows if order is None else rows[order.numbers(len(rows))]
-        return cls(rows, values_of(down), update.scale * edit.strength)
+        left, right = (each.astype(work, copy=False) for each in (rows, values_of(down)))
+        return cls(left, right, update.scale * edit.strength)
 
     @cached_property
     def is_workable(self) -> bool:
@@ -122,7 +122,7 @@ class Added:
         columns = max(32, ALONE // ((rank + 1) * rows_of_tile(width)))
         columns = math.gcd(width, 1 << columns.bit_length() - 1)
         step = columns if columns >= 16 else width  # an odd one stays whole
-        scaled = numpy.ones((rank + 1, width), numpy.float32)
+        scaled = numpy.ones((rank + 1, width), self.down.dtype)
         numpy.multiply(self.down, self.scale, out=scaled[:rank], casting="same_kind")
         parts: NDArray[Any] = numpy.ascontiguousarray(scaled.reshape(rank + 1, -1, step).transpose(1, 0, 2))
         return parts
@@ -146,13 +146,14 @@ class Added:
         """(rows,) of float64: how far a computed element of ΔW may be from the exact value."""
         terms = len(self.down) + 4  # roundings: of factors, products, sums, scaling, and a constant added
         up, down = (float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))
+        size = self.up.itemsize
         # some machines take the smallest factors for 0
-        underflow = terms * TINIEST[4] * (1 + up) * (1 + abs(self.scale)) * (1 + down)
-        found: NDArray[Any] = self.lengths * (terms * ROUNDOFF[4]) + underflow
+        underflow = terms * TINIEST[size] * (1 + up) * (1 + abs(self.scale)) * (1 + down)
+        found: NDArray[Any] = self.lengths * (terms * ROUNDOFF[size]) + underflow
         return found
 
     def of_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """(n, width) of float32: some rows of ΔW by their numbers."""
+        """(n, width): some rows of ΔW by their numbers."""
         parts = numpy.matmul(self.up[rows], self.cut[:, :-1])
         change: NDArray[Any] = parts.transpose(1, 0, 2).reshape(len(rows), -1)
         return change
@@ -175,10 +176,11 @@ class Measured:
 class Tiles:
     """Memory for rows of one width, which are computed some at a time."""
 
-    def __init__(self, width: int) -> None:
-        self.width, self.rows = width, rows_of_tile(width)
+    def __init__(self, width: int, result: Result = RESULTS["BF16"]) -> None:
+        self.width, self.rows, self.result = width, rows_of_tile(width), result
         shape = self.rows, width
-        self.weight, self.sums, self.low = (numpy.empty(shape, numpy.float32) for _ in range(3))
+        self.weight = numpy.empty(shape, numpy.float32)
+        self.sums, self.low = (numpy.empty(shape, result.work) for _ in range(2))
         self.differ = numpy.empty(self.rows * width, numpy.bool_)
 
     def merge(
@@ -190,7 +192,7 @@ class Tiles:
             added: ΔW.
             read: puts rows of W, from some row on, into (n, width) of float32.
             first: the first row.
-            after: (n, width) of uint16, for the bits of the result.
+            after: (n, width) for the bits of the result.
             every: of so many rows one is looked at for what rounding leaves of the update.
             look: whether it is asked if any element changes.
         """
@@ -208,10 +210,9 @@ class Tiles:
                     return None
                 seen.weight += float(numpy.vdot(weight, weight))
                 lap("measure")
-                self.sum(added, weight, first + at, largest)
-                places = self.rounded(after[at : at + count])
+                places = self.sum(added, weight, first + at, largest, after[at : at + count])
                 if len(places) * MANY > weight.size:
-                    places = keep_unchanged(added, weight, first + at, after[at : at + count], places)
+                    places = self.keep_unchanged(added, weight, first + at, after[at : at + count], places)
                 if len(places) * MANY > weight.size:
                     return None
                 odd.append((places + at * self.width, weight.reshape(-1)[places]))
@@ -219,7 +220,7 @@ class Tiles:
                 start = at + -(first + at) % every
                 sampled += [(row, weight[row - at].copy()) for row in range(start, at + count, every)]
                 if look and not seen.changed:
-                    differ = changed(weight.reshape(-1), after[at : at + count].reshape(-1))
+                    differ = self.result.nearest(weight.reshape(-1)) != after[at : at + count].reshape(-1)
                     differ[places] = False  # of which nobody knows yet
                     seen.changed = bool(differ.any())
                     lap("look")
@@ -228,9 +229,11 @@ class Tiles:
             for at in range(0, len(places), step):
                 if not self.settle(added, places[at : at + step], weights[at : at + step], first, after):
                     return None
-            seen.changed = seen.changed or (look and bool(changed(weights, after.reshape(-1)[places]).any()))
+            seen.changed = seen.changed or (
+                look and bool((self.result.nearest(weights) != after.reshape(-1)[places]).any())
+            )
             lap("settle")
-            seen.sampled, seen.kept = bool(sampled), kept_of(added, first, sampled, after)
+            seen.sampled, seen.kept = bool(sampled), self.kept_of(added, first, sampled, after)
             lap("gain")
         return seen
 
@@ -243,39 +246,48 @@ class Tiles:
             lap("decode")
             if not max(float(weight.max()), -float(weight.min())) < LARGEST:
                 return False
-            nearest = nearest_bits(weight, self.low[: len(rows)].view(numpy.uint32))
-            numpy.copyto(rows, nearest, casting="unsafe")
+            numpy.copyto(rows, self.result.nearest(weight, self.low[: len(rows)]), casting="unsafe")
             lap("round")
         return True
 
-    def sum(self, added: Added, weight: NDArray[Any], first: int, largest: float) -> None:
-        """Put the ends of the intervals around W + ΔW of some rows into `sums`, the upper ones, and `low`."""
+    def sum(self, added: Added, weight: NDArray[Any], first: int, largest: float, after: NDArray[Any]) -> NDArray[Any]:
+        """Put W + ΔW of some rows into `after`; the flat places at which another result is possible."""
         count, lifted = len(weight), added.cut.shape[1]
-        sums, low = self.sums[:count], self.low[:count]
-        own = slice(first, first + count)
+        sums, low, differ = self.sums[:count], self.low[:count], self.differ[: weight.size]
+        own, unit = slice(first, first + count), ROUNDOFF[sums.itemsize]
         # the sum's rounding, and that of an end
-        margins = (added.margins[own] + (largest + added.lengths[own]) * (2 * ROUNDOFF[4])) * GENEROUS
-        column = margins.astype(numpy.float32)[:, None]
-        up = numpy.empty((count, lifted), numpy.float32)
+        margins = (added.margins[own] + (largest + added.lengths[own]) * (2 * unit)) * GENEROUS
+        column = margins.astype(sums.dtype)[:, None]
+        up = numpy.empty((count, lifted), sums.dtype)
         up[:, :-1], up[:, -1:] = added.up[own], column
         multiply(up, added.cut, sums)
         numpy.add(sums, weight, out=sums)
-        numpy.subtract(sums, 2 * column, out=low)
-
-    def rounded(self, after: NDArray[Any]) -> NDArray[Any]:
-        """Put lower ends as they are rounded into `after`; the flat places at which the upper ones are rounded otherwise.
-
-        A tie goes away from zero: it is an end, beyond which the exact value is.
-        """
-        count = len(after)
-        high, low = (each[:count].reshape(-1).view(numpy.uint32) for each in (self.sums, self.low))
-        numpy.add(high, HALF, out=high)
-        numpy.add(low, HALF, out=low)
-        numpy.bitwise_xor(high, low, out=high)
-        differ = numpy.greater(high, 0xFFFF, out=self.differ[: len(high)])
-        numpy.right_shift(low, 16, out=low)
-        numpy.copyto(after, low.reshape(after.shape), casting="unsafe")
+        self.result.put_ends(sums, column, low, after, differ)
         return numpy.flatnonzero(differ)
+
+    def keep_unchanged(
+        self, added: Added, weight: NDArray[Any], first: int, after: NDArray[Any], places: NDArray[Any]
+    ) -> NDArray[Any]:
+        """Put rows of W, from row `first` on, to which nothing is added into `after`; the flat places that are not in them."""
+        still = added.lengths[first : first + len(weight)] == 0
+        after[still] = self.result.nearest(weight[still])
+        others: NDArray[Any] = places[~still[places // weight.shape[1]]]
+        return others
+
+    def kept_of(
+        self, added: Added, first: int, sampled: list[tuple[int, NDArray[Any]]], after: NDArray[Any]
+    ) -> tuple[float, float]:
+        """⟨W' − W, ΔW⟩ and ‖ΔW‖² of sampled rows, each with its number from `first` on and its W."""
+        if not sampled:
+            return 0.0, 0.0
+        rows = numpy.array([row for row, _ in sampled])
+        change = added.of_rows(rows + first)
+        applied = numpy.empty_like(change)
+        widen(applied.reshape(-1), after[rows].reshape(-1).view(numpy.uint8), self.result.dtype)
+        applied -= numpy.stack([weight for _, weight in sampled])
+        applied *= change
+        product = float(applied.sum(1).sum(dtype=numpy.float64))
+        return product, float(numpy.vdot(change, change))
 
     def settle(
         self, added: Added, places: NDArray[Any], weights: NDArray[Any], first: int, after: NDArray[Any]
@@ -289,13 +301,14 @@ class Tiles:
         values = numpy.einsum("ij,ij->i", left, right) * added.scale + weights
         reach = added.lengths[rows + first]
         margins = (abs(weights) + abs(values) + reach) * ((len(added.down) + 8) * ROUNDOFF[8] * GENEROUS)
-        low, high = (rounded_once(each) for each in (values - margins, values + margins))
+        last = self.result.last
+        low, high = (rounded_once(each, last) for each in (values - margins, values + margins))
         left_open = numpy.flatnonzero((low != high) | (abs(low) < SMALLEST))
         if len(left_open):
-            low[left_open] = exactly(weights[left_open], left[left_open], right[left_open], added.scale)
+            low[left_open] = exactly(weights[left_open], left[left_open], right[left_open], added.scale, last)
             if not ((abs(low) >= SMALLEST) | (low == 0)).all():
                 return False
-        after.reshape(-1)[places] = low.astype(numpy.float32).view(numpy.uint32) >> 16
+        after.reshape(-1)[places] = self.result.of_rounded(low)
         return True
 
 
@@ -318,76 +331,3 @@ def values_of(tensor: StoredTensor) -> NDArray[Any]:
     values = numpy.empty(tensor.info.shape, numpy.float32)
     widen(values.reshape(-1), raw, tensor.info.dtype)
     return numpy.ascontiguousarray(values.T) if tensor.transposed else values
-
-
-def keep_unchanged(
-    added: Added, weight: NDArray[Any], first: int, after: NDArray[Any], places: NDArray[Any]
-) -> NDArray[Any]:
-    """Put rows of W, from row `first` on, to which nothing is added into `after`; the flat places that are not in them."""
-    still = added.lengths[first : first + len(weight)] == 0
-    after[still] = nearest_bits(weight[still])
-    others: NDArray[Any] = places[~still[places // weight.shape[1]]]
-    return others
-
-
-def nearest_bits(values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Float32 rounded to bfloat16, ties to even, as bits in uint32: in `memory` of the same shape, where it is given."""
-    bits = values.view(numpy.uint32)
-    found: NDArray[Any] = numpy.right_shift(bits, 16, out=memory)
-    found &= 1
-    found += HALF - 1
-    found += bits
-    found >>= 16
-    return found
-
-
-def changed(weights: NDArray[Any], after: NDArray[Any]) -> NDArray[numpy.bool_]:
-    """Which results, (count,) of bits, are not those of W, (count,) of float32."""
-    found: NDArray[numpy.bool_] = nearest_bits(weights) != after
-    return found
-
-
-def kept_of(
-    added: Added, first: int, sampled: list[tuple[int, NDArray[Any]]], after: NDArray[Any]
-) -> tuple[float, float]:
-    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of sampled rows, each with its number from `first` on and its W."""
-    if not sampled:
-        return 0.0, 0.0
-    rows = numpy.array([row for row, _ in sampled])
-    change = added.of_rows(rows + first)
-    applied = numpy.empty_like(change)
-    widen(applied.reshape(-1), after[rows].reshape(-1).view(numpy.uint8), "BF16")
-    applied -= numpy.stack([weight for _, weight in sampled])
-    applied *= change
-    product = float(applied.sum(1).sum(dtype=numpy.float64))
-    return product, float(numpy.vdot(change, change))
-
-
-def rounded_once(values: NDArray[Any]) -> NDArray[Any]:
-    """Float64 rounded to the digits of bfloat16, ties to even, whatever the exponent."""
-    bits = values.view(numpy.int64)
-    return ((bits + (LAST // 2 - 1) + (bits // LAST & 1)) & -LAST).view(numpy.float64)
-
-
-def exactly(weights: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float) -> NDArray[Any]:
-    """Single sums of exact arithmetic rounded once, which may be ties; a NaN for what is not known.
-
-    Args:
-        weights: (count,) of W.
-        left: (count, rank) of float64.
-        right: (count, rank) of float64.
-        scale: of the product.
-    """
-    start, term = weights.astype(numpy.float64), (left.T, right.T, scale)
-    if len(start) <= FEW and has_exact_products(term):
-        (near, rest), lost = sums_of_few(start, [term]), numpy.zeros_like(start)
-    else:
-        sums = Accumulator(start)
-        for one, other in zip(left.T, right.T, strict=True):
-            sums.add_products(one, other, scale)
-        (near, rest), lost = two_sum(sums.high, sums.low), sums.rest
-    tie = near.view(numpy.int64) & (LAST - 1) == LAST // 2
-    beyond = numpy.nextafter(near, numpy.copysign(numpy.inf, rest))
-    rounded = rounded_once(numpy.where(tie & (rest != 0), beyond, near))
-    zero = numpy.copysign(0.0, numpy.where(weights == 0, weights, 0.0))  # but where W is −0, an exact zero is +0
-    return numpy.where(lost == 0, numpy.where(near == 0, zero, rounded), numpy.nan)

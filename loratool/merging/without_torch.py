@@ -14,6 +14,7 @@ from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import rows_apart
+from loratool.merging.numpy_rounding import RESULTS, Result
 from loratool.merging.numpy_sums import Added, Measured, Tiles, readable
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
@@ -29,15 +30,15 @@ class NumpyWorker:
     def __init__(self, spans: Sequence[Span], resources: Resources, number: int) -> None:
         self.spans, self.resources, self.number = spans, resources, number
         touched = [span for span in spans if not span.carried]
-        most = max((rows_of_block(span, resources.block) * span.width for span in touched), default=0)
-        self.memory, self.outgoing = Memory(), pages(2 * most + 2 * PAGE)
-        self.tiles: dict[int, Tiles] = {}
+        most = max((rows_of_block(span, resources.block) * bytes_of_row(span) for span in touched), default=0)
+        self.memory, self.outgoing = Memory(), pages(most + 2 * PAGE)
+        self.tiles: dict[tuple[int, str], Tiles] = {}
         self.worker: Worker | None = None  # which computes with torch
 
     def merged_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """As `Worker.merged_rows`."""
-        stop = shift + 2 * count * work.span.width
-        after = self.outgoing[shift:stop].view(numpy.uint16).reshape(count, -1)
+        stop, result = shift + count * bytes_of_row(work.span), RESULTS[work.span.placed.dtype]
+        after = self.outgoing[shift:stop].view(result.bits).reshape(count, -1)
         if not self.merge(work, first, after, sources):
             return self.by_torch(work, first, count, sources, shift)
         return self.outgoing[:stop].data
@@ -51,12 +52,13 @@ class NumpyWorker:
         def read(values: NDArray[Any], first: int) -> None:
             weight.decode_into(values, first, self.memory)
 
-        if span.width not in self.tiles:
-            self.tiles = {span.width: Tiles(span.width)}
-        tiles = self.tiles[span.width]
+        kind, result = (span.width, span.placed.dtype), RESULTS[span.placed.dtype]
+        if kind not in self.tiles:
+            self.tiles = {kind: Tiles(span.width, result)}
+        tiles = self.tiles[kind]
         if not span.edits:
             return tiles.convert(read, first, after)
-        added = work.held.of("added", lambda: added_to(span))
+        added = work.held.of("added", lambda: added_to(span, result))
         lap("factors")
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
         every = rows_apart(span.rows, span.width)
@@ -100,10 +102,15 @@ class NumpyWorker:
             )
 
 
-def added_to(span: Span) -> Added:
-    """What the one edit of a span adds."""
+def added_to(span: Span, result: Result) -> Added:
+    """What the one edit of a span adds, in a dtype that is precise enough for its results."""
     (edit,) = span.edits
-    return Added.by(edit)
+    return Added.by(edit, result.work)
+
+
+def bytes_of_row(span: Span) -> int:
+    """Of the output."""
+    return span.width * RESULTS[span.placed.dtype].itemsize
 
 
 def pages(size: int) -> NDArray[Any]:

@@ -116,7 +116,7 @@ class Subject:
         with self.work.lock:
             if self.added is None:
                 (edit,) = self.pair.span.edits
-                self.added = Added.by(edit)
+                self.added = Added.by(edit, numpy.float32)
                 self.odd = not self.added.is_workable
             return self.added
 

@@ -13,7 +13,8 @@ from loratool.bases.weights import Plain
 from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
 from loratool.merging.addends import GENEROUS, ROUNDOFF
-from loratool.merging.numpy_sums import HALF, Added, exactly, multiply, rounded_once
+from loratool.merging.numpy_rounding import HALF, exactly, rounded_once
+from loratool.merging.numpy_sums import Added, multiply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

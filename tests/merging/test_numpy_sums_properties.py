@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from loratool.merging import exact_rows, numpy_sums
 from loratool.merging.addends import ALL, Addend, Place
 from loratool.merging.exact_rows import ExactSum, Scratch
+from loratool.merging.numpy_rounding import RESULTS, Result
 from loratool.merging.numpy_sums import Added, Tiles
 
 FEW = settings(
@@ -50,7 +51,7 @@ def sums(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
 
 
 def planted(change: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Weights that make sums ties, lie next to one, or cancel, among others."""
+    """Weights that make sums ties of bfloat16, lie next to one, or cancel, among others."""
     size = np.abs(change).mean() + 2.0**-60 * generator.integers(0, 2)
     any_one = (generator.standard_normal(change.shape) * size * 2.0 ** generator.integers(-3, 12)).astype(np.float32)
     tie = (any_one.view(np.uint32) & np.uint32(0xFFFF0000) | np.uint32(0x8000)).view(np.float32) - change
@@ -61,9 +62,9 @@ def planted(change: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.choose(generator.choice(len(kinds), change.shape, p=of_each), kinds)
 
 
-def by_numpy(weight: np.ndarray, added: Added, rows: int) -> np.ndarray | None:
+def by_numpy(weight: np.ndarray, added: Added, rows: int, result: Result) -> np.ndarray | None:
     """Bits of W + ΔW in blocks of some rows; None where it is left to torch."""
-    after, tiles = np.zeros(weight.shape, np.uint16), Tiles(weight.shape[1])
+    after, tiles = np.zeros(weight.shape, result.bits), Tiles(weight.shape[1], result)
 
     def read(values: np.ndarray, first: int) -> None:
         values[:] = weight[first : first + len(values)]
@@ -73,40 +74,46 @@ def by_numpy(weight: np.ndarray, added: Added, rows: int) -> np.ndarray | None:
     return None if None in done else after
 
 
-def by_torch(weight: np.ndarray, up: np.ndarray, down: np.ndarray, scale: float) -> np.ndarray:
+def by_torch(weight: np.ndarray, up: np.ndarray, down: np.ndarray, scale: float, dtype: torch.dtype) -> np.ndarray:
     rows, width = weight.shape
     addend = Addend(Place(0, rows, ALL, width), torch.from_numpy(up), torch.from_numpy(down), scale)
-    after = torch.empty(rows, width, dtype=torch.bfloat16)
-    total = ExactSum([addend], width, torch.bfloat16, torch.float32, rows)
+    after = torch.empty(rows, width, dtype=dtype)
+    total = ExactSum([addend], width, dtype, torch.float32, rows)
     total.merge(torch.from_numpy(weight), 0, after, Scratch(torch.device("cpu"), rows * width, 8), rows)
-    bits: np.ndarray = after.view(torch.int16).numpy().view(np.uint16)
+    return bits_of(after)
+
+
+def bits_of(values: torch.Tensor) -> np.ndarray:
+    size = 8 * values.element_size()
+    bits: np.ndarray = values.view(torch.int16 if size == 16 else torch.int32).numpy().view(f"uint{size}")
     return bits
 
 
-def exact(weight: np.ndarray, up: np.ndarray, down: np.ndarray, scale: float) -> np.ndarray:
-    """The oracle's bits: the sum of rational numbers, and of bfloat16 the one next to it."""
+def exact(weight: np.ndarray, up: np.ndarray, down: np.ndarray, scale: float, dtype: torch.dtype) -> np.ndarray:
+    """The oracle's bits: the sum of rational numbers, and of the dtype's the one next to it."""
     found = torch.empty(weight.shape, dtype=torch.float64)
     for row, column in np.ndindex(weight.shape):
         before = float(weight[row, column])
         value = Fraction(before) + exact_products(up[row].tolist(), down[:, column].tolist(), scale)
-        found[row, column] = nearest_value(value, torch.bfloat16) if value else before if before == 0 else 0.0
-    bits: np.ndarray = found.bfloat16().view(torch.int16).numpy().view(np.uint16)
-    return bits
+        found[row, column] = nearest_value(value, dtype) if value else before if before == 0 else 0.0
+    return bits_of(found.to(dtype))
 
 
 @FEW
-@given(sums(), st.sampled_from([1, 1 << 17]), st.sampled_from([1, 3]))
+@given(sums(), st.sampled_from([1, 1 << 17]), st.sampled_from([1, 3]), st.sampled_from(["BF16", "F32"]))
 def test_bits_are_those_of_the_exact_sum(
-    of: tuple[np.ndarray, np.ndarray, np.ndarray, float], tile: int, rows: int
+    of: tuple[np.ndarray, np.ndarray, np.ndarray, float], tile: int, rows: int, into: str
 ) -> None:
     """Whatever the tiles and the blocks; torch gives them too, in float32 and in float64."""
     weight, up, down, scale = of
-    wanted, added = exact(weight, up, down, scale), Added(up, down, scale)
+    result, dtype = RESULTS[into], {"BF16": torch.bfloat16, "F32": torch.float32}[into]
+    wanted = exact(weight, up, down, scale, dtype)
+    added = Added(up.astype(result.work), down.astype(result.work), scale)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numpy_sums, "TILE", tile)
         patch.setattr(numpy_sums, "MANY", 1)
-        got = by_numpy(weight, added, rows) if added.is_workable else None
+        got = by_numpy(weight, added, rows, result) if added.is_workable else None
         assert got is None or np.array_equal(got, wanted)
         for small in (0, 1 << 15):
             patch.setattr(exact_rows, "SMALL", small)
-            assert np.array_equal(by_torch(weight, up, down, scale), wanted)
+            assert np.array_equal(by_torch(weight, up, down, scale, dtype), wanted)

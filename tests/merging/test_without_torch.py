@@ -22,7 +22,9 @@ from loratool.bases.weights import widen
 from loratool.devices import resident_memory
 from loratool.errors import FitError
 from loratool.merging import numpy_sums, resources, without_torch
+from loratool.merging.numpy_rounding import RESULTS
 from loratool.merging.numpy_sums import Added, Tiles
+from loratool.merging.without_torch import NumpyWorker
 
 ROWS, COLUMNS, RANK = 12, 32, 3
 ODD = "model.layers.0.self_attn.v_proj.weight"
@@ -47,45 +49,47 @@ def read(weight: torch.Tensor, kind: str, values: np.ndarray, first: int) -> Non
     widen(values.reshape(-1), as_bits(weight[first : first + len(values)]), kind)
 
 
-def merged(weight: torch.Tensor, kind: str, added: Added) -> torch.Tensor | None:
-    """W + ΔW in bfloat16, in blocks of some rows; None where numpy leaves it to torch."""
-    after, tiles = np.zeros(weight.shape, np.uint16), Tiles(weight.shape[1])
+def merged(weight: torch.Tensor, kind: str, added: Added, into: str = "BF16") -> torch.Tensor | None:
+    """W + ΔW in bfloat16 or float32, in blocks of some rows; None where numpy leaves it to torch."""
+    result = RESULTS[into]
+    after, tiles = np.zeros(weight.shape, result.bits), Tiles(weight.shape[1], result)
     for first in range(0, len(weight), 5):
         rows = after[first : first + 5]
         if tiles.merge(added, partial(read, weight, kind), first, rows, 2, look=True) is None:
             return None
-    return torch.from_numpy(after.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(after.view(f"int{8 * result.itemsize}")).view(KINDS[into])
 
 
 @pytest.mark.parametrize("scale", [2.0, 0.3], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "into"), [*((kind, "BF16") for kind in KINDS), ("BF16", "F32"), ("F32", "F32")])
 @pytest.mark.parametrize("size", [0.01, 1e-7])
 def test_every_element_is_the_exact_sum_rounded_once(
-    kind: str, scale: float, size: float, monkeypatch: pytest.MonkeyPatch
+    kind: str, into: str, scale: float, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zeros, sums that cancel, ties, and what lies next to one are among them; a tile is two rows."""
     monkeypatch.setattr(numpy_sums, "TILE", 2 * COLUMNS)
     monkeypatch.setattr(numpy_sums, "MANY", 1)
     up, down = numbers(ROWS, RANK, seed=1, size=size), numbers(RANK, COLUMNS, seed=2)
     up[0], up[3:5], down[:, 0] = 0, torch.tensor([[2.0**-9, 2.0**-60, 0], [2.0**-9, -(2.0**-60), 0]]), 1
-    added = Added(up.numpy(), down.numpy(), scale)
+    left, right = (factor.numpy().astype(RESULTS[into].work) for factor in (up, down))
+    added = Added(left, right, scale)
     weight = numbers(ROWS, COLUMNS, seed=3, size=0.02).to(KINDS[kind])
     exact = [
         [exact_products(up[row].tolist(), down[:, column].tolist(), scale) for column in range(COLUMNS)]
         for row in range(ROWS)
     ]
     weight[0, :2] = torch.tensor([0.0, -0.0])
-    weight[3:5] = 1  # next to a tie by less than float64 keeps, where the scale is 2
+    weight[3:5] = 1  # next to a tie of bfloat16 by less than float64 keeps, where the scale is 2
     for column in range(COLUMNS):
         weight[5, column] = -float(exact[5][column])  # cancels but for what rounding took from it
         weight[7, column] = float(Fraction(257, 256) - exact[7][column])  # next to a tie
-    got = merged(weight, kind, added)
+    got = merged(weight, kind, added, into)
     assert got is not None
     for row in range(ROWS):
         for column in range(COLUMNS):
             before = float(weight[row, column])
             value = Fraction(before) + exact[row][column]
-            wanted = nearest_value(value, torch.bfloat16) if value else before if before == 0 else 0.0
+            wanted = nearest_value(value, KINDS[into]) if value else before if before == 0 else 0.0
             assert spelled(float(got[row, column])) == spelled(wanted), (row, column)
 
 
@@ -198,9 +202,10 @@ def test_many_cores_compute_by_numpy_where_a_limit_leaves_little_for_torch(
     assert resources.by_numpy(spans, "cpu", 200 << 20)
 
 
+@pytest.mark.parametrize("into", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_weights_without_an_update_are_rounded_too(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, into: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A norm, a matrix with ties, numbers below the normal ones and one that is none, next to an edited matrix."""
     weights = {
@@ -213,11 +218,26 @@ def test_weights_without_an_update_are_rounded_too(
     factors = {ODD: (numbers(RANK, 48, seed=7), numbers(64, RANK, seed=8, size=0.01))}
     write_model(tmp_path / "base", weights, CONFIG)
     write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
-    one, other = both(tmp_path / "base", tmp_path / "adapter", tmp_path, monkeypatch, dtype="bfloat16")
+    one, other = both(tmp_path / "base", tmp_path / "adapter", tmp_path, monkeypatch, dtype=into)
     assert (one.digests, one.nonfinite) == (other.digests, other.nonfinite)
     found = load_file(tmp_path / "numpy" / "model.safetensors")
     for name in weights.keys() - {ODD}:
-        assert torch.equal(found[name].view(torch.int16), weights[name].bfloat16().view(torch.int16)), name
+        assert torch.equal(found[name].view(torch.int16), weights[name].to(into).view(torch.int16)), name
+
+
+def test_models_in_float32_take_no_torch(of: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output of a base in bfloat16, and that of a base in float32, which is this output."""
+    monkeypatch.setattr(NumpyWorker, "by_torch", lambda *_: pytest.fail("torch was asked"))
+    before = {name: weight.float() for name, weight in of.weights.items()}
+    base, settings = of.base, {"device": "cpu", "dtype": "float32"}
+    for out in ("wide", "twice"):
+        report = loratool.merge(base, of.adapter, tmp_path / out, **settings)  # type: ignore[arg-type]
+        assert max(report.gains.values()) == pytest.approx(1, abs=1e-5)
+        found, base = load_file(tmp_path / out / "model.safetensors"), tmp_path / out
+        for name, value in before.items():
+            exact = value.double() + (of.change(name) if name in of.factors else 0)
+            assert torch.equal(found[name], exact.float()), name
+        before = found
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e12])

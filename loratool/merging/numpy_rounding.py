@@ -1,0 +1,165 @@
+"""How numpy rounds sums once to bfloat16 or float32, to the nearest number, ties to even."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from loratool.algebra.rounding import FEW, Accumulator, has_exact_products, sums_of_few, two_sum
+from loratool.lazy import NDArray, numpy
+
+HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
+LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
+
+
+class Result(ABC):
+    """A dtype that sums are rounded to, by its bits."""
+
+    dtype: str  # as safetensors names it
+    itemsize: int  # bytes
+    last: int  # its last bit, in the bits of a float64
+
+    @property
+    def bits(self) -> type[Any]:
+        """Whole numbers that hold the bits of one."""
+        found: type[Any] = getattr(numpy, f"uint{8 * self.itemsize}")
+        return found
+
+    @property
+    def work(self) -> type[Any]:
+        """The dtype that sums are computed in: of twice the width."""
+        found: type[Any] = getattr(numpy, f"float{16 * self.itemsize}")
+        return found
+
+    @abstractmethod
+    def nearest(self, values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The bits of float32 rounded to the nearest: in `memory`, as many bytes, where it is given and needed."""
+
+    @abstractmethod
+    def of_rounded(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The bits of numbers in float64 that are rounded already."""
+
+    @abstractmethod
+    def put_ends(
+        self,
+        upper: NDArray[Any],
+        margins: NDArray[Any],
+        memory: NDArray[Any],
+        after: NDArray[Any],
+        differ: NDArray[Any],
+    ) -> None:
+        """Put the lower ends of intervals as they are rounded into `after`, and where the upper ones differ into `differ`.
+
+        Args:
+            upper: (n, width) upper ends in the working dtype, which are overwritten.
+            margins: (n, 1) half the lengths of the intervals.
+            memory: (n, width) of the working dtype.
+            after: (n, width) of bits.
+            differ: (n · width,) of bool.
+        """
+
+
+class Bfloat16(Result):
+    """Bfloat16, of sums in float32."""
+
+    dtype, itemsize, last = "BF16", 2, LAST
+
+    def nearest(self, values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:
+        return nearest_bits(values, None if memory is None else memory.view(numpy.uint32))
+
+    def of_rounded(self, values: NDArray[Any]) -> NDArray[Any]:
+        found: NDArray[Any] = values.astype(numpy.float32).view(numpy.uint32) >> 16
+        return found
+
+    def put_ends(
+        self,
+        upper: NDArray[Any],
+        margins: NDArray[Any],
+        memory: NDArray[Any],
+        after: NDArray[Any],
+        differ: NDArray[Any],
+    ) -> None:
+        """A tie goes away from zero: it is an end, beyond which the exact value is."""
+        numpy.subtract(upper, 2 * margins, out=memory)
+        high, low = (each.reshape(-1).view(numpy.uint32) for each in (upper, memory))
+        numpy.add(high, HALF, out=high)
+        numpy.add(low, HALF, out=low)
+        numpy.bitwise_xor(high, low, out=high)
+        numpy.greater(high, 0xFFFF, out=differ)
+        numpy.right_shift(low, 16, out=low)
+        numpy.copyto(after, low.reshape(after.shape), casting="unsafe")
+
+
+class Float32(Result):
+    """Float32, of sums in float64."""
+
+    dtype, itemsize, last = "F32", 4, 1 << 29
+
+    def nearest(self, values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:  # noqa: ARG002
+        bits: NDArray[Any] = values.view(numpy.uint32)
+        return bits
+
+    def of_rounded(self, values: NDArray[Any]) -> NDArray[Any]:
+        bits: NDArray[Any] = values.astype(numpy.float32).view(numpy.uint32)
+        return bits
+
+    def put_ends(
+        self,
+        upper: NDArray[Any],
+        margins: NDArray[Any],
+        memory: NDArray[Any],
+        after: NDArray[Any],
+        differ: NDArray[Any],
+    ) -> None:
+        high = memory.reshape(-1).view(numpy.float32)[: after.size].reshape(after.shape)
+        numpy.copyto(high, upper, casting="same_kind")
+        numpy.subtract(upper, 2 * margins, out=upper)
+        numpy.copyto(after.view(numpy.float32), upper, casting="same_kind")
+        numpy.not_equal(high.view(numpy.uint32), after, out=differ.reshape(after.shape))
+
+
+RESULTS: dict[str, Result] = {each.dtype: each for each in (Bfloat16(), Float32())}
+
+
+def nearest_bits(values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Float32 rounded to bfloat16, ties to even, as bits in uint32: in `memory` of the same shape, where it is given."""
+    bits = values.view(numpy.uint32)
+    found: NDArray[Any] = numpy.right_shift(bits, 16, out=memory)
+    found &= 1
+    found += HALF - 1
+    found += bits
+    found >>= 16
+    return found
+
+
+def rounded_once(values: NDArray[Any], last: int = LAST) -> NDArray[Any]:
+    """Float64 rounded to the digits of bfloat16, or up to another `last` bit, ties to even, whatever the exponent."""
+    bits = values.view(numpy.int64)
+    return ((bits + (last // 2 - 1) + (bits // last & 1)) & -last).view(numpy.float64)
+
+
+def exactly(
+    weights: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float, last: int = LAST
+) -> NDArray[Any]:
+    """Single sums of exact arithmetic rounded once, which may be ties; a NaN for what is not known.
+
+    Args:
+        weights: (count,) of W.
+        left: (count, rank) of float64.
+        right: (count, rank) of float64.
+        scale: of the product.
+        last: as `rounded_once` takes it.
+    """
+    start, term = weights.astype(numpy.float64), (left.T, right.T, scale)
+    if len(start) <= FEW and has_exact_products(term):
+        (near, rest), lost = sums_of_few(start, [term]), numpy.zeros_like(start)
+    else:
+        sums = Accumulator(start)
+        for one, other in zip(left.T, right.T, strict=True):
+            sums.add_products(one, other, scale)
+        (near, rest), lost = two_sum(sums.high, sums.low), sums.rest
+    tie = near.view(numpy.int64) & (last - 1) == last // 2
+    beyond = numpy.nextafter(near, numpy.copysign(numpy.inf, rest))
+    rounded = rounded_once(numpy.where(tie & (rest != 0), beyond, near), last)
+    zero = numpy.copysign(0.0, numpy.where(weights == 0, weights, 0.0))  # but where W is −0, an exact zero is +0
+    return numpy.where(lost == 0, numpy.where(near == 0, zero, rounded), numpy.nan)
