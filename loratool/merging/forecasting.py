@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from loratool.adapters.adapter import load_update
 from loratool.algebra.rounding import round_once
-from loratool.bases.weights import Room
+from loratool.bases.weights import Memory, Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores
 from loratool.files.safefile import FLOAT_NAMES
-from loratool.lazy import torch
+from loratool.lazy import numpy, torch
 from loratool.measuring.delta_statistics import sample
 from loratool.merging.addends import Place
 from loratool.merging.gain import Gains, Pairs, gain_notes, hidden_updates, measure_kept
 from loratool.merging.loaded_edits import LoadedEdit
+from loratool.merging.numpy_sums import Added, readable, rounded_once, suits
 from loratool.merging.output_layout import Span
 from loratool.merging.plan import MergePlan
 from loratool.merging.resources import MOST_SHELVED, itemsize_of
@@ -31,8 +33,8 @@ SAMPLED = 1 << 17  # elements of a weight: its gain is right to 0.03, and that o
 def with_forecast(plan: MergePlan) -> MergePlan:
     """The plan with the gain that is to be expected, and a warning where it is small.
 
-    Nothing is forecast, and torch not imported, where no update is rounded to the nearest of 16 bits, or where the
-    weights of the base are not on this disk. Raises `InputError` naming packed weights that cannot be decoded.
+    Nothing is forecast where no update is rounded to the nearest of 16 bits, or where the weights of the base are not on
+    this disk. Raises `InputError` naming packed weights that cannot be decoded.
     """
     doubts = plan.check_packed(filter(is_here, plan.spans))
     gains = forecast_gains(plan)
@@ -64,6 +66,37 @@ def is_here(span: Span) -> bool:
 
 def seen_of(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
     """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module that edits a weight, and its ‖W‖² and ‖ΔW‖², by some of its rows."""
+    return seen_by_numpy(span) if suits(span) else seen_by_torch(span, shared)
+
+
+def seen_by_numpy(span: Span) -> tuple[Pairs, Pairs]:
+    """The same of one product added to a weight that goes to the output in bfloat16, without torch."""
+    (edit,), weight = span.edits, readable(span.weight)
+    assert weight is not None
+    added, memory = Added.by(edit), Memory()
+    up, down = added.up.astype(numpy.float64), added.down.astype(numpy.float64) * added.scale
+    product, squares = 0.0, [0.0, 0.0]
+    runs, times = sampled(span)
+    with OpenSources() as memory.sources, numpy.errstate(all="ignore"):
+        for first, count in runs:
+            rows = numpy.empty((count, span.width), numpy.float32)
+            weight.decode_into(rows, first, memory)
+            base, change = rows.astype(numpy.float64), up[first : first + count] @ down
+            product += float(((rounded_once(base + change) - base) * change).sum())
+            squares = [one + float(numpy.vdot(each, each)) for one, each in zip(squares, (base, change), strict=True)]
+    weights, changes = (times * square for square in squares)
+    kept = {edit.target: (times * product, changes)} if math.isfinite(product) and math.isfinite(changes) else {}
+    return kept, {span.placed.name: (weights, changes)}
+
+
+def sampled(span: Span) -> tuple[list[tuple[int, int]], int]:
+    """(first row, rows) of runs of a weight's rows, and how many rows each of them stands for."""
+    runs = [*sample(span.rows, max(1, SAMPLED // span.width))]
+    return runs, max(1, span.rows // sum(count for _, count in runs))
+
+
+def seen_by_torch(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
+    """The same of any edits."""
     device, wide = torch.device("cpu"), torch.float64
     stored, target = (getattr(torch, FLOAT_NAMES[dtype]) for dtype in (span.weight.exact, span.placed.dtype))
     edits, modules = [], []
@@ -71,8 +104,7 @@ def seen_of(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
         loaded = (shared.load if edit.shared else load_update)(edit.update, device, wide)
         edits.append(LoadedEdit(edit, loaded, edit.strength))
         modules.append((edit.target, Place(edit.first_row, edit.rows, edit.columns, span.width)))
-    runs = [*sample(span.rows, max(1, SAMPLED // span.width))]
-    times = max(1, span.rows // sum(count for _, count in runs))
+    runs, times = sampled(span)
     found, norms = [], []
     with OpenSources() as sources:
         for first, count in runs:

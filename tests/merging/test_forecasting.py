@@ -148,3 +148,14 @@ def test_nothing_is_forecast_where_nothing_is_rounded_to_the_nearest(tmp_path: P
     table = json.loads(done.stdout)
     assert (table["gain_forecast"], table["gains_forecast"]) == (None, {})
     assert not any(note["code"] == "update-lost-in-rounding" for note in table["notes"])
+
+
+def test_the_most_common_updates_are_forecast_without_torch_and_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "adapter", 1e-3)
+    with monkeypatch.context() as patched:
+        patched.delattr(forecasting, "seen_by_torch")
+        found = loratool.plan(base, [adapter], tmp_path / "out")
+    monkeypatch.setattr(forecasting, "suits", lambda _: False)
+    assert loratool.plan(base, [adapter], tmp_path / "out").gains_forecast == pytest.approx(found.gains_forecast)
