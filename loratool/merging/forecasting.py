@@ -19,7 +19,8 @@ from loratool.measuring.delta_statistics import sample
 from loratool.merging.addends import Place
 from loratool.merging.gain import Gains, Pairs, gain_notes, hidden_updates, measure_kept
 from loratool.merging.loaded_edits import LoadedEdit
-from loratool.merging.numpy_sums import Added, readable, rounded_once, suits
+from loratool.merging.numpy_rounding import rounded_once
+from loratool.merging.numpy_sums import Added, readable, suits
 from loratool.merging.output_layout import Span
 from loratool.merging.plan import MergePlan
 from loratool.merging.resources import MOST_SHELVED, itemsize_of
@@ -66,22 +67,23 @@ def is_here(span: Span) -> bool:
 
 def seen_of(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
     """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module that edits a weight, and its ‖W‖² and ‖ΔW‖², by some of its rows."""
-    return seen_by_numpy(span) if suits(span) else seen_by_torch(span, shared)
+    by_numpy = suits(span) and span.placed.dtype == "BF16"
+    return seen_by_numpy(span) if by_numpy else seen_by_torch(span, shared)
 
 
 def seen_by_numpy(span: Span) -> tuple[Pairs, Pairs]:
     """The same of one product added to a weight that goes to the output in bfloat16, without torch."""
     (edit,), weight = span.edits, readable(span.weight)
     assert weight is not None
-    added, memory = Added.by(edit), Memory()
-    up, down = added.up.astype(numpy.float64), added.down.astype(numpy.float64) * added.scale
+    added, memory = Added.by(edit, numpy.float64), Memory()
+    down = added.down * added.scale
     product, squares = 0.0, [0.0, 0.0]
     runs, times = sampled(span)
     with OpenSources() as memory.sources, numpy.errstate(all="ignore"):
         for first, count in runs:
             rows = numpy.empty((count, span.width), numpy.float32)
             weight.decode_into(rows, first, memory)
-            base, change = rows.astype(numpy.float64), up[first : first + count] @ down
+            base, change = rows.astype(numpy.float64), added.up[first : first + count] @ down
             product += float(((rounded_once(base + change) - base) * change).sum())
             squares = [one + float(numpy.vdot(each, each)) for one, each in zip(squares, (base, change), strict=True)]
     weights, changes = (times * square for square in squares)
