@@ -27,7 +27,7 @@ print("torch" in sys.modules, report.text().count("byte for byte"), back.text().
 """
 
 
-def in_kohya(path: Path) -> dict[str, Tensor]:
+def in_kohya(path: Path, model: str = "flux1") -> dict[str, Tensor]:
     """An adapter of Flux in bfloat16 as kohya's scripts save it, whose modules have a name of one kind in ComfyUI too."""
     tensors: dict[str, Tensor] = {}
     for n, (module, (out, inputs)) in enumerate(MODULES.items()):
@@ -35,7 +35,7 @@ def in_kohya(path: Path) -> dict[str, Tensor]:
         tensors[f"{name}.lora_down.weight"] = numbers(2, inputs, seed=n).bfloat16()
         tensors[f"{name}.lora_up.weight"] = numbers(out, 2, seed=n + 9).bfloat16()
         tensors[f"{name}.alpha"] = torch.tensor(1.0, dtype=torch.bfloat16)
-    save_file(tensors, path, {"ss_base_model_version": "flux1"})
+    save_file(tensors, path, {"ss_base_model_version": model})
     return tensors
 
 
@@ -56,6 +56,15 @@ def test_names_are_changed_without_torch_and_all_bytes_are_kept(tmp_path: Path) 
                 found, wanted = after[f"{theirs}.{role}"], before[f"{own}.{role}"]
                 assert found.dtype == wanted.dtype
                 assert torch.equal(found, wanted)
+
+
+def test_names_say_more_than_a_header_that_is_wrong(tmp_path: Path) -> None:
+    """A header that names another architecture, or none that is known, hides no module."""
+    for model in ("sd_v1", "sdxl_base_v1-0", "something"):
+        in_kohya(tmp_path / "given.safetensors", model)
+        loratool.convert(tmp_path / "given.safetensors", tmp_path / "out.safetensors", to="comfy", overwrite=True)
+        found = {name.removesuffix(".alpha") for name in load_file(tmp_path / "out.safetensors") if "alpha" in name}
+        assert found == {f"diffusion_model.{module}" for module in MODULES}
 
 
 def test_values_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:

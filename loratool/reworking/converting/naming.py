@@ -7,9 +7,9 @@ module of known architectures in both layouts, so that names without dots are lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, replace
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +45,7 @@ KOHYA_TEXTS = {"clip_l": "te1", "clip_g": "te2", "t5xxl": "te3"}
 TEXT_MODEL = "text_model."  # what the names of CLIP begin with
 LAST = frozenset({"z-image"})  # architectures whose names in diffusers are the last of those of their family
 WORDS = tuple(sorted({*DENOISER, *SECOND_DENOISERS, *TEXT_WORDS}, key=len, reverse=True))
+STARTS = tuple((word, f"{word}_") for word in WORDS)  # of names without dots
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,19 @@ def component_of(word: str, architecture: str) -> str:
     return "t5xxl" if word in ("te2", "t5") and "t5xxl" in texts else ""  # OneTrainer counts the encoders of Flux
 
 
-def candidates(target: str) -> Iterator[tuple[str, str]]:
+def candidates(target: str) -> Sequence[tuple[str, str]]:
     """(word for a component, module without dots) as which a target may be meant; an empty word where it names none."""
-    module, flattened = flat(target.rpartition(".")[0]), isinstance(target, Flattened)
+    return meanings(target.rpartition(".")[0], isinstance(target, Flattened))
+
+
+@lru_cache(1 << 14)  # each architecture asks for the same ones
+def meanings(module: str, flattened: bool) -> tuple[tuple[str, str], ...]:
+    """The same of a module, whose dots may be underscores."""
+    plain = ("", flat(module))
     if not flattened:
-        word, _, path = target.rpartition(".")[0].partition(".")
-        if word in WORDS:
-            yield word, flat(path)
-    else:
-        yield from ((word, module.removeprefix(f"{word}_")) for word in WORDS if module.startswith(f"{word}_"))
-    yield "", module
+        word, _, path = module.partition(".")
+        return ((word, flat(path)), plain) if word in WORDS else (plain,)
+    return (*((word, plain[1].removeprefix(start)) for word, start in STARTS if plain[1].startswith(start)), plain)
 
 
 def names_component(target: str) -> bool:
@@ -247,13 +251,15 @@ def respelled(
         return Wanted(every, whole, notes=told)
     both: dict[str, Sized] = {**layers, **beside}
     own = dialect == "peft" and not any(map(names_component, both))  # PEFT has the names of the model that was trained
-    found = readings(both, architecture) if not own else []
-    if not found and architecture and not own and (others := readings(both)):
-        fitting = " or ".join(dict.fromkeys(reading.architecture for reading in others))
-        raise InputError(
-            f"these are not modules of {architecture}, but of {fitting}",
-            hint=f"--architecture {others[0].architecture}",
-        )
+    found = readings(both, architecture or hint) if not own else []
+    if not found and (architecture or hint) and not own:
+        found = readings(both)
+        if found and architecture:
+            fitting = " or ".join(dict.fromkeys(reading.architecture for reading in found))
+            raise InputError(
+                f"these are not modules of {architecture}, but of {fitting}",
+                hint=f"--architecture {found[0].architecture}",
+            )
     if not found:
         return apart_from_layers(unknown(both, dialect, dotted(base)), layers)
     reading, notes = chosen(found, layers, architecture or hint)
