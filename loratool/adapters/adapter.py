@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,9 +97,23 @@ class StoredTensor:
 
     def finite(self) -> bool:
         """Whether no value is NaN or infinite; whole numbers are none."""
-        if self.info.dtype not in EXPONENT:
-            return True
-        return not any(bool(((bits & mask) == mask).any()) for bits, mask in self.pieces())
+        return self.info.dtype not in EXPONENT or is_finite(*self.largest())
+
+    def largest(self, sources: OpenSources | None = None, memory: bytearray | None = None) -> tuple[int, int]:
+        """The bits of the largest magnitude, which NaN and infinities are above all others, and the mask of its exponent.
+
+        Without their sign, floats are ordered as their bits are. `memory` is for the bytes of a piece.
+        """
+        kind, mask = EXPONENT[self.info.dtype]
+        raw, found = memory or bytearray(min(PIECE, self.info.nbytes) or 1), 0
+        with ExitStack() as stack:
+            sources = sources or stack.enter_context(OpenSources())
+            for at in range(0, self.info.nbytes, len(raw)):
+                part = memoryview(raw)[: min(len(raw), self.info.nbytes - at)]
+                self.read(at, part, sources)
+                bits = np.frombuffer(part, dtype=kind)
+                found = max(found, int(np.left_shift(bits, 1, out=bits).max()))
+        return found >> 1, mask
 
     def pieces(self) -> Iterator[tuple[NDArray[Any], int]]:
         """The values as unsigned integers, with the mask of their exponent, some at a time."""
@@ -231,15 +246,16 @@ class Adapter(Shown):
         broken: list[str] = []
         effective = False
         zero: dict[str, bool] = {}  # tensor → whether all of it is zero; some are shared by all updates
+        memory = bytearray(PIECE)
         with OpenSources() as sources:
             for update in (*self.updates.values(), *self.bases.values()):
                 for tensor in stored_tensors(update):
                     if tensor.info.name in zero or tensor.info.dtype not in EXPONENT:  # or indices
                         continue
-                    bits, mask = tensor.bits(sources)
-                    if ((bits & mask) == mask).any():
+                    largest, mask = tensor.largest(sources, memory)
+                    if not is_finite(largest, mask):
                         broken.append(f"{printable(tensor.info.name)} contains NaN or infinite values")
-                    zero[tensor.info.name] = not (bits << 1).any()  # shifted, so that −0 is zero too
+                    zero[tensor.info.name] = largest == 0
                 products = (update.up, update.down) if isinstance(update, LowRank) else ()
                 effective = effective or not any(
                     all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products
@@ -262,9 +278,12 @@ def adds_zero(update: Update) -> bool:
 
 def is_zero(tensor: StoredTensor) -> bool:
     """Whether all values of a tensor of floats are zero; they are read for it."""
-    if tensor.info.dtype not in EXPONENT:
-        return False
-    return not (tensor.bits()[0] << 1).any()  # shifted, so that −0 is zero too
+    return tensor.info.dtype in EXPONENT and tensor.largest()[0] == 0
+
+
+def is_finite(bits: int, mask: int) -> bool:
+    """Whether a magnitude is that of a number, by its bits and the mask of the exponent."""
+    return bits < mask
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
