@@ -104,9 +104,15 @@ class Added:
     @cached_property
     def is_workable(self) -> bool:
         """Whether float32 computes with its numbers."""
-        sizes = [abs(self.scale), *(float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))]
+        sizes = abs(self.scale), *self.sizes
         within = all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes) and len(self.down) < MOST_TERMS
         return self.scale != 0 and within and float(self.lengths.max(initial=0)) < LARGEST
+
+    @cached_property
+    def sizes(self) -> tuple[float, float]:
+        """Those of the largest elements of `up` and `down`."""
+        up, down = (float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))
+        return up, down
 
     @cached_property
     def norm(self) -> float:
@@ -119,13 +125,9 @@ class Added:
     def cut(self) -> NDArray[Any]:
         """(parts, rank + 1, columns): scale · down with a row of ones, by which a constant is added, in parts of columns."""
         rank, width = self.down.shape
-        columns = max(32, ALONE // ((rank + 1) * rows_of_tile(width)))
-        columns = math.gcd(width, 1 << columns.bit_length() - 1)
-        step = columns if columns >= 16 else width  # an odd one stays whole
         scaled = numpy.ones((rank + 1, width), self.down.dtype)
         numpy.multiply(self.down, self.scale, out=scaled[:rank], casting="same_kind")
-        parts: NDArray[Any] = numpy.ascontiguousarray(scaled.reshape(rank + 1, -1, step).transpose(1, 0, 2))
-        return parts
+        return in_parts(scaled, rows_of_tile(width))
 
     @cached_property
     def turned(self) -> NDArray[Any]:
@@ -135,8 +137,9 @@ class Added:
     @cached_property
     def lengths(self) -> NDArray[Any]:
         """(rows,) of float64: no element of a row of ΔW is larger, nor any sum of the sizes of what it is the sum of."""
-        rows, columns = (
-            numpy.linalg.norm(f.astype(numpy.float64), axis=axis) for axis, f in ((1, self.up), (0, self.down))
+        rows, columns = (  # einsum widens some values at a time
+            numpy.sqrt(numpy.einsum(axes, f, f, dtype=numpy.float64))
+            for axes, f in (("ij,ij->i", self.up), ("ij,ij->j", self.down))
         )
         found: NDArray[Any] = rows * (float(columns.max(initial=0)) * abs(self.scale) * GENEROUS)
         return found
@@ -145,7 +148,7 @@ class Added:
     def margins(self) -> NDArray[Any]:
         """(rows,) of float64: how far a computed element of ΔW may be from the exact value."""
         terms = len(self.down) + 4  # roundings: of factors, products, sums, scaling, and a constant added
-        up, down = (float(numpy.abs(each).max(initial=0)) for each in (self.up, self.down))
+        up, down = self.sizes
         size = self.up.itemsize
         # some machines take the smallest factors for 0
         underflow = terms * TINIEST[size] * (1 + up) * (1 + abs(self.scale)) * (1 + down)
@@ -312,6 +315,15 @@ class Tiles:
         return True
 
 
+def in_parts(down: NDArray[Any], rows: int) -> NDArray[Any]:
+    """(rank, width) in parts of columns, (parts, rank, columns), for `multiply` with so many rows."""
+    rank, width = down.shape
+    columns = max(32, ALONE // max(1, rank * rows))
+    columns = math.gcd(width, 1 << columns.bit_length() - 1)
+    step = columns if columns >= 16 else max(1, width)  # an odd one stays whole
+    return numpy.ascontiguousarray(down.reshape(rank, width // step, step).transpose(1, 0, 2))
+
+
 def multiply(left: NDArray[Any], cut: NDArray[Any], out: NDArray[Any]) -> None:
     """Put `left`, (n, rank), times all parts, (parts, rank, columns), into `out`, (n, parts · columns), on this thread."""
     step = max(4, ALONE // max(1, cut[0].size))  # fewer rows where a narrow or odd width leaves parts too large
@@ -328,6 +340,9 @@ def values_of(tensor: StoredTensor) -> NDArray[Any]:
     """A factor in float32."""
     raw = numpy.empty(tensor.info.nbytes, numpy.uint8)
     tensor.read(0, raw.data)
-    values = numpy.empty(tensor.info.shape, numpy.float32)
-    widen(values.reshape(-1), raw, tensor.info.dtype)
+    if tensor.info.dtype == "F32":
+        values = raw.view(numpy.float32).reshape(tensor.info.shape)
+    else:
+        values = numpy.empty(tensor.info.shape, numpy.float32)
+        widen(values.reshape(-1), raw, tensor.info.dtype)
     return numpy.ascontiguousarray(values.T) if tensor.transposed else values

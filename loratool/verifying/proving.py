@@ -18,7 +18,6 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.edited_spans import EditedSpan
-from loratool.merging.numpy_sums import Added
 from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
@@ -38,7 +37,7 @@ from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
 from loratool.verifying.updates import Updates, doubt_of, rounded_twice
-from loratool.verifying.without_torch import Tile, suffices
+from loratool.verifying.without_torch import Halved, Tile, suffices
 
 if TYPE_CHECKING:
     from loratool.merging.merge import Progress
@@ -94,7 +93,7 @@ class Subject:
     distances: Distances
     held: Held = field(default_factory=Held)  # of the merged model's weight
     updates: dict[str, Updates] = field(default_factory=dict)  # by device, where they are needed one by one
-    added: Added | None = None
+    halved: Halved | None = None
     odd: bool = False  # whether numpy left some of it to torch
     doubted: float | None = None
 
@@ -112,13 +111,18 @@ class Subject:
                 self.updates[str(device)] = Updates(self.pair.span, device)
             return self.updates[str(device)]
 
-    def added_by_numpy(self) -> Added:
+    def load(self, _: Bench) -> int:
+        """A task that makes what numpy adds; its few bytes do not count."""
+        self.halved_by_numpy()
+        return 0
+
+    def halved_by_numpy(self) -> Halved:
         with self.work.lock:
-            if self.added is None:
+            if self.halved is None:
                 (edit,) = self.pair.span.edits
-                self.added = Added.by(edit, numpy.float32)
-                self.odd = not self.added.is_workable
-            return self.added
+                self.halved = Halved.by(edit)
+                self.odd = not self.halved.added.is_workable
+            return self.halved
 
 
 class Proving:
@@ -210,16 +214,25 @@ class Proving:
             if self.is_copy(pair):
                 for start in range(0, max(1, pair.span.placed.nbytes), RUN):
                     yield self.copies(pair, start)
+        before: Subject | None = None
         for pair in self.pairs:
             if not self.is_copy(pair):
                 work = EditedSpan(pair.span, self.totals, self.shared, self.plan_rounding)
                 subject = Subject(pair, work, self.distances[pair.name])
-                if self.by_numpy:
-                    step = max(1, TOGETHER // max(1, pair.span.width))
-                    for first in range(0, pair.rows, step):
-                        yield self.blocks_by_numpy(subject, first, min(step, pair.rows - first))
-                else:
+                if not self.by_numpy:
                     yield from self.all_blocks(subject, 0, pair.rows)
+                    continue
+                yield subject.load  # while other threads are at the weight before
+                yield from self.all_by_numpy(before)
+                before = subject
+        yield from self.all_by_numpy(before)
+
+    def all_by_numpy(self, subject: Subject | None) -> Iterator[Task]:
+        """Compare all rows by numpy."""
+        if subject is not None:
+            step = max(1, TOGETHER // max(1, subject.pair.span.width))
+            for first in range(0, subject.pair.rows, step):
+                yield self.blocks_by_numpy(subject, first, min(step, subject.pair.rows - first))
 
     def all_blocks(self, subject: Subject, first: int, stop: int) -> Iterator[Task]:
         """Compare some rows in blocks."""
@@ -233,8 +246,8 @@ class Proving:
 
         def compare(bench: Bench) -> int:
             pair, width = subject.pair, subject.pair.span.width
-            added = subject.added_by_numpy()
-            if not subject.odd and bench.tile_of(width).settled(pair, added, first, count, self.sources):
+            halved = subject.halved_by_numpy()
+            if not subject.odd and bench.tile_of(width).settled(pair, halved, first, count, self.sources):
                 subject.distances.note(count * width, None)
                 return pair.nbytes * count // max(1, pair.span.rows)
             subject.odd = True

@@ -10,15 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.weights import Plain
+from loratool.data import dataclass
 from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
 from loratool.merging.addends import GENEROUS, ROUNDOFF
 from loratool.merging.numpy_rounding import HALF, exactly, rounded_once
-from loratool.merging.numpy_sums import Added, multiply
+from loratool.merging.numpy_sums import Added, in_parts, multiply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from loratool.bases.edits import Edit
+    from loratool.bases.weights import StoredWeight
     from loratool.files.open_sources import OpenSources
     from loratool.verifying.pairing import Pair
 
@@ -27,6 +30,8 @@ MANY = 64  # where more than one of so many elements differs, torch finds out wh
 TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 SMALLEST = 2.0**-126  # below it a bfloat16 has fewer digits
 TOGETHER = 1 << 12  # elements that are summed exactly at a time
+GROUP = 4  # elements that are compared at a time
+SECOND = 0xFFFF0000  # the second of two elements in one word
 
 
 def suffices(pairs: Sequence[Pair], device: str) -> bool:
@@ -44,53 +49,102 @@ def suits(pair: Pair) -> bool:
     return of_bfloat16 and pair.rows == span.rows and theirs.shape == span.shape
 
 
+@dataclass(frozen=True)
+class Halved:
+    """ΔW, ready for the two halves of a `Tile`."""
+
+    added: Added
+    down: tuple[NDArray[Any], NDArray[Any]]  # of all first and all second elements: (parts, rank, columns) of float32
+
+    @classmethod
+    def by(cls, edit: Edit) -> Halved:
+        """What an edit adds."""
+        added = Added.by(edit, numpy.float32)
+        rank, width = added.down.shape
+        scaled = numpy.zeros((rank, lanes_of(width)), numpy.float32)
+        numpy.multiply(added.down, added.scale, out=scaled[:, :width], casting="same_kind")
+        first, second = (in_parts(scaled[:, each::2], rows_of(width)) for each in (0, 1))
+        return cls(added, (first, second))
+
+
 class Tile:
-    """Memory for some rows of a width: W and W' are read into it, and W + ΔW is computed there."""
+    """Memory for some rows of a width: W and W' are read into it, and W + ΔW is computed there.
+
+    Two elements that are neighbours are one word of 32 bits: a shift makes a float32 of the first one, and a mask of
+    the second. One half of the memory holds all first elements, the other one all second ones, and that is the order in
+    which the product gives them. Numpy is slow with 16 bits in every other place, and fast with words.
+    """
 
     def __init__(self, width: int) -> None:
-        self.rows = max(1, TILE // max(1, width))
-        self.width = width
-        self.lanes = 1 if width % 4 else 4  # elements that are compared at a time
-        shape = self.rows, width
-        self.stored, self.theirs, self.rounded = (numpy.empty(shape, numpy.uint16) for _ in range(3))
-        self.weight, self.sums = (numpy.empty(shape, numpy.float32) for _ in range(2))
+        self.rows, self.width, self.lanes = rows_of(width), width, lanes_of(width)
+        words = self.rows, self.lanes // 2
+        self.stored, self.theirs = (numpy.zeros(words, numpy.uint32) for _ in range(2))  # what is no element stays 0
+        self.weight, self.sums = (numpy.empty((2, *words), numpy.float32) for _ in range(2))
+        self.differ = numpy.empty(self.stored.size // 2, numpy.bool_)
 
-    def settled(self, pair: Pair, added: Added, first: int, count: int, sources: OpenSources) -> bool:
+    def settled(self, pair: Pair, halved: Halved, first: int, count: int, sources: OpenSources) -> bool:
         """Whether all elements of some rows are found to be the formula's."""
         odd: list[tuple[NDArray[Any], ...]] = []
         with numpy.errstate(all="ignore"):  # of what is not finite
             for at in range(first, first + count, self.rows):
                 rows = min(self.rows, first + count - at)
-                self.compute(pair, added, at, rows, sources)
+                self.read(pair.span.weight, at, self.stored[:rows], sources)
+                self.read(pair.theirs, at, self.theirs[:rows], sources)
+                self.compute(halved, at, rows)
                 odd.append(self.unequal(at, rows))
                 if len(odd[-1][0]) * MANY > rows * self.width:
                     return False
-            places, weights, ours, theirs = (numpy.concatenate(each) for each in zip(*odd, strict=True))
-            places = places[:, None] * self.lanes + numpy.arange(self.lanes)
-            some = ours != theirs
-            return are_sums(added, divmod(places[some], self.width), weights[some], widened(theirs[some]))
+            places, *values = (numpy.concatenate(each) for each in zip(*odd, strict=True))
+            weights, ours, theirs = (each.view(numpy.uint16) for each in values)
+            some = numpy.flatnonzero(ours != theirs)
+            where = divmod(places[some // GROUP] * GROUP + some % GROUP, self.lanes)
+            return are_sums(halved.added, where, widened(weights[some]), widened(theirs[some]))
 
-    def compute(self, pair: Pair, added: Added, first: int, count: int, sources: OpenSources) -> None:
-        """Read some rows, and put their sums as they are rounded into `rounded`; a tie goes away from zero."""
-        for weight, into in ((pair.span.weight, self.stored), (pair.theirs, self.theirs)):
-            assert isinstance(weight, Plain)
-            weight.read(first * self.width * 2, into[:count].data.cast("B"), sources)
-        weights, sums = self.weight[:count], self.sums[:count]
-        widen(self.stored[:count], weights)
-        multiply(added.up[first : first + count], added.cut[:, :-1], sums)
+    def read(self, weight: StoredWeight, first: int, into: NDArray[Any], sources: OpenSources) -> None:
+        """Put rows of a weight from `first` on into words, (n, lanes / 2)."""
+        assert isinstance(weight, Plain)
+        rows, at = into.view(numpy.uint16), 2 * first * self.width
+        if self.lanes == self.width:
+            weight.read(at, rows.data.cast("B"), sources)
+            return
+        narrow = numpy.empty((len(rows), self.width), numpy.uint16)
+        weight.read(at, narrow.data.cast("B"), sources)
+        rows[:, : self.width] = narrow
+
+    def compute(self, halved: Halved, first: int, count: int) -> None:
+        """Put sums of the rows that have been read, as they are rounded, into words; a tie goes away from zero.
+
+        They are in the second half of `sums`.
+        """
+        words, weights, sums = self.stored[:count], self.weight[:, :count], self.sums[:, :count]
+        bits = weights.view(numpy.uint32)
+        numpy.left_shift(words, 16, out=bits[0])
+        numpy.bitwise_and(words, SECOND, out=bits[1])
+        for half, down in zip(sums, halved.down, strict=True):
+            multiply(halved.added.up[first : first + count], down, half)
         numpy.add(sums, weights, out=sums)
         bits = sums.view(numpy.uint32)
         numpy.add(bits, HALF, out=bits)
-        numpy.right_shift(bits, 16, out=bits)
-        numpy.copyto(self.rounded[:count], bits, casting="unsafe")
+        numpy.right_shift(bits[0], 16, out=bits[0])
+        numpy.bitwise_and(bits[1], SECOND, out=bits[1])
+        numpy.bitwise_or(bits[1], bits[0], out=bits[1])
 
     def unequal(self, first: int, count: int) -> tuple[NDArray[Any], ...]:
-        """Elements in groups of `lanes` that have unequal ones: the numbers of those, (n,), W, W + ΔW and W', (n, lanes)."""
-        kind = numpy.uint64 if self.lanes == 4 else numpy.uint16
-        ours, theirs = (each[:count].reshape(-1).view(kind) for each in (self.rounded, self.theirs))
-        found = numpy.flatnonzero(ours != theirs)
-        every = (each[:count].reshape(-1, self.lanes)[found] for each in (self.weight, self.rounded, self.theirs))
-        return found + first * self.width // self.lanes, *every
+        """Elements in groups that have unequal ones: the numbers of those, (n,), and the bits of W, W + ΔW and W', (n,)."""
+        every = (self.stored[:count], self.sums[1, :count], self.theirs[:count])
+        weights, ours, theirs = (each.reshape(-1).view(numpy.uint64) for each in every)
+        found = numpy.flatnonzero(numpy.not_equal(ours, theirs, out=self.differ[: len(ours)]))
+        return found + first * self.lanes // GROUP, weights[found], ours[found], theirs[found]
+
+
+def lanes_of(width: int) -> int:
+    """So many elements of a row are computed: whole groups."""
+    return -(-width // GROUP) * GROUP
+
+
+def rows_of(width: int) -> int:
+    """So many rows are computed at a time."""
+    return max(1, TILE // max(1, width))
 
 
 def are_sums(added: Added, places: tuple[Any, Any], weights: NDArray[Any], theirs: NDArray[Any]) -> bool:
@@ -108,23 +162,15 @@ def are_sums(added: Added, places: tuple[Any, Any], weights: NDArray[Any], their
     terms = len(added.down) + 8
     margins = (abs(weights) + abs(values) + added.lengths[rows]) * (terms * ROUNDOFF[8] * GENEROUS)
     low, high = (rounded_once(each) for each in (values - margins, values + margins))
-    open_ones = numpy.flatnonzero(low != high)
+    sound = numpy.isfinite(values) & numpy.isfinite(theirs) & (abs(theirs) >= 2 * SMALLEST)
+    open_ones = numpy.flatnonzero(sound & (low != high))
     for at in range(0, len(open_ones), TOGETHER):
         some = open_ones[at : at + TOGETHER]
         low[some] = exactly(weights[some], left[some], right[some], added.scale)
-    sound = numpy.isfinite(theirs) & (abs(theirs) >= 2 * SMALLEST)
     return bool((sound & (low == theirs)).all())
 
 
 def widened(stored: NDArray[Any]) -> NDArray[Any]:
     """The bits of bfloat16 as float32."""
-    values = numpy.empty(stored.shape, numpy.float32)
-    widen(stored, values)
+    values: NDArray[Any] = numpy.left_shift(stored, 16, dtype=numpy.uint32).view(numpy.float32)
     return values
-
-
-def widen(stored: NDArray[Any], into: NDArray[Any]) -> None:
-    """Put the bits of bfloat16 into float32: whole numbers are shifted, for numpy is slow with every other half."""
-    bits = into.view(numpy.uint32)
-    numpy.copyto(bits, stored)
-    numpy.left_shift(bits, 16, out=bits)

@@ -115,3 +115,36 @@ def test_not_a_number_and_infinity_are_told_from_numbers(of: Scene, tmp_path: Pa
         assert found.exit_code == 5
         assert found.tensors is not None
         assert [n for n, proof in found.tensors.items() if proof.status == "different"] == [EVEN]
+
+
+def test_an_infinite_weight_of_the_base_that_is_finite_in_the_model_is_found(of: Scene, tmp_path: Path) -> None:
+    weights = {name: value.clone() for name, value in of.weights.items()}
+    weights[EVEN][5, 7] = float("inf")
+    write_model(tmp_path / "base", weights, CONFIG)
+    merged = of.write(sums(of), tmp_path / "merged")
+    found = loratool.verify(merged, tmp_path / "base", of.adapter, device="cpu")
+    assert found.exit_code == 5
+    assert found.tensors is not None
+    assert [name for name, proof in found.tensors.items() if proof.status == "different"] == [EVEN]
+
+
+def test_an_element_that_is_the_next_number_is_counted_wherever_it_lies_in_a_word(tmp_path: Path) -> None:
+    """Elements are computed in pairs and compared four at a time; widths leave all numbers of them over."""
+    generator = torch.Generator().manual_seed(11)
+    weights: Tensors = {"model.norm.weight": torch.ones(48).bfloat16()}
+    factors = {}
+    for number, width in enumerate((1, 2, 3, 4, 5, 6, 7, 8, 1026)):
+        name = f"model.layers.{number}.mlp.up_proj.weight"
+        weights[name] = (torch.randn(260, width, generator=generator) * 0.05).bfloat16()
+        factors[name] = torch.randn(3, width, generator=generator), torch.randn(260, 3, generator=generator) * 0.01
+    write_model(tmp_path / "base", weights, CONFIG)
+    write_adapter(tmp_path / "adapter", factors, torch.float32, r=3, lora_alpha=3.0, target_modules=["up_proj"])
+    of = Scene(tmp_path, weights, {name: (a.double(), b.double()) for name, (a, b) in factors.items()})
+    tensors = sums(of)
+    for number, name in enumerate(factors):
+        bits = tensors[name].view(torch.int16)
+        bits[number * 30 + number % 2, bits.shape[1] * number // 9] += 1
+    found = loratool.verify(of.write(tensors, tmp_path / "merged"), of.base, of.adapter, device="cpu")
+    assert found.tensors is not None
+    counted = {name: (1 - (found.tensors[name].equal or 0)) * tensors[name].numel() for name in factors}
+    assert counted == pytest.approx(dict.fromkeys(factors, 1), abs=0.01)
