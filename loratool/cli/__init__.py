@@ -8,7 +8,6 @@ import re
 import sys
 import warnings
 from contextlib import suppress
-from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from typing import Any, NoReturn
@@ -28,8 +27,6 @@ from loratool.errors import (
 )
 from loratool.files.process import on_stop, prepare_streams, silence_stdout, without_collections
 from loratool.files.system import lacking
-from loratool.results.base import SCHEMA
-from loratool.results.failure import error_data
 
 ESTIMATED = {"--rank": "8", "--target": "all-linear"}  # what `estimate` needs, with values to begin with
 
@@ -86,6 +83,8 @@ def command(name: str) -> click.Command:
 
 def near_command(word: str) -> str:
     """The command that a word was probably meant to be; empty where none is near."""
+    from difflib import get_close_matches
+
     return next(iter(get_close_matches(word, COMMANDS, 1)), "")
 
 
@@ -291,6 +290,9 @@ def failed(arguments: list[str], error: LoratoolError, before: str = "") -> int:
     step = without_credentials(in_full(error.hint, arguments))
     complain(f"{before}Error: {error}\nhint: {step}")
     if "--json" in arguments:
+        from loratool.results.base import SCHEMA
+        from loratool.results.failure import error_data
+
         with suppress(OSError):
             click.echo(json.dumps({"schema": SCHEMA, "error": error_data(error, step)}, indent=2))
     return error.exit_code
