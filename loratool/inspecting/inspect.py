@@ -31,7 +31,6 @@ from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.grouping import by_key
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
-from loratool.inspecting.packing import unpacked
 from loratool.notes import Note
 from loratool.options.described import FLAG, Number, PathKind, PlaceKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
@@ -387,6 +386,8 @@ def look_at_checkpoint(place: Located, path: Path, tensors: bool, check: bool) -
 
 def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
     """What the headers of a model tell."""
+    from loratool.inspecting.packing import unpacked  # which loads all about packed weights
+
     seen, packing = unpacked(checkpoint)
     classes = checkpoint.architectures or (checkpoint.model_type,)
     groups = by_key(((leaf(name), info.shape), info.elements) for name, info in seen.tensors.items())

@@ -25,7 +25,6 @@ from loratool.files.checkpoint import NUMBERED, sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
-from loratool.files.outputs import as_json
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
@@ -213,6 +212,8 @@ class TrainerFormat(Format):
 
     def with_setting(self, adapter: Adapter, path: tuple[str, ...], number: float) -> bytes | None:
         """The file of an adapter's settings with another number at the top; None where it cannot be put there."""
+        from loratool.files.outputs import as_json
+
         return as_json({**adapter.config, path[0]: number}) if len(path) == 1 else None
 
     def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:  # noqa: ARG002

@@ -15,7 +15,6 @@ from loratool.adapters.formats.tensor_ranks import Rank
 from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
-from loratool.fetching.stores import names_below
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
 from loratool.files.inputs import read_bounded
 from loratool.stores.names import is_in_store, parse_store
@@ -90,6 +89,8 @@ def of_path(path: Path, named: bool) -> Iterator[Member]:
 def folder_of(path: Path) -> Path | None:
     """The folder whose names tell what is there: a path itself, or an outline of a prefix in a store; None for a file."""
     if is_in_store(path) and (place := parse_store(path)) is not None:
+        from loratool.fetching.stores import names_below
+
         return names_below(place)
     return path if path.is_dir() else None
 
