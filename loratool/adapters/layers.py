@@ -25,7 +25,7 @@ from loratool.layouts.fusions import FUSIONS
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 
-WITH_BASE = ("rescale", "resize", "combine", "compare", "convert")  # commands on adapters that take --base
+WITH_BASE = ("rescale", "resize", "combine", "compare", "compress", "convert")  # commands on adapters that take --base
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
 WAY_OUT = (
     "convert it to LoRA: loratool merge BASE ADAPTER -o MERGED, then loratool extract BASE MERGED -o LORA (--rank "

@@ -241,7 +241,7 @@ class CombineKeywords(
     saved: str
 
 
-class CompressKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, total=False):
+class CompressKeywords(FactorKeywords, ReadingKeywords, DeviceKeywords, ModelKeywords, total=False):
     """Of CompressOptions."""
 
     rank: int | None

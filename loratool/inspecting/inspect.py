@@ -189,7 +189,8 @@ def look_at(
     if options.values:
         from loratool.measuring.modules import measure
 
-        facts = replace(facts, values=(measured or measure)(adapter, fit, options.device, progress))
+        on_model = settled(adapter, fit.checkpoint.config) if fit and fit.checkpoint else adapter
+        facts = replace(facts, values=(measured or measure)(on_model, fit, options.device, progress))
     if options.values or options.near is not None:
         facts = with_sketch(facts, adapter, fit, options)
     return facts

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import draw
+from checkpoints import draw, save_model
 from numpy.typing import NDArray
 from peft_files import named_by_peft, save_peft
 from safetensors import safe_open
@@ -283,6 +283,31 @@ def test_image_adapters_come_back_in_their_own_dialect(tmp_path: Path) -> None:
     delta = float(found[f"{layer}.alpha"]) / 4 * found[f"{layer}.lora_up.weight"].double() @ found[f"{layer}.lora_down.weight"].double()  # fmt: skip
     wanted = 0.5 * draw(11, 320, 4) @ draw(1, 4, 320)
     assert float((delta - wanted).norm() / wanted.norm()) < 0.04
+
+
+@pytest.mark.parametrize("dialect", ["gguf", "torchtune"])
+def test_the_base_tells_which_rows_adapters_of_other_tools_have(fleet: Path, tmp_path: Path, dialect: str) -> None:
+    """The error names it as the way out; an adapter, and one that is added, is expanded into PEFT's layout with the ΔW that
+    the adapter has that they were converted from.
+    """
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4}
+    base = save_model(tmp_path / "base", {"model.norm.weight": torch.ones(4)}, config)
+    (tmp_path / "in").mkdir()
+    for name in ("a0", "a3"):
+        out = tmp_path / "in" / (f"{name}.gguf" if dialect == "gguf" else name)
+        loratool.convert(fleet / name, out, to=dialect, base=base)
+    with pytest.raises(InputError, match="pass the model that was trained with --base"):
+        loratool.compress(tmp_path / "in", tmp_path / "out", energy=1.0)
+    for given, options, out in ((tmp_path / "in", {"base": base}, "out"), (fleet, {}, "plain")):
+        one, other = (next(given.glob(f"{name}*")) for name in ("a0", "a3"))
+        loratool.compress(one, tmp_path / out, energy=1.0, **options)
+        loratool.compress(other, into=tmp_path / out, **options)
+    for name in ("a0", "a3"):
+        loratool.expand(tmp_path / "out", name, tmp_path / f"back-{name}")
+        found, wanted = stored(tmp_path / f"back-{name}"), expanded(tmp_path / "plain", name)
+        assert found.keys() == wanted.keys()
+        for target, delta in wanted.items():
+            assert np.linalg.norm(found[target] - delta) <= 1e-5 * np.linalg.norm(delta)
 
 
 def test_streamed_modules_are_compressed_alike(fleet: Path, compressed: Compressed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

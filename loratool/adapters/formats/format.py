@@ -373,6 +373,8 @@ class Format(Protocol):
 
     # What it can write.
 
+    takes_model: bool = False  # whether names or rows depend on the model for which adapters are written
+
     def for_model(self, config: Mapping[str, Any]) -> Format:  # noqa: ARG002 (most are the same for all models)
         """The format for adapters of a model with this config. Raises `InputError` where it takes another one."""
         return self

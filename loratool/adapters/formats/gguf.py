@@ -40,6 +40,7 @@ class GgufAdapter(Format):
     config_name = ""  # there is none
     weights_name = "adapter.gguf"
     dialects = ("gguf",)
+    takes_model = True
 
     def __init__(self, model: Model | None = None) -> None:
         """`model` is the one for which adapters are written, and read back."""

@@ -94,6 +94,7 @@ class Torchtune(TrainerFormat):
     settings = ("adapter_config.json",)
     alphas = (("lora_alpha",),)
     dialects = ("torchtune",)
+    takes_model = True
 
     def __init__(self, model: Mapping[str, Any] | None = None) -> None:
         """`model` is the config of the one for which adapters are written, and read back."""

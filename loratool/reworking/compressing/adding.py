@@ -66,8 +66,9 @@ def add_to(
     bases = open_shared(folder)
     folder = folder.parent if folder.name == SHARED else folder
     prices = Stated.of(bases)
-    before = contents_apart(paths, options.readings(len(paths)), "compress")
-    sources, manner = in_manner(before, prices.dialect)
+    base = options.model()
+    before = contents_apart(paths, options.readings(len(paths)), "compress", base.config if base else {})
+    sources, manner = in_manner(before, prices.dialect, base)
     check(sources, bases, folder, options)
     with session(options.device, sources) as at_work:
         newcomers = [Newcomer(source, own, bases, prices, at_work) for source, own in zip(sources, before, strict=True)]

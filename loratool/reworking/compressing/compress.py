@@ -12,7 +12,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.formats import has_adapter, is_adapter, replaceable
+from loratool.adapters.formats import DIALECTS, WRITTEN, has_adapter, is_adapter, replaceable
 from loratool.adapters.layers import Contents
 from loratool.adapters.writer import kept_dtype, versions
 from loratool.algebra.lowrank.joint import truncated
@@ -40,6 +40,7 @@ from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import CORE, Fleet, Module, Plan, Prices, look_at, plan, widest_of
 from loratool.reworking.compressing.reporting import Named, Outcome, reported
 from loratool.reworking.dialects import Manner, in_manner
+from loratool.reworking.renaming import dialect_of
 from loratool.reworking.runner import record_of
 from loratool.templates import listed
 
@@ -102,8 +103,10 @@ def adapters_at(operands: Sequence[PathLike] | PathLike) -> list[Path]:
 
 def fleet_of(paths: Sequence[Path], options: CompressOptions) -> tuple[list[Contents], list[Contents], Manner]:
     """The adapters under names that they have in common, as they were before that, and their dialect."""
-    before = contents_apart(paths, options.readings(len(paths)), "compress")
-    sources, manner = in_manner(before, None)
+    base = options.model()
+    before = contents_apart(paths, options.readings(len(paths)), "compress", base.config if base else {})
+    plain = base is not None and DIALECTS.get(dialect_of(before[0]), WRITTEN).takes_model
+    sources, manner = in_manner(before, WRITTEN.dialects[0] if plain else None, base)  # expand takes no model
     sources = [replace(s, adapter=replace(s.adapter, name=file_name(s.name))) for s in sources]
     if again := sorted(
         {s.name for s in sources if sum(o.name == s.name for o in sources) > 1 or s.name + ENDING == SHARED}

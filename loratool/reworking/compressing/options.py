@@ -9,10 +9,11 @@ from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.options.described import Number, PathKind, amount, option
 from loratool.options.shared import DeviceOption, PublishOptions
+from loratool.reworking.dialects import ModelOption
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(FactorOptions, ReadingOptions, DeviceOption):
+class CompressOptions(FactorOptions, ReadingOptions, DeviceOption, ModelOption):
     """Of `compress`."""
 
     rank: int | None = option(

@@ -14,6 +14,7 @@ from loratool.adapters.formats import format_of, read_adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
 from loratool.adapters.layers import Contents, contents_of
 from loratool.adapters.reading import ReadingOptions
+from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import check_adapter_target, copied_output, scaled_output, told_beside
 from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.binding import Place
@@ -64,7 +65,7 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
         raise UsageError("rebase needs the old base, --from, and the new one, --onto")
     path, first, second = local(adapter, "adapter"), local(options.base, "model"), local(options.onto, "model")
     options = replace(options, base=os.fspath(first), onto=os.fspath(second))  # a record names their commits
-    given = read_adapter(path, way)
+    given = settled(read_adapter(path, way), open_checkpoint(first).config)
     form = format_of(given)
     contents = contents_of(given, "rebase", as_products=bool(given.dialects))
     target = check_adapter_target(out, [path, first, second], options, form)
