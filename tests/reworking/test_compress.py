@@ -298,7 +298,8 @@ def test_the_base_tells_which_rows_adapters_of_other_tools_have(fleet: Path, tmp
         loratool.convert(fleet / name, out, to=dialect, base=base)
     with pytest.raises(InputError, match="pass the model that was trained with --base"):
         loratool.compress(tmp_path / "in", tmp_path / "out", energy=1.0)
-    for given, options, out in ((tmp_path / "in", {"base": base}, "out"), (fleet, {}, "plain")):
+    runs: list[tuple[Path, dict[str, Any], str]] = [(tmp_path / "in", {"base": base}, "out"), (fleet, {}, "plain")]
+    for given, options, out in runs:
         one, other = (next(given.glob(f"{name}*")) for name in ("a0", "a3"))
         loratool.compress(one, tmp_path / out, energy=1.0, **options)
         loratool.compress(other, into=tmp_path / out, **options)
