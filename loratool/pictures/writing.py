@@ -10,6 +10,7 @@ from pathlib import Path
 from loratool.errors import StorageError, UsageError, printable
 from loratool.files.names import check_separators
 from loratool.files.outputs import check_local, write_file
+from loratool.files.system import shell_word
 from loratool.pictures.drawing import MADE_HERE, svg_file
 from loratool.pictures.page import figures_of, html_page
 from loratool.results.base import Result
@@ -67,6 +68,12 @@ def write_svgs(results: Result | Sequence[Result], folder: PathLike, *, overwrit
 def check_page(path: Path, overwrite: bool) -> None:
     """Raise `UsageError` where a page may not be written to `path`; nothing but pages made here is replaced."""
     check_local(path, "--html")
+    if path.suffix in (".pdf", ".svg", ".png"):
+        name = path.with_suffix(".html")
+        raise UsageError(
+            f"--html {printable(path)}: pages are HTML; print one from a browser for a PDF, and pass --svg DIR for figures",
+            hint=f"--html {shell_word(os.fspath(name))}",
+        )
     check_file(path, "--html", is_page, overwrite)
     if not path.parent.is_dir():
         raise UsageError(f"--html {printable(path)}: the folder {printable(path.parent)} does not exist")
@@ -86,6 +93,11 @@ def check_svgs(folder: Path, command: str, overwrite: bool) -> None:
 def check_folder(folder: Path) -> None:
     """Raise `UsageError` where there is no folder, and none can be made."""
     check_local(folder, "--svg")
+    if folder.suffix == ".svg" and not folder.is_dir():
+        raise UsageError(
+            f"--svg {printable(folder)}: expected a folder, in which each figure gets a file of its own",
+            hint=f"--svg {shell_word(os.fspath(folder.with_suffix('')))}",
+        )
     check_separators(folder, "--svg")
     if os.path.lexists(folder) and not folder.is_dir():
         raise UsageError(f"--svg {printable(folder)}: is not a folder")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,17 @@ def test_patterns_lists_and_many_paths_are_tables_too(
     assert capsys.readouterr().out.count("adapter     text/a0") == 3
     assert cli.run(["inspect", *four, "--json"]) == 0
     assert [each["kind"] for each in json.loads(capsys.readouterr().out)["results"]] == ["adapter"] * 4
+
+
+def test_pages_next_to_adapters_are_no_broken_ones(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern, or a shell, matches them as well as the adapters that they were made of."""
+    for name in ("a01", "a02"):
+        shutil.copytree(zoo / "text" / name, tmp_path / name)
+    assert cli.run(["inspect", str(tmp_path), "--html", str(tmp_path / "fleet.html"), "-q"]) == 0
+    monkeypatch.chdir(tmp_path)
+    found = fleet("*")
+    assert names(found) == ["a01", "a02"]
+    assert found.left_out == ("fleet.html",)
 
 
 def test_one_of_two_paths_that_is_bad_does_not_hide_the_other(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

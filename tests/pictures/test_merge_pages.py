@@ -212,6 +212,20 @@ def test_merge_writes_its_page_and_figures_outside_of_its_output(base: Path, ada
     assert cli.run(["verify", str(tmp_path / "out"), "-q"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("flag", "place", "hint"),
+    [("--html", "page.pdf", "--html {}/page.html"), ("--svg", "gain.svg", "--svg {}/gain")],
+)
+def test_a_file_of_another_kind_is_asked_for_as_what_there_is(
+    flag: str, place: str, hint: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A page that is called PDF, or one file for all figures."""
+    words = ["inspect", str(adapter), flag, str(tmp_path / place)]
+    assert cli.run(words) == 2
+    assert capsys.readouterr().err.rstrip().endswith(hint.format(tmp_path))
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("flag", ["--html", "--svg"])
 @pytest.mark.parametrize("place", ["out/x", "out", "other/x", "in the way"])
 def test_a_page_that_could_not_be_written_stops_a_merge_before_it_begins(

@@ -299,10 +299,10 @@ def test_the_base_tells_which_rows_adapters_of_other_tools_have(fleet: Path, tmp
     with pytest.raises(InputError, match="pass the model that was trained with --base"):
         loratool.compress(tmp_path / "in", tmp_path / "out", energy=1.0)
     runs: list[tuple[Path, dict[str, Any], str]] = [(tmp_path / "in", {"base": base}, "out"), (fleet, {}, "plain")]
-    for given, options, out in runs:
+    for given, options, kind in runs:
         one, other = (next(given.glob(f"{name}*")) for name in ("a0", "a3"))
-        loratool.compress(one, tmp_path / out, energy=1.0, **options)
-        loratool.compress(other, into=tmp_path / out, **options)
+        loratool.compress(one, tmp_path / kind, energy=1.0, **options)
+        loratool.compress(other, into=tmp_path / kind, **options)
     for name in ("a0", "a3"):
         loratool.expand(tmp_path / "out", name, tmp_path / f"back-{name}")
         found, wanted = stored(tmp_path / f"back-{name}"), expanded(tmp_path / "plain", name)

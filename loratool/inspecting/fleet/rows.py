@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 UNTRAINED = "untrained"  # codes of what values show, as a check has them
 NOT_SKETCHED = "not-sketched"
 
+PAGES = frozenset({".html", ".svg"})  # what `--html` and `--svg` write, which may lie next to adapters
+
 
 @dataclass
 class Reader:
@@ -70,7 +72,7 @@ class Reader:
             place = self.located(member, stack)
             if is_adapter(place.path):
                 row, sketch = self.of_adapter(member, place.path)
-            elif not foreign_file(place.path) and holds_other(place.path):
+            elif place.path.suffix in PAGES or (not foreign_file(place.path) and holds_other(place.path)):
                 return None
             else:
                 raise not_an_adapter(place.path)
