@@ -12,7 +12,6 @@ from loratool.adapters.layers import innermost, layer_of
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.products import Hadamard, Kronecker
-from loratool.bases.binding import bind
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.kernels import is_projection
@@ -60,7 +59,11 @@ def kernels_in(adapter: Adapter, base: Checkpoint) -> dict[str, tuple[int, ...]]
         for target, update in adapter.updates.items()
         if isinstance(innermost(update), (Hadamard, Kronecker)) or is_projection(target.rpartition(".")[0])
     }
-    places = bind(replace(adapter, updates=asked), base).places if asked else {}
+    if not asked:
+        return {}
+    from loratool.bases.binding import bind
+
+    places = bind(replace(adapter, updates=asked), base).places
     return {t: base.tensors[every[0].tensor].shape[2:] for t, every in places.items() if len(every) == 1}
 
 

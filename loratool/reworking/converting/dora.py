@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter, Derived, load_update
 from loratool.adapters.layers import Contents, Layer
@@ -18,9 +18,6 @@ from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.bases.adapter_fit import Fit, fit_of
-from loratool.bases.binding import Place
-from loratool.bases.decoded import weight_of
 from loratool.bases.weights import Room, Slice, Stacked, StoredWeight
 from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
@@ -30,6 +27,10 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.session import Session
 from loratool.notes import Note
 from loratool.reworking.extracting.differences import HELD, TILE, Rule, leading
+
+if TYPE_CHECKING:
+    from loratool.bases.adapter_fit import Fit
+    from loratool.bases.binding import Place
 
 WAY_OUT = "run `loratool merge` on the base and the adapter, and `loratool extract` on the result"
 
@@ -110,6 +111,8 @@ class Moved:
 
 def moved_by(adapter: Adapter, targets: Iterable[str], base: Checkpoint) -> tuple[dict[str, Moved], tuple[Note, ...]]:
     """What DoRA makes of some weights of a base. Raises `FitError` where the base has no such weights."""
+    from loratool.bases.adapter_fit import fit_of
+
     fit = fit_of(adapter, base.root, base)
     fit.require()
     found = {target: moved(target, adapter.updates[target], fit) for target in targets}
@@ -135,6 +138,8 @@ def piece_of(place: Place, fit: Fit) -> StoredWeight:
     name = place.tensor
     if name not in fit.checkpoint.tensors and fit.ties is not None:
         name = next(group.names[0] for group in fit.ties.groups if name in group.missing)
+    from loratool.bases.decoded import weight_of
+
     whole = weight_of(fit.checkpoint, name)
     return Slice(whole.matrix(math.prod(whole.shape[place.fold :])), place.first_row, place.rows, place.columns)
 

@@ -18,7 +18,6 @@ from loratool.adapters.writer import torch_dtype
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
-from loratool.bases.adapter_fit import fit_of
 from loratool.bases.weights import Room, Stacked, StoredWeight
 from loratool.data import dataclass
 from loratool.errors import FitError, printable
@@ -115,6 +114,8 @@ def with_values(adapter: Adapter, base: Checkpoint) -> Adapter:
     }
     if not full:
         return adapter
+    from loratool.bases.adapter_fit import fit_of
+
     fit = fit_of(replace(adapter, updates=full), base.root, base)
     fit.require()
     values: dict[str, Update] = {}
