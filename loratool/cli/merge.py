@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.operands import Output, Place, complain_of, without_output
+from loratool.cli.operands import Output, Place, UnlessGiven, complain_of, without_output
 from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, PATH, click_options, output_options, with_pictures
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
@@ -58,14 +58,14 @@ class MergeWords(MergeAndPushOptions):
     )
     dry_run: bool = option(help="Print the plan; write nothing.", default=False, kind=FLAG)
     abort: bool = option(
-        help="Remove what an unfinished merge in parts, or into a store, left of OUT, and nothing else.",
+        help="Remove what an unfinished merge in parts, or into a store, left of OUT, and nothing else; no BASE is needed.",
         default=False,
         kind=FLAG,
     )
 
 
 @click.command()
-@click.argument("base", type=Place("model", given="named_base", then="adapter"))
+@click.argument("base", type=Place("model", given="named_base", then="adapter"), cls=UnlessGiven, flag="abort")
 @click.argument("adapters", type=AN_ADAPTER, nargs=-1, metavar="ADAPTER...")
 @click.option(
     "-o",

@@ -65,6 +65,22 @@ class Place(click.Path):
         return super().convert(value, param, ctx)
 
 
+class UnlessGiven(click.Argument):
+    """An operand that the command needs no more if a flag is given."""
+
+    def __init__(self, *names: Any, flag: str, **words: Any) -> None:
+        super().__init__(*names, **words)
+        self.flag = flag  # the name of its parameter; Click has read all options by then
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().process_value(ctx, value)
+        except click.MissingParameter:
+            if ctx.params.get(self.flag):
+                return None
+            raise
+
+
 class Output(click.Option):
     """`-o`, without which a name and the whole command are proposed."""
 

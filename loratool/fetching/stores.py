@@ -23,10 +23,10 @@ from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, holds_weights, s
 from loratool.files.gguf import gguf_layout
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.files.safefile import PREFIX, header_length
-from loratool.files.system import free_space
-from loratool.stores.begun import BEGIN, FOLDER
+from loratool.files.system import free_space, shell_word
+from loratool.stores.begun import BEGIN
 from loratool.stores.client import connection
-from loratool.stores.names import StorePath
+from loratool.stores.names import FOLDER, StorePath
 from loratool.stores.objects import StoredObject, listed, whole
 
 LEAD = 1 << 16  # bytes of a header that come with the first request
@@ -162,7 +162,8 @@ def plain(objects: Mapping[str, StoredObject]) -> dict[str, StoredObject]:
     if f"{FOLDER}/{BEGIN}" in objects and PROVENANCE not in objects:
         at = objects[f"{FOLDER}/{BEGIN}"].place.parent.parent
         raise InputError(
-            f"{at}: contains an unfinished merge; run the same merge again to finish it, or with --abort to remove it"
+            f"{at}: contains an unfinished merge; run the same command again to finish it, or "
+            f"`loratool merge -o {shell_word(str(at))} --abort` to remove it"
         )
     own = f"{FOLDER}/"
     named = {name: there for name, there in objects.items() if not (why_no_name(name) or name.startswith(own))}

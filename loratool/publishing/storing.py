@@ -23,13 +23,14 @@ from loratool.fetching.stores import brought
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
 from loratool.files.outputs import BUSY, MADE_HERE
+from loratool.files.system import shell_word
 from loratool.files.weight_formats import read_weight_file
 from loratool.merging.in_parts import abort
 from loratool.merging.parted_merge import apart_from_inputs, checked_place, split
 from loratool.stores import uploads
-from loratool.stores.begun import FOLDER, Begun, read_begun, replaceable_in
+from loratool.stores.begun import Begun, read_begun, replaceable_in
 from loratool.stores.bucket import Bucket, each_of, home_of
-from loratool.stores.names import StorePath
+from loratool.stores.names import FOLDER, StorePath
 from loratool.stores.objects import listed
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def begun_here(place: StorePath) -> Begun | None:
     begun = read_begun(home_of(*split(place)))
     if begun is not None and begun.parts != LOCAL:
         raise UsageError(
-            f"{place}: contains an unfinished merge; finish it, or remove it with `loratool merge --abort -o {place}`"
+            f"{place}: contains an unfinished merge; finish it, or remove it with "
+            f"`loratool merge -o {shell_word(str(place))} --abort`"
         )
     return begun
 

@@ -22,7 +22,6 @@ from loratool.files.inputs import LARGEST_RECORD, check_bound, json_object
 from loratool.stores import uploads
 from loratool.stores.names import StorePath
 
-FOLDER = ".loratool"
 FORMAT = 1
 HEAD = "loratool_upload"
 BEGIN, PLAN, FINISH = "begin.json", "plan.json", "finish.json"

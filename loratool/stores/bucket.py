@@ -33,7 +33,6 @@ from loratool.stores import uploads
 from loratool.stores.begun import (
     BEGIN,
     FINISH,
-    FOLDER,
     FORMAT,
     HEAD,
     PLAN,
@@ -46,7 +45,7 @@ from loratool.stores.begun import (
     stray_uploads,
 )
 from loratool.stores.client import ConditionError, GoneError, connection
-from loratool.stores.names import StorePath
+from loratool.stores.names import FOLDER, StorePath
 from loratool.stores.objects import StoredObject, listed
 from loratool.stores.upload_part import Piece, UploadPart
 from loratool.stores.uploading import UploadedPart

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -34,6 +34,7 @@ PASSING = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", 
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 UNKNOWN_KEYS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "InvalidClientTokenId"}
+WITHOUT_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
 GONE = {"NoSuchKey", "NoSuchUpload", "404"}
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
 HUB_GATEWAY = "s3.hf.co"  # before the storage buckets of Hugging Face
@@ -94,9 +95,31 @@ def connected(_process: int, settings: frozenset[tuple[str, str]]) -> Connection
         region = session.region_name or named.get("AWS_REGION") or ("us-east-1" if own else None)
         client = session.client("s3", region_name=region, config=config)
     except Exception as error:
-        raise StoreError(f"boto3 cannot be set up ({type(error).__name__}); check AWS_* and its config files") from None
+        raise StoreError(why_not_set_up(error, named)) from None
     pool = ThreadPoolExecutor(MOST_REQUESTS, thread_name_prefix=THREADS)
     return Connection(client, pool, without_tokens(str(client.meta.endpoint_url)))
+
+
+def why_not_set_up(error: Exception, named: Mapping[str, str]) -> str:
+    """What is wrong with the environment, or with the files that boto3 reads."""
+    kinds, endpoint = kinds_of(error), next((name for name in ENDPOINTS if named.get(name)), "")
+    if "ProfileNotFound" in kinds:
+        return (
+            f"the profile {printable(repr(named.get('AWS_PROFILE', 'default')))} is not configured; check AWS_PROFILE"
+        )
+    if kinds & WITHOUT_CREDENTIALS:
+        return no_credentials(error)
+    if endpoint and "ValueError" in kinds:
+        given = printable(without_tokens(named[endpoint]))
+        return f"{endpoint} must be an address such as http://localhost:9000 (got {given!r})"
+    return f"boto3 cannot be set up ({type(error).__name__}); check AWS_* and its config files"
+
+
+def no_credentials(error: Exception) -> str:
+    return (
+        f"no usable credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+        "AWS_PROFILE, or log in with your provider's tool"
+    )
 
 
 def host_of(endpoint: str) -> str:
@@ -162,7 +185,7 @@ def told(place: StorePath, error: Exception) -> Exception:
     """The error of ours for one of the client's; what it does not know stays as it is. No text of a store is shown:
     some of them repeat what was signed.
     """
-    kinds, endpoint = kinds_of(error), connection().endpoint
+    kinds, endpoint, place = kinds_of(error), connection().endpoint, place.output
     if "ClientError" in kinds:
         code, status = code_of(error), status_of(error)
         if status == 412 or code in ("PreconditionFailed", "ConditionalRequestConflict"):
@@ -170,13 +193,8 @@ def told(place: StorePath, error: Exception) -> Exception:
         if code in GONE:
             return GoneError(f"{place}: no longer there ({code})")
         return StoreError(f"{place}: {refusal(code, status, endpoint)}")
-    if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"} or any(
-        "Token" in kind for kind in kinds
-    ):
-        return StoreError(
-            f"{place}: no usable credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or log in with your provider's tool"
-        )
+    if kinds & WITHOUT_CREDENTIALS or any("Token" in kind for kind in kinds):
+        return StoreError(f"{place}: {no_credentials(error)}")
     if passes(error):
         reason = str(error) if isinstance(error, PassingError) else type(error).__name__
         if "EndpointConnectionError" in kinds:

@@ -12,6 +12,7 @@ from loratool.files.hub_names import slashed
 SCHEME = re.compile(r"s3:/{1,2}")  # a Path has lost one of its slashes
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 LONGEST_KEY = 1024  # bytes
+FOLDER = ".loratool"  # in an output, or next to one of one object: what those who make it share
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class StorePath:
     def name(self) -> str:
         """The last part of it."""
         return self.key.rpartition("/")[2] or self.bucket
+
+    @property
+    def output(self) -> StorePath:
+        """The output that this is of, where it is something that only its making needs; else itself."""
+        before, found, _ = f"/{self.key}".partition(f"/{FOLDER}/")
+        return StorePath(self.bucket, before.removeprefix("/")) if found else self
 
     @property
     def prefix(self) -> str:

@@ -156,18 +156,28 @@ def test_a_fault_that_stays_ends_with_the_code_of_stores_and_shows_no_secret(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nobody_at_the_endpoint_or_no_credentials_is_exit_code_7(
-    store: StoreServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+UNUSABLE = {
+    "nobody listens": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "http://127.0.0.1:9 is unreachable; check AWS_"),
+    "no address": ({"AWS_ENDPOINT_URL": "localhost:9"}, "AWS_ENDPOINT_URL must be an address such as http://local"),
+    "no credentials": (dict.fromkeys(KEYS, ""), "no usable credentials (NoCredentialsError); set AWS_ACCESS_KEY_ID"),
+    "half of them": ({"AWS_SECRET_ACCESS_KEY": ""}, "no usable credentials (PartialCredentialsError); set AWS_ACC"),
+    "no profile": ({"AWS_PROFILE": "nobody"}, "the profile 'nobody' is not configured; check AWS_PROFILE"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_is_wrong_with_the_environment_is_said_with_exit_code_7(
+    store: StoreServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, case: str
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert cli.run(["inspect", BASE]) == 7
-    assert "http://127.0.0.1:9 is unreachable; check AWS_ENDPOINT_URL" in capfd.readouterr().err
-    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-    for name in KEYS:
-        monkeypatch.delenv(name)
+    settings, said = UNUSABLE[case]
+    for name, value in settings.items():
+        if value:
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.run(["inspect", BASE]) == 7
-    assert "no usable credentials" in capfd.readouterr().err
+    assert said in capfd.readouterr().err
 
 
 def test_an_object_that_changes_while_it_is_read_is_an_error_of_the_input(store: StoreServer, tmp_path: Path) -> None:
@@ -197,6 +207,10 @@ def test_what_is_not_there_is_said(store: StoreServer) -> None:
         loratool.inspect(f"s3://{BUCKET}/nothing/here")
     with pytest.raises(StoreError, match="no such bucket"):
         loratool.inspect("s3://no-such-bucket/here")
+    with pytest.raises(
+        StoreError, match=r"^s3://no-such-bucket/here: no such bucket"
+    ):  # of an output, not of its parts
+        loratool.abort_merge("s3://no-such-bucket/here")
 
 
 def test_keys_with_odd_characters_are_read(store: StoreServer, models: Path) -> None:
