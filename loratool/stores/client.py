@@ -110,8 +110,7 @@ def why_not_set_up(error: Exception, named: Mapping[str, str]) -> str:
     if kinds & WITHOUT_CREDENTIALS:
         return no_credentials(error)
     if endpoint and "ValueError" in kinds:
-        given = printable(without_tokens(named[endpoint]))
-        return f"{endpoint} must be an address such as http://localhost:9000 (got {given!r})"
+        return f"{endpoint} must be an address such as http://localhost:9000"  # what it is may hold a password
     return f"boto3 cannot be set up ({type(error).__name__}); check AWS_* and its config files"
 
 
