@@ -18,7 +18,7 @@ AS_RECORDED, PROVEN, ROUNDED_TWICE, NOT_PROVEN = "as-recorded", "proven", "round
 SENTENCES = {
     AS_RECORDED: "every file is what loratool.json says was written",
     PROVEN: "proven: every tensor is what the formula gives, within 1 ulp",
-    ROUNDED_TWICE: "proven within 2 ulp: the update was rounded before it was added, so weights were rounded twice",
+    ROUNDED_TWICE: "proven within 2 ulp, or half a step of a quantised format: weights were rounded twice",
     NOT_PROVEN: "not what the formula gives",
 }
 NOT_AS_RECORDED = "not what loratool.json says was written"

@@ -11,7 +11,7 @@ from loratool.errors import FitError, printable
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed
 from loratool.verifying.causes import NOT_MERGED, Cause, causes_of
-from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, PART, UNEXPLAINED, Explained
+from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, PART, QUANTISED, UNEXPLAINED, Explained
 from loratool.verifying.looking import SURE
 from loratool.verifying.options import RESIDUAL, TWICE
 from loratool.verifying.updates import Module
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from loratool.bases.edits import Edit
     from loratool.merging.plan import MergePlan
     from loratool.verifying.distances import Distances
+    from loratool.verifying.packed import Survived
     from loratool.verifying.pairing import Pairing
-    from loratool.verifying.quantised import Survived
     from loratool.verifying.untouched import Changed
 
 MOST_WORDS = 6  # causes that a sentence tells
@@ -64,13 +64,13 @@ def diagnose_edited(
         yield Diagnosis(code, f"{counted(names)}: {words}", names)
     if odd := [name for name, each in found.items() if each.kind == ELEMENTS]:
         count, farthest = sum(distances[name].beyond for name in odd), max(distances[name].ulp for name in odd)
-        names = module_names(odd)
+        names, unit = module_names(odd), "half steps" if all(found[name].packed for name in odd) else "ulp"
         text = (
-            f"{counted(names)}: off by up to {farthest:.3g} ulp in {count} single element{'s' * (count != 1)}; all others "
+            f"{counted(names)}: off by up to {farthest:.3g} {unit} in {count} single element{'s' * (count != 1)}; all others "
             "are the formula's"
         )
         yield Diagnosis("elements-differ", text, names, {"elements": count, "ulp": farthest})
-    if twice := [name for name, each in found.items() if each.rounding == TWICE]:
+    if twice := [name for name, each in found.items() if each.rounding == TWICE and not each.packed]:
         names = module_names(twice)
         text = f"{counted(names)}: the update was rounded before it was added, as with factors of 16 bits"
         yield Diagnosis("rounded-twice", text, names, passes=True)
@@ -101,13 +101,18 @@ def diagnose_edited(
 
 
 def diagnose_quantised(
-    pairing: Pairing, distances: Mapping[str, Distances], left: Mapping[str, Survived]
+    pairing: Pairing,
+    distances: Mapping[str, Distances],
+    left: Mapping[str, Survived],
+    found: Mapping[str, Explained],
+    changed: Mapping[str, Changed],
 ) -> Iterator[Diagnosis]:
     """What is quantised in the merged model and plain in the plan: whether it is the nearest, and what survived."""
     if not pairing.quantised:
         return
     schemes = ", ".join(map(printable, dict.fromkeys(pairing.quantised.values())))
     odd = [name for name in pairing.quantised if name in distances and distances[name].unequal]
+    failed = {name for name, each in found.items() if each.status == "different"}
     if unknown := [name for name in odd if name in pairing.unpackable]:
         names, formats = module_names(unknown), dict.fromkeys(pairing.quantised[name] for name in unknown)
         text = (
@@ -116,7 +121,14 @@ def diagnose_quantised(
             "plain"
         )
         yield Diagnosis("quantised-unproven", text, names)
-    if far := [name for name in odd if name not in pairing.unpackable]:
+    if before := [name for name in odd if not distances[name].beyond and name not in failed]:
+        names = module_names(before)
+        text = (
+            f"{counted(names)}: quantised ({schemes}) after they were rounded to 16 bits, so that the nearest values to those "
+            "were taken"
+        )
+        yield Diagnosis("rounded-before-packing", text, names, passes=True)
+    if far := [name for name in odd if is_of_another_packer(name, found, changed) and name not in pairing.unpackable]:
         names, count = module_names(far), sum(distances[name].beyond for name in far)
         text = (
             f"{counted(names)}: quantised ({schemes}), with {count} element{'s' * (count != 1)} farther than half a step "
@@ -134,6 +146,11 @@ def diagnose_quantised(
         )
         gains = {name: each.gain for name, each in left.items()}
         yield Diagnosis("quantised", text, names, {"gain": gain, "gains": gains}, passes=True)
+
+
+def is_of_another_packer(name: str, found: Mapping[str, Explained], changed: Mapping[str, Changed]) -> bool:
+    """Whether a quantised tensor is as far from the formula as another method of packing may put it."""
+    return found[name].kind == QUANTISED if name in found else name in changed and changed[name].is_noise
 
 
 def plan_dtype(plan: MergePlan, name: str) -> str:
@@ -246,11 +263,16 @@ def diagnose_rest(
         return
     if besides:
         names, ranks = module_names(besides), sorted({changed[name].rank for name in besides})
-        shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        text = f"{counted(names)}: changed by an update of rank {shown}, but no adapter has one for it"
+        shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        if any(changed[name].packed for name in besides):  # some of it is lost in the noise
+            shown = "low rank"
+        text = f"{counted(names)}: changed by an update of {shown}, but no adapter has one for it"
         yield Diagnosis("merged-besides", text, names, {"ranks": ranks})
     if few:
-        names, count = module_names(few), sum(distances[name].unequal for name in few)
+        names, count = (
+            module_names(few),
+            sum(distances[name].beyond if changed[name].packed else distances[name].unequal for name in few),
+        )
         text = (
             f"{counted(names)}: {count} single element{'s' * (count != 1)} not the base's, though no adapter changes it"
         )
@@ -268,10 +290,15 @@ def by_kind(
 ) -> tuple[list[str], list[str], list[str]]:
     """Tensors that should be the base's: changed by an update of low rank, in single elements, or in another way."""
     besides = [name for name, each in changed.items() if each.is_matrix and each.rank]
-    few = [name for name in changed if name not in besides and distances[name].equal > MOST_EQUAL]
+    few = [
+        name
+        for name, each in changed.items()
+        if name not in besides and (distances[name].near if each.packed else distances[name].equal) > MOST_EQUAL
+    ]
     if len(few) > untouched / 2:  # that many are no damage
         few = []
-    return besides, few, [name for name in changed if name not in {*besides, *few}]
+    others = [name for name, each in changed.items() if not each.is_noise and name not in {*besides, *few}]
+    return besides, few, others
 
 
 def of_another_base(

@@ -37,6 +37,11 @@ class Distances:
         """The share of elements that are the formula's."""
         return 1 - self.unequal / self.elements if self.elements else 1.0
 
+    @property
+    def near(self) -> float:
+        """The share of elements that are not beyond what is allowed."""
+        return 1 - self.beyond / self.elements if self.elements else 1.0
+
     def note(self, elements: int, found: Found | None) -> None:
         """Account for a block."""
         with self.lock:

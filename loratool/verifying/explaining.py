@@ -13,7 +13,6 @@ from loratool.verifying.guesses import Guess, guesses
 from loratool.verifying.halves import in_halves, off_in_part, takes_part
 from loratool.verifying.looking import SURE, Agreement, Fit, Look
 from loratool.verifying.options import AUTO, RESIDUAL, TWICE
-from loratool.verifying.quantised import is_quantised
 from loratool.verifying.updates import modules_of
 
 if TYPE_CHECKING:
@@ -35,14 +34,16 @@ class Explained:
     """What was found out about an edited tensor."""
 
     status: str  # as of `TensorProof`
-    kind: str = ""  # of what is wrong: factor, guess, coarse, part, elements or unexplained; empty where nothing is
+    kind: str = (
+        ""  # of what is wrong: factor, guess, coarse, part, elements, quantised or unexplained; empty where nothing is
+    )
     rounding: str = NEAREST
     modules: tuple[tuple[int, str], ...] = ()  # that have a factor: the adapter's number and the target
     fit: Fit | None = None
     guess: Guess | None = None
-    residual: float = (
-        0.0  # ‖W' − W − Σ f ΔW‖ / ‖W‖, or, of a part that was taken, by how much of it that is another one
-    )
+    packed: bool = False  # whether it is quantised
+    # ‖W' − W − Σ f ΔW‖ / ‖W‖, or, of a part that was taken from W, by how much of its size that is another one
+    residual: float = 0.0
 
     def factors(self, adapters: int) -> tuple[float | None, ...]:
         """How much of each adapter is in the tensor, its modules together."""
@@ -71,11 +72,9 @@ def as_it_should(pair: Pair, rounding: str = NEAREST) -> Explained:
 
 
 def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, shared: SharedUpdates) -> Explained:
-    """What a tensor is some of whose elements are not the formula's; some rows of it are read again."""
+    """What a plain tensor is some of whose elements are not the formula's; some rows of it are read again."""
     if not distances.unequal:
         return as_it_should(pair, rounding)
-    if is_quantised(pair.theirs):
-        return Explained("different", QUANTISED, "", tuple(modules_of(pair.span.edits)))
     look = Look(pair, distances.rows, shared)
     modules = tuple(look.modules)
     fit = look.fit() if modules else None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_update
 from loratool.algebra.rounding import round_once
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
@@ -18,6 +20,7 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.delta_statistics import sample
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.verifying.distances import ulp_of
+from loratool.verifying.quantised import least_rows
 from loratool.verifying.updates import MOST_MODULES, Updates, doubt_of, modules_of, rounded_twice
 
 if TYPE_CHECKING:
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from loratool.merging.output_layout import Span
     from loratool.verifying.pairing import Pair
 
+MOST_NOISE = 6.0  # times what packing adds: a tensor that is no farther from the formula may be packed by any method
+BETWEEN = 0.93  # times a weight: a value between those of its format
+SAME_VALUE = 2.0**-18  # of a value of a format: tools decode it in other orders
 SAMPLED = 1 << 16  # elements of a tensor that are looked at
 STEPS = 6  # of the fit, through the rounding
 SURE = 4.0  # standard errors
@@ -77,6 +83,11 @@ class Look:
         self.runs = [*runs_of(pair.span, pair.rows)]
         seen = [range(first, first + count) for first, count in self.runs]
         self.runs += [(row, 1) for row in beyond if row < pair.rows and not any(row in rows for rows in seen)]
+        self.first: torch.dtype | None = None  # to which values are taken to be rounded before they are packed
+        theirs = pair.theirs.matrix(pair.span.width)
+        self.packed = theirs if isinstance(theirs, Requantizable) else None
+        if (least := least_rows(theirs, pair.span.width)) > 1:
+            self.runs = whole_runs(self.runs, least, pair.span.rows)
         self.stored, self.theirs = self.read()
         self.edits = with_factors(pair.span.edits, shared or SharedUpdates(1))
         self.scales: list[float] = []
@@ -91,10 +102,10 @@ class Look:
         theirs = self.pair.theirs.matrix(span.width)
         stored, others = [], []
         with OpenSources() as sources:
-            room = Room(sources)
+            own, other = Room(sources), Room(sources)  # each holds parts of one weight
             for first, count in self.runs:
-                stored.append(span.matrix.rows(first, count, cpu, exact, room).double())
-                others.append(theirs.rows(first, count, cpu, self.target, Room(sources, held=room.held)).double())
+                stored.append(span.matrix.rows(first, count, cpu, exact, own).double())
+                others.append(theirs.rows(first, count, cpu, self.target, other).double())
         return torch.cat(stored), torch.cat(others)
 
     def rows_with(self, edits: Sequence[Edit] | None, dtype: torch.dtype | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -118,7 +129,40 @@ class Look:
         total = weight
         for change in changes:
             total = total + change
-        return round_once(total, self.target).double()
+        return self.rounded(total)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """What becomes of values, (n, width) of float64, that go into the merged model, in float64 again.
+
+        Of a quantised one they are the nearest that its own scales give.
+        """
+        if self.packed is None:
+            return round_once(values, self.target).double()
+        if self.first is not None:
+            values = round_once(values, self.first).double()
+        found, at, lines = [], 0, self.span.width // max(1, self.packed.line)
+        for first, count in self.runs:
+            rows = values[at : at + count].float().reshape(-1, self.packed.line)
+            packed = self.packed.encode(rows, first * lines, self.parameters)
+            decoded = self.packed.decode_packed(packed, first * lines, len(rows), self.parameters)
+            found.append(decoded.double().reshape(count, -1))
+            at += count
+        return torch.cat(found)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The scales and the like that the merged model has for a quantised weight."""
+        assert self.packed is not None
+        with OpenSources() as sources:
+            return self.packed.parameters(Room(sources))
+
+    @cached_property
+    def grain(self) -> Tensor:
+        """(n, width) of float64: the square of what rounding adds to an element, on average over elements like it."""
+        if self.packed is None:
+            return ulp_of(self.theirs.abs(), self.target).square() / 12
+        between = self.weight * BETWEEN
+        return (self.rounded(between) - between).square()
 
     def twice(self, coarse: bool = False) -> Agreement:
         """How near the merged model is to W' with each change rounded before it is added; `coarse`: factors were too."""
@@ -135,6 +179,8 @@ class Look:
         apart = (apart - self.doubt).clamp(min=0) if self.doubt else apart
         distance = (apart / ulp_of(size, self.target)).nan_to_num(math.inf, math.inf)
         distance[self.theirs.isnan() & formula.isnan()] = 0
+        if self.packed is not None:  # another value of the format is another one
+            distance = torch.where(apart <= formula.abs() * SAME_VALUE, 0.0, math.inf)
         count = distance.numel()
         return Agreement(
             float((distance == 0).sum()) / count, float((distance <= 2).sum()) / count, float(distance.max())
@@ -160,19 +206,34 @@ class Look:
         wanted = design.T @ applied
         factors = inverse @ wanted
         best, left = factors, torch.full_like(factors, math.inf)
+
+        def rounded_with(factors: Tensor) -> Tensor:
+            total = self.weight + sum(f * change for f, change in zip(factors.tolist(), self.changes, strict=True))
+            return self.rounded(total).view(-1)[finite] - weight
+
         for _ in range(STEPS):
-            rounded = round_once(weight + design @ factors, self.target).double() - weight
+            rounded = rounded_with(factors)
             step = inverse @ (wanted - design.T @ rounded)
             if float(step.abs().max()) < float(left.abs().max()):
                 best, left = factors, step
             factors = factors + step
-        rounded = round_once(weight + design @ best, self.target).double() - weight
-        noise = (applied - rounded).square() + ulp_of((applied + weight).abs(), self.target).square() / 12
+        noise = (applied - rounded_with(best)).square() + self.grain.view(-1)[finite]
         spread = inverse @ (design.T @ (design * noise[:, None])) @ inverse
         errors = spread.diagonal().clamp(min=0).sqrt() + torch.where(left.isfinite(), left.abs(), 0) + 1e-9
         unknown = gram.diagonal() == 0
         errors[unknown] = math.inf
         return Fit(tuple(best.tolist()), tuple(errors.tolist()))
+
+
+def whole_runs(runs: Sequence[tuple[int, int]], together: int, rows: int) -> list[tuple[int, int]]:
+    """Runs of rows that begin and end where rows are not packed together; rows of several of them are there once."""
+    found: list[tuple[int, int]] = []
+    for first, count in sorted(runs):
+        start, stop = first // together * together, min(rows, -(-(first + count) // together) * together)
+        start = max(start, found[-1][0] + found[-1][1]) if found else start
+        if stop > start:
+            found.append((start, stop - start))
+    return found
 
 
 def with_factors(edits: Sequence[Edit], shared: SharedUpdates) -> tuple[Edit, ...]:

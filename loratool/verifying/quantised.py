@@ -7,27 +7,15 @@ no value of the format is nearer to the formula than those.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from loratool.bases.packed import Packed, Requantizable
 from loratool.bases.weights import Held, Room
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 from loratool.verifying.distances import MOST_ROWS, Found
 
-if TYPE_CHECKING:
-    from loratool.verifying.looking import Look
-
 NEARLY = 1 + 2.0**-10  # times the distance of the nearest value: tools compute scales and sums in other orders
 LAST_BITS = 2.0**-22  # of the size of the formula's value
-
-
-@dataclass(frozen=True)
-class Survived:
-    """What is left of an update after it was quantised."""
-
-    gain: float  # ⟨W' − W, ΔW⟩ / ‖ΔW‖²
-    error: float  # ‖W' − W − ΔW‖ / ‖ΔW‖
+SIXTEEN_BITS = 3 * 2.0**-8  # of it: what rounding a weight, its scale and the quotient of both to bfloat16 may add
 
 
 def is_quantised(weight: object) -> bool:
@@ -36,17 +24,24 @@ def is_quantised(weight: object) -> bool:
 
 def aligned(weight: object, width: int, rows: int) -> int:
     """As many rows as may be packed together, at most so many where that is possible."""
+    least = least_rows(weight, width)
+    return max(1, rows // least) * least if least > 1 else rows
+
+
+def least_rows(weight: object, width: int) -> int:
+    """As many rows as are packed together."""
     if not isinstance(weight, Requantizable):
-        return rows
+        return 1
     lines = max(1, width // max(1, weight.line))
-    least = weight.together // math.gcd(weight.together, lines)
-    return max(1, rows // least) * least
+    return weight.together // math.gcd(weight.together, lines)
 
 
 def beyond_half_step(
     weight: object, formula: Tensor, theirs: Tensor, first: int, held: Held, room: Room
 ) -> Found | None:
     """Elements that are farther from the formula than its nearest value; distances are in half steps.
+
+    Those that are farther by more than roundings to 16 bits before the packing may add are `beyond`.
 
     Args:
         weight: of the merged model, as a matrix like the formula.
@@ -69,16 +64,7 @@ def beyond_half_step(
     far = torch.nonzero((~(apart <= allowed)).view(-1)).view(-1)
     if not len(far):
         return None
+    beyond = far[~(apart <= allowed + formula.abs() * SIXTEEN_BITS).view(-1)[far]]
     ratio = (apart.view(-1)[far] / allowed.view(-1)[far].clamp(min=1e-30)).nan_to_num(math.inf, math.inf)
-    rows = (first + torch.unique(far // formula.shape[1])[:MOST_ROWS]).tolist()
-    return Found(len(far), float(ratio.max()), 0.0, len(far), tuple(rows))
-
-
-def survived(look: Look) -> Survived | None:
-    """What is left of all updates of a tensor together, on the rows that are looked at."""
-    change = torch.stack(look.changes).sum(0) if look.changes else torch.zeros_like(look.weight)
-    squared = float(change.square().sum())
-    if not squared:
-        return None
-    applied = look.theirs - look.weight
-    return Survived(float((applied * change).sum()) / squared, float((applied - change).norm()) / math.sqrt(squared))
+    rows = (first + torch.unique(beyond // formula.shape[1])[:MOST_ROWS]).tolist()
+    return Found(len(far), float(ratio.max()), 0.0, len(beyond), tuple(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +13,18 @@ from loratool.adapters.adapter import same_bytes
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import plain_of
 from loratool.devices import Awaited
 from loratool.errors import FitError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO as AUTO_BASE
 from loratool.files.process import cores, peak_memory
+from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import GGUF_FLOATS, PlanOptions
+from loratool.merging.output_layout import Span
 from loratool.merging.resources import MOST_SHELVED
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note
@@ -33,16 +37,16 @@ from loratool.verifying.explaining import Explained, as_it_should, explain
 from loratool.verifying.halves import in_halves
 from loratool.verifying.looking import Look
 from loratool.verifying.options import AUTO, RESIDUAL, TWICE, VerifyOptions
-from loratool.verifying.pairing import Pairing, pair
+from loratool.verifying.packed import Survived, explain_packed, survived
+from loratool.verifying.pairing import Pair, Pairing, pair
 from loratool.verifying.proving import Proving
-from loratool.verifying.quantised import Survived, is_quantised, survived
+from loratool.verifying.quantised import is_quantised
 from loratool.verifying.untouched import Changed, look_at
 
 if TYPE_CHECKING:
     from loratool.files.checkpoint import Checkpoint
     from loratool.merging.plan import MergePlan
     from loratool.verifying.distances import Distances
-    from loratool.verifying.pairing import Pair
 
 MOST_TRIED = 3  # of the smallest tensors that differ, by which a way to round is recognised
 MOSTLY = 0.98  # share of elements that are what a way to round gives, but for what float32 takes from a decomposition
@@ -133,11 +137,8 @@ class Verifier:
         doubts = self.check()
         rounding, distances = self.prove_all()
         edited = [each for each in self.pairing.pairs if each.span.edits]
-        odd = [
-            each
-            for each in self.pairing.pairs
-            if not each.span.edits and distances[each.name].unequal and not is_quantised(each.theirs)
-        ]
+        odd = [each for each in self.pairing.pairs if not each.span.edits and is_off(each, distances[each.name])]
+        odd, distances = self.decoded(odd, distances)
         found = self.explain_all(edited, distances, rounding)
         changed = self.look_at_all(odd)
         diagnoses, notes = self.diagnose(found, changed, distances)
@@ -199,19 +200,45 @@ class Verifier:
         odd = [each for each in edited if distances[each.name].unequal]
         step, shared = max(1, -(-len(odd) // MOST_LOOKED_AT)), SharedUpdates(MOST_SHELVED)
         with ThreadPoolExecutor(cores(), "loratool-explain") as pool:
-            results = pool.map(
-                lambda each: explain(each, distances[each.name], self.plan, rounding, shared), odd[::step]
-            )
+
+            def look(each: Pair) -> Explained:
+                if is_quantised(each.theirs):
+                    return explain_packed(each, distances[each.name], self.plan, shared)
+                return explain(each, distances[each.name], self.plan, rounding, shared)
+
+            results = pool.map(look, odd[::step])
             found = {each.name: one for each, one in zip(odd[::step], results, strict=True)}
         for each in edited:
             if not distances[each.name].unequal:
                 found[each.name] = as_it_should(each, rounding)
         return {each.name: found[each.name] for each in edited if each.name in found}
 
+    def decoded(
+        self, odd: Sequence[Pair], distances: Mapping[str, Distances]
+    ) -> tuple[list[Pair], dict[str, Distances]]:
+        """Pairs that differ, those of packed values and their scales as the weights that they make, with distances."""
+        base, merged = self.plan.base, self.merged
+        if not isinstance(base, Decoded) or not isinstance(merged, Decoded):
+            return [*odd], {**distances}
+        weights: dict[str, Pair] = {}
+        for each in odd:
+            name, _ = base.packed.get(each.name, ("", False))
+            ours, theirs = base.weights.get(name), merged.weights.get(name)
+            if ours is not None and isinstance(theirs, Requantizable) and ours.shape == theirs.shape:
+                span = Span(ours, TensorInfo(name, "F32", ours.shape, 0, 4 * math.prod(ours.shape)))
+                weights[each.name] = Pair(span, theirs, span.rows)
+        seen = self.prove([*{pair.name: pair for pair in weights.values()}.values()], "nearest")
+        different = {each.name: weights[each.name] for each in odd if each.name in weights}
+        different = {part: pair for part, pair in different.items() if seen[pair.name].unequal}
+        rest = [each for each in odd if each.name not in different]
+        return [*rest, *{pair.name: pair for pair in different.values()}.values()], {**distances, **seen}
+
     def look_at_all(self, odd: Sequence[Pair]) -> dict[str, Changed]:
         """How the tensors differ that should be the base's."""
         with ThreadPoolExecutor(cores(), "loratool-look") as pool:
-            return {each.name: one for each, one in zip(odd, pool.map(look_at, odd), strict=True)}
+            found = {each.name: one for each, one in zip(odd, pool.map(look_at, odd), strict=True)}
+        copied = [name for name, one in found.items() if one.is_noise and name not in self.pairing.quantised]
+        return {**found, **{name: dataclasses.replace(found[name], is_noise=False) for name in copied}}
 
     def left_of_updates(self, found: Mapping[str, Explained]) -> dict[str, Survived]:
         """What survived of the updates of each quantised tensor."""
@@ -236,7 +263,7 @@ class Verifier:
         diagnoses = [
             *diagnose_edited(plan, found, distances),
             *diagnose_rest(plan, self.merged.name, found, changed, untouched, distances),
-            *diagnose_quantised(pairing, distances, self.left_of_updates(found)),
+            *diagnose_quantised(pairing, distances, self.left_of_updates(found), found, changed),
             *diagnose_pairing(pairing, heads, tie_changed),
             *(each for each in small if isinstance(each, Diagnosis)),
         ]
@@ -269,10 +296,18 @@ class Verifier:
         return proofs | {name: TensorProof(status) for name, status in gone.items()}
 
 
+def is_off(pair: Pair, seen: Distances) -> bool:
+    """Whether a tensor that should be the base's is another one, as far as its format tells."""
+    if is_quantised(pair.theirs):
+        return isinstance(pair.theirs, Requantizable) and bool(seen.beyond)
+    return bool(seen.unequal)
+
+
 def status_of(pair: Pair, seen: Distances, twice: bool) -> str:
     """What a tensor is by its distances alone; `twice` tells whether others like it were rounded twice."""
     if not pair.span.edits:
-        return "different" if seen.unequal else "identical"
+        passes = is_quantised(pair.theirs) and not seen.beyond
+        return "identical" if not seen.unequal else "rounded-twice" if passes else "different"
     return "proven" if seen.ulp <= 1 else "rounded-twice" if twice and seen.ulp <= 2 else "different"
 
 

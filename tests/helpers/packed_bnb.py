@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from quantised_models import Quantised, Weights
 
 Array = NDArray[Any]
 
@@ -90,3 +92,34 @@ def int8(shape: tuple[int, int], module: str, seed: int = 0) -> tuple[dict[str, 
         f"{module}.SCB": largest,
         f"{module}.weight_format": np.array(0, np.uint8),
     }, decoded
+
+
+# The 16 values of NF4 (Dettmers et al. 2023, arXiv:2305.14314, appendix E)
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def nf4(weights: Weights, block: int = 64) -> Quantised:
+    """Each value put to the nearest of NF4, times the largest magnitude of its block."""
+    made = Quantised({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    levels = np.array(NF4, np.float32)
+    for name, weight in weights.items():
+        values = weight.float().numpy()
+        flat = np.pad(values.reshape(-1), (0, -values.size % block)).reshape(-1, block)
+        absmax = np.abs(flat).max(1)
+        share = flat / np.maximum(absmax, np.float32(2.0**-20))[:, None]
+        codes = np.abs(share[..., None] - levels).argmin(-1).astype(np.uint8)
+        decoded = (levels[codes] * absmax[:, None]).reshape(-1)[: values.size].reshape(values.shape)
+        codes = codes.reshape(-1)[: values.size + values.size % 2]
+        said = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": list(values.shape)}
+        made.values[name] = torch.from_numpy(decoded)
+        made.tensors |= {
+            name: torch.from_numpy((codes[::2] << 4 | codes[1::2])[:, None].copy()),
+            f"{name}.quant_map": torch.from_numpy(levels.copy()),
+            f"{name}.absmax": torch.from_numpy(absmax.copy()),
+            f"{name}.quant_state.bitsandbytes__nf4": torch.from_numpy(as_bytes(said).copy()),
+        }
+    return made

@@ -101,7 +101,7 @@ def test_a_merged_model_that_was_quantised_passes_where_every_element_is_the_nea
     made.tensors[stored].view(torch.uint8).view(-1)[5] ^= 2
     out = written(tmp_path / "again", made, others)
     wrong = loratool.verify(out, plain.base, plain.adapter, device=CPU)
-    assert (wrong.exit_code, codes(wrong)) == (5, ["quantised-differently", "quantised"]), str(wrong)
+    assert (wrong.exit_code, codes(wrong)) == (5, ["elements-differ", "quantised"]), str(wrong)
     assert wrong.diagnoses[0].modules == (name.removesuffix(".weight"),)
 
 
