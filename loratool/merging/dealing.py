@@ -24,7 +24,7 @@ SMALL = 256 << 20  # bytes of a part of any larger output
 LARGE = 1 << 30  # bytes that a part has at most, where it need not stay in one
 FEWEST = 64  # parts of a large enough output
 # How long a byte takes, by kind of work, where a byte that is copied takes 1
-COSTS = {"copy": 1.0, "convert": 1.5, "sum": 2.5, "formula": 16.0, "compensated": 8.0, "repack": 24.0}
+COSTS = {"copy": 1.0, "convert": 1.5, "sum": 2.5, "formula": 16.0, "compensated": 4.5, "repack": 24.0}
 
 
 def kind_of_work(span: Span, rounding: str) -> str:

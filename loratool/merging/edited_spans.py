@@ -13,7 +13,10 @@ from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Seen, Totals, summed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from loratool.merging.loaded_edits import LoadedEdits
+    from loratool.merging.numpy_sums import Added
 
 
 class EditedSpan:
@@ -23,6 +26,7 @@ class EditedSpan:
         self.span, self.totals, self.shared, self.rounding = span, totals, shared, rounding
         self.lock, self.held = threading.Lock(), Held()
         self.loaded: dict[str, LoadedEdits] = {}
+        self.corrected: Added | None = None  # what numpy adds in place of the one edit, where rounding is compensated
         self.waiting = {(edit.adapter, edit.target) for edit in span.edits}  # updates that have changed nothing so far
         totals.measured |= self.waiting
 
@@ -35,6 +39,13 @@ class EditedSpan:
             if key not in self.loaded:
                 self.loaded[key] = load_edits(self.span, self.shared, device, self.rounding)
             return self.loaded[key]
+
+    def corrected_by(self, correct: Callable[[], Added]) -> Added:
+        """What `correct` gives, by whichever thread comes first."""
+        with self.lock:
+            if self.corrected is None:
+                self.corrected = correct()
+            return self.corrected
 
     def look_for_effects(self, loaded: LoadedEdits, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
         """Note which updates change an element of some rows, from `first` on, and whether all of them together do."""

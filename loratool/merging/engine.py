@@ -28,6 +28,7 @@ from loratool.files.stopwatch import lap
 from loratool.merging.resources import (
     Resources,
     choose_resources,
+    correcting_memory,
     factor_memory,
     most_workers,
     read_ahead,
@@ -143,7 +144,8 @@ class Engine:
                 if not all(map(sums_products, self.spans)):
                     load_linear_algebra(devices)
                 used = resident_memory() + more_factors(self.jobs, self.workers or most_workers())
-                self.chosen = choose_resources(self.spans, devices, self.workers, self.max_memory, used, self.sent)
+                more = self.sent + max(correcting_memory(job.plan.spans, job.plan.rounding) for job in self.jobs)
+                self.chosen = choose_resources(self.spans, devices, self.workers, self.max_memory, used, more)
             return self.chosen
 
     def tell(self, count: int) -> None:

@@ -37,6 +37,7 @@ from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
     choose_resources,
+    correcting_memory,
     rows_of_block,
     sums_products,
     work_memory,
@@ -175,10 +176,11 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
             load_linear_algebra(devices)
         if devices[0] == "cpu":
             used += max(one + other for one, other in pairwise(sizes))  # the tensor that a consumer has, and the next
-        chosen = choose_resources(self.plan.spans, devices, options.threads, limit, used)
+        more = correcting_memory(self.plan.spans, self.plan.rounding)
+        chosen = choose_resources(self.plan.spans, devices, options.threads, limit, used, more)
         self.resources, self.ahead = chosen, AHEAD * chosen.workers * chosen.block
         if limit is not None and not chosen.on_gpu:
-            needed = used + work_memory(self.plan.spans, chosen.workers, chosen.block, chosen.on_gpu)
+            needed = used + work_memory(self.plan.spans, chosen.workers, chosen.block, chosen.on_gpu, more)
             self.ahead = min(self.ahead, limit - needed)
 
     @cached_property

@@ -48,7 +48,7 @@ from loratool.merging.merge import (
     write_small_files,
 )
 from loratool.merging.parted_merge import PartedMerge, open_parts, unfinished
-from loratool.merging.resources import Resources, choose_resources, runtime_for
+from loratool.merging.resources import Resources, choose_resources, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.whole_files import whole_file
 from loratool.notes import Note
@@ -184,7 +184,8 @@ def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: F
     check_values(merge.plan)
     if limit is not None:  # refused before anything is written
         spans, devices = plan_of(merge.plan, parts).spans, runtime.result().devices
-        choose_resources(spans, devices, options.threads, limit, resident_memory(), output.held(merge.parts))
+        more = output.held(merge.parts) + correcting_memory(spans, merge.plan.rounding)
+        choose_resources(spans, devices, options.threads, limit, resident_memory(), more)
     with output.at_work(share, parts):
         records = output.records()
         there = [part for part in parts if part.name in records]

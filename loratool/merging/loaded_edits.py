@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property, partial
+from typing import Any
 
 from loratool.adapters.adapter import Derived, fields_of, load_rows, load_update, stored_tensors
 from loratool.algebra.rounding import bits_of, round_once
@@ -21,9 +22,9 @@ from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.stopwatch import lap
-from loratool.lazy import torch
+from loratool.lazy import NDArray, torch
 from loratool.merging.addends import Addend, Place
-from loratool.merging.compensating import compensate
+from loratool.merging.compensated_sums import compensated_sum
 from loratool.merging.exact_rows import ExactSum, Scratch, convert, largest_of
 from loratool.merging.gain import measure_kept, rows_apart
 from loratool.merging.output_layout import Span
@@ -79,18 +80,15 @@ class LoadedEdits:
     norm: float  # ‖ΔW‖ of all but replacements; no element changes by more; infinite where that depends on the weight
     name: str  # of the tensor in the output
     rounding: str = "nearest"
-    read: Callable[[torch.Tensor], torch.Tensor] | None = None  # rows of the weight for their numbers, on the CPU
+    read: Callable[[Room, NDArray[Any], int], None] | None = None  # `read_rows` of the weight
 
     @cached_property
     def rounded(self) -> ExactSum | None:
         """What is added and rounded to the nearest: `sum`, or what makes up for what rounding takes from it."""
         if self.sum is None or self.rounding != "compensated" or self.read is None or self.target.itemsize != 2:
             return self.sum
-        on_cpu = [moved(part) for part in self.sum.parts]
-        whole = ExactSum(on_cpu, self.width, self.target, self.exact, self.rows)
-        device = self.sum.parts[0].up.device if self.sum.parts else torch.device("cpu")
-        parts = [moved(part, device) for part in compensate(whole, on_cpu, self.read)]
-        return ExactSum(parts, self.width, self.target, self.exact, self.rows)
+        with OpenSources() as sources:
+            return compensated_sum(self.sum, partial(self.read, Room(sources)))
 
     def prepare(self) -> None:
         """Make what every block needs, before several workers ask for it at the same time."""
@@ -232,12 +230,6 @@ def numbers_in(rows: range, device: torch.device) -> torch.Tensor:
     return torch.arange(rows.start, rows.stop, rows.step, device=device)
 
 
-def moved(part: Addend, device: torch.device | None = None) -> Addend:
-    """The same part on a device, on the CPU where none is named."""
-    place = device or torch.device("cpu")
-    return replace(part, up=part.up.to(place), down=None if part.down is None else part.down.to(place))
-
-
 def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding: str = "nearest") -> LoadedEdits:
     """Read the factors."""
     replacements, others = [], []
@@ -257,7 +249,7 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding
         others.append(LoadedEdit(edit, update, edit.strength))
     norm = sum(each.update.norm() * abs(each.strength) for each in others)
     target = getattr(torch, FLOAT_NAMES[span.computed])
-    read = partial(read_rows, span, exact, tuple(replacements))
+    read = partial(read_rows, span, tuple(replacements))
     shape = span.rows, span.width
     loaded = LoadedEdits(
         tuple(replacements), tuple(others), *shape, target, exact, norm, span.placed.name, rounding, read
@@ -268,22 +260,12 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding
     return loaded
 
 
-def read_rows(span: Span, dtype: torch.dtype, replacements: Sequence[LoadedEdit], rows: torch.Tensor) -> torch.Tensor:
-    """Rows of a weight for their numbers, which rise, (n, width) on the CPU, with what replaces some of them in place."""
-    stored, cpu, numbers = getattr(torch, FLOAT_NAMES[span.weight.exact]), torch.device("cpu"), rows.tolist()
-    result = torch.empty(len(numbers), span.width, dtype=dtype)
-    with OpenSources() as sources:
-        at = 0
-        while at < len(numbers):
-            count = 1
-            while at + count < len(numbers) and numbers[at + count] == numbers[at] + count:
-                count += 1
-            part = result[at : at + count]
-            part.copy_(span.matrix.rows(numbers[at], count, cpu, stored, Room(sources)))
-            for each in replacements:
-                each.apply(part, numbers[at], part)
-            at += count
-    return result
+def read_rows(span: Span, replacements: Sequence[LoadedEdit], room: Room, values: NDArray[Any], first: int) -> None:
+    """Put rows of a weight, from row `first` on, with what replaces some of them, into (n, width) of float32."""
+    stored, rows = getattr(torch, FLOAT_NAMES[span.weight.exact]), torch.from_numpy(values)
+    rows.copy_(span.matrix.rows(first, len(values), rows.device, stored, room))
+    for each in replacements:
+        each.apply(rows, first, rows)
 
 
 def held_in(update: Update, least: torch.dtype) -> torch.dtype:

@@ -40,7 +40,7 @@ from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, hidden_
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
 from loratool.merging.planning import plan_merge
-from loratool.merging.resources import Resources, choose_resources, runtime_for
+from loratool.merging.resources import ROUNDED_BY_NUMPY, Resources, choose_resources, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.totals import summed
 from loratool.notes import Note, as_records
@@ -94,8 +94,8 @@ class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
 
     @property
     def is_simple(self) -> bool:
-        """Whether sums are rounded to the nearest."""
-        return self.rounding == "nearest"
+        """Whether sums are rounded in a way that numpy knows."""
+        return self.rounding in ROUNDED_BY_NUMPY
 
 
 def merge(
@@ -137,7 +137,8 @@ def making(
     wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
     workers, max_memory = options.threads, options.max_memory
     if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
-        choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
+        more = correcting_memory(plan.spans, plan.rounding)
+        choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory(), more)
     single = target.name if is_file(target) else ""
     with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find, single) as stage:
         if stage.finished:

@@ -187,7 +187,14 @@ class Tiles:
         self.differ = numpy.empty(self.rows * width, numpy.bool_)
 
     def merge(
-        self, added: Added, read: Read, first: int, after: NDArray[Any], every: int, look: bool
+        self,
+        added: Added,
+        read: Read,
+        first: int,
+        after: NDArray[Any],
+        every: int,
+        look: bool,
+        meant: Added | None = None,
     ) -> Measured | None:
         """Put W + ΔW of some rows into `after`; None where torch has to do it.
 
@@ -198,6 +205,7 @@ class Tiles:
             after: (n, width) for the bits of the result.
             every: of so many rows one is looked at for what rounding leaves of the update.
             look: whether it is asked if any element changes.
+            meant: the update, where `added` is corrected so that rounding leaves more of it.
         """
         seen = Measured()
         odd: list[tuple[NDArray[Any], NDArray[Any]]] = []  # places of undecided elements, and W there
@@ -236,7 +244,7 @@ class Tiles:
                 look and bool((self.result.nearest(weights) != after.reshape(-1)[places]).any())
             )
             lap("settle")
-            seen.sampled, seen.kept = bool(sampled), self.kept_of(added, first, sampled, after)
+            seen.sampled, seen.kept = bool(sampled), self.kept_of(meant or added, first, sampled, after)
             lap("gain")
         return seen
 

@@ -65,7 +65,7 @@ class MergePlan(Result):
     def peak_memory(self) -> int:
         """Bytes that the merge is expected to keep resident."""
         workers = self.run.workers if isinstance(self.run.workers, int) else None
-        return estimated_memory(self.spans, self.run.device, workers, self.run.max_memory, self.rounding == "nearest")
+        return estimated_memory(self.spans, self.run.device, workers, self.run.max_memory, self.rounding)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:

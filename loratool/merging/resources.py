@@ -21,6 +21,7 @@ from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import COPY_PIECE, PAGE
 from loratool.files.stand_ins import stand_in
+from loratool.merging.compensating import memory_for
 from loratool.merging.numpy_sums import suits
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from loratool.bases.edits import Edit
     from loratool.merging.output_layout import Span
 
+ROUNDED_BY_NUMPY = ("nearest", "compensated")
 CPU_BLOCK = 3 << 20  # bytes of weight: near a core's cache
 FEW_WORKERS = 4  # more of them take
 FEW_ELEMENTS = 1 << 28  # which numpy has computed by the time that torch is imported
@@ -79,7 +81,10 @@ def runtime_for(
 
 
 def needs_torch(spans: Sequence[Span], device: str, simple: bool, max_memory: int | None) -> bool:
-    """Whether any span is neither a copy nor computed by numpy; `simple` tells whether sums are rounded to the nearest."""
+    """Whether any span is neither a copy nor computed by numpy.
+
+    `simple` tells whether sums are `ROUNDED_BY_NUMPY`.
+    """
     computed = [span for span in spans if not span.carried]
     return bool(computed) and not (simple and by_numpy(computed, device, max_memory))
 
@@ -104,11 +109,11 @@ def choose_resources(
     workers: int | None,
     max_memory: int | None,
     used: int,
-    sent: int = 0,
+    more: int = 0,
 ) -> Resources:
     """Workers and block size that keep the process within `max_memory` bytes, of which `used` are gone.
 
-    `sent` are bytes that each worker may hold of what it sends elsewhere.
+    `more` are bytes that each worker may hold besides: of what it sends elsewhere, or to correct updates.
     Raises `UsageError` with the smallest limit that would do.
     """
     used = max(used, NUMPY_MEMORY)  # which may not have been imported so far
@@ -117,7 +122,7 @@ def choose_resources(
     block = CUDA_BLOCK if on_gpu else CPU_BLOCK if chosen <= FEW_WORKERS else LARGE_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
-    while (needed := used + work_memory(spans, chosen, block, on_gpu, sent)) > max_memory:
+    while (needed := used + work_memory(spans, chosen, block, on_gpu, more)) > max_memory:
         if block > SMALLEST_BLOCK:
             block //= 2
         elif chosen > 1:
@@ -132,25 +137,33 @@ def choose_resources(
 
 
 def estimated_memory(
-    spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None, simple: bool = False
+    spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None, rounding: str = "nearest"
 ) -> int:
     """Bytes that a merge is expected to keep resident, told without importing torch."""
     on_gpu = device.startswith("cuda")
     devices = tuple(device.split(",")) if on_gpu else ("cpu",)
-    if needs_torch(spans, device, simple, max_memory):
+    if needs_torch(spans, device, rounding in ROUNDED_BY_NUMPY, max_memory):
         used = RUNTIME_MEMORY + CUDA_MEMORY if on_gpu else runtime_memory()
     else:
         used = NUMPY_MEMORY
-    chosen = choose_resources(spans, devices, workers, max_memory, used)
-    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu)
+    more = correcting_memory(spans, rounding)
+    chosen = choose_resources(spans, devices, workers, max_memory, used, more)
+    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu, more)
 
 
-def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool, sent: int = 0) -> int:
+def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool, more: int = 0) -> int:
     """Bytes of host memory that `workers` need besides what Python and torch take."""
     touched = [span for span in spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
     kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
-    return kept + workers * (COPY_PIECE + buffers + read_ahead(spans) + sent) + factor_memory(touched, workers)
+    return kept + workers * (COPY_PIECE + buffers + read_ahead(spans) + more) + factor_memory(touched, workers)
+
+
+def correcting_memory(spans: Iterable[Span], rounding: str) -> int:
+    """Bytes that a worker takes to correct updates; nothing where rounding does not ask for it."""
+    if rounding != "compensated":
+        return 0
+    return max((memory_for(e.rows, span.width, e.update.rank) for span in spans for e in span.edits), default=0)
 
 
 def read_ahead(spans: Iterable[Span]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.weights import Memory
@@ -12,10 +13,11 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.sink import PAGE
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
+from loratool.merging.compensating import compensated
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import rows_apart
 from loratool.merging.numpy_rounding import RESULTS, Result
-from loratool.merging.numpy_sums import Added, Measured, Tiles, readable
+from loratool.merging.numpy_sums import Added, Measured, Read, Tiles, readable
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
 from loratool.merging.totals import Seen
@@ -58,16 +60,21 @@ class NumpyWorker:
         tiles = self.tiles[kind]
         if not span.edits:
             return tiles.convert(read, first, after)
-        added = work.held.of("added", lambda: added_to(span, result))
+        meant = work.held.of("added", lambda: added_to(span, result))
         lap("factors")
+        if not meant.is_workable:
+            return False
+        added = meant
+        if work.rounding == "compensated" and span.placed.dtype == "BF16":
+            added = work.corrected_by(partial(corrected, meant, read))
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
         every = rows_apart(span.rows, span.width)
-        seen = tiles.merge(added, read, first, after, every, look) if added.is_workable else None
+        seen = tiles.merge(added, read, first, after, every, look, meant) if added.is_workable else None
         if seen is not None:
-            self.account(work, added, len(after), seen)
+            self.account(work, meant, len(after), seen)
         return seen is not None
 
-    def account(self, work: EditedSpan, added: Added, count: int, seen: Measured) -> None:
+    def account(self, work: EditedSpan, meant: Added, count: int, seen: Measured) -> None:
         """Note what was seen of a block."""
         span, (edit,) = work.span, work.span.edits
         if seen.changed:
@@ -75,7 +82,7 @@ class NumpyWorker:
             work.totals.effective |= work.waiting
         every = rows_apart(span.rows, span.width)
         kept = {edit.target: (every * seen.kept[0], every * seen.kept[1])} if seen.sampled else {}
-        work.seen(count, Seen(weight=seen.weight, kept=kept), added.norm, 0)
+        work.seen(count, Seen(weight=seen.weight, kept=kept), meant.norm, 0)
 
     def by_torch(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """The same rows by a worker that has torch."""
@@ -111,6 +118,11 @@ def added_to(span: Span, result: Result) -> Added:
 def bytes_of_row(span: Span) -> int:
     """Of the output."""
     return span.width * RESULTS[span.placed.dtype].itemsize
+
+
+def corrected(meant: Added, read: Read) -> Added:
+    """What is added in its place, so that rounding leaves all of it."""
+    return Added(*compensated(meant.up, meant.down, meant.scale, read, "BF16"), 1.0)
 
 
 def pages(size: int) -> NDArray[Any]:

@@ -54,7 +54,7 @@ from loratool.merging.merge import (
     repeated,
     write_small_files,
 )
-from loratool.merging.resources import choose_resources, runtime_for
+from loratool.merging.resources import choose_resources, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model, weights_of
@@ -119,8 +119,8 @@ def stream(
         report = expected(plan, repo, options, notes, cost(runtime, started))
         if options.dry_run:
             return report
-        workers, max_memory = options.threads, options.max_memory
-        choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory())
+        workers, max_memory, more = options.threads, options.max_memory, correcting_memory(plan.spans, plan.rounding)
+        choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory(), more)
         private = open_repo(repo, options.public, options.revision, notes)[1]
         name = fingerprint(plan, source, digests, options.device)
         there = Repository(repo, options.revision, plan, name, stage())

@@ -22,6 +22,7 @@ from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
     choose_resources,
+    correcting_memory,
     most_workers,
     rows_of_block,
     sums_products,
@@ -170,9 +171,8 @@ class Proving:
                 if not all(map(sums_products, self.computed)):
                     load_linear_algebra(devices)
                 options = self.options
-                self.chosen = choose_resources(
-                    self.computed, devices, options.threads, options.max_memory, resident_memory()
-                )
+                used, more = resident_memory(), correcting_memory(self.computed, self.rounding)
+                self.chosen = choose_resources(self.computed, devices, options.threads, options.max_memory, used, more)
             return self.chosen
 
     def run(self) -> None:

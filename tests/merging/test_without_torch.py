@@ -161,6 +161,34 @@ def test_both_ways_say_the_same_of_a_merge(of: Scene, tmp_path: Path, monkeypatc
     assert records[0] == records[1]
 
 
+@pytest.mark.parametrize("odd", [None, math.nan])
+def test_compensated_sums_of_both_ways_are_alike(
+    odd: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a weight has a NaN, and torch does for numpy what is left; one update is of zeros, a width is odd."""
+    shapes = {ODD: (64, 47), ODD.replace("0", "1"): (96, 128), ODD.replace("0", "2"): (8, 4100)}
+    weights = {name: numbers(*shape, seed=n, size=0.02).bfloat16() for n, (name, shape) in enumerate(shapes.items())}
+    if odd is not None:
+        weights[ODD][3, 5] = odd
+    factors = {
+        name: (numbers(RANK, columns, seed=7), numbers(rows, RANK, seed=8, size=1e-5))
+        for name, (rows, columns) in shapes.items()
+    }
+    last = ODD.replace("0", "3")
+    weights[last], factors[last] = weights[ODD].nan_to_num(), (numbers(RANK, 47, seed=7), torch.zeros(64, RANK))
+    write_model(tmp_path / "base", weights, CONFIG)
+    write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
+    if odd is None:
+        monkeypatch.setattr(NumpyWorker, "by_torch", None)
+    one, other = both(tmp_path / "base", tmp_path / "adapter", tmp_path, monkeypatch, rounding="compensated")
+    assert (one.digests, one.nonfinite) == (other.digests, other.nonfinite)
+    assert one.gains == pytest.approx(other.gains, abs=1e-4)
+    assert one.gains[ODD.replace("0", "1")] == pytest.approx(1, abs=0.05)
+    assert one.relative_norms == pytest.approx(other.relative_norms, rel=1e-5)
+    found = load_file(tmp_path / "numpy" / "model.safetensors")
+    assert torch.equal(found[last], weights[last])
+
+
 def test_weights_that_are_not_finite_are_carried_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight of several has a NaN; the merge counts it, as one by torch does."""
     weights = {ODD: numbers(64, 48, seed=5).bfloat16(), ODD.replace("0", "1"): numbers(64, 48, seed=6).bfloat16()}
