@@ -19,6 +19,7 @@ from loratool.results.partial import PartialReport
 from loratool.results.verify import Verification
 from loratool.reworking.extracting import in_parts as extracting
 from loratool.reworking.extracting.options import ExtractOptions
+from loratool.stores.names import is_in_store
 from loratool.verifying import in_parts as verifying
 from loratool.verifying.options import VerifyOptions
 
@@ -116,6 +117,11 @@ def extract_part(
         StorageError: a disk or file-system error.
     """
     options = made_of(ExtractOptions, keywords, "extract_part")
+    if is_in_store(out):
+        from loratool.publishing.storing import built_here
+
+        with built_here(out, [base, tuned], options.overwrite) as (place, _):  # in which nothing is built yet
+            return extracting.extract_part(base, tuned, place, options, share_of(part), into, progress)
     return extracting.extract_part(base, tuned, out, options, share_of(part), into, progress)
 
 

@@ -34,7 +34,8 @@ def check_local(out: Path, flag: str = "") -> None:
     """Raise `UsageError` for an address in a store, as an output that is written here only; `flag` is what names it."""
     if slashed(out).startswith("s3://") and not os.path.lexists(out):
         named = f"{flag} {printable(out)}" if flag else printable(out)
-        raise UsageError(f"{named}: this cannot be written into a store; choose a local path", hint=ANOTHER_OUT)
+        hint = ANOTHER_OUT if flag in ("", "-o") else ""
+        raise UsageError(f"{named}: this cannot be written into a store; choose a local path", hint=hint)
 
 
 def check_target(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import StorageError, UsageError, VerificationError, printable
+from loratool.files.outputs import check_local
 from loratool.files.presence import draft_of, put_new
 from loratool.files.staging import write_durably
 from loratool.files.system import open_file, sync_folder
@@ -32,7 +33,11 @@ class Partials:
     """The partial results of one command."""
 
     def __init__(self, folder: str | os.PathLike[str], command: str, fingerprint: str, costs: Sequence[float]) -> None:
-        """`fingerprint` tells inputs and options; `costs` are those of the units of work, in any measure."""
+        """`fingerprint` tells inputs and options; `costs` are those of the units of work, in any measure.
+
+        Raises `UsageError` for an address in a store.
+        """
+        check_local(Path(folder), "--into")
         self.folder, self.costs = Path(folder), costs
         self.run = {"loratool": command, "fingerprint": fingerprint, "units": len(costs)}
 

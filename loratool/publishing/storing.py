@@ -34,6 +34,7 @@ from loratool.stores.names import FOLDER, StorePath
 from loratool.stores.objects import listed
 
 if TYPE_CHECKING:
+    from loratool.measuring.session import PathLike
     from loratool.results.base import Result
 
 Report = TypeVar("Report", bound="Result")
@@ -52,21 +53,35 @@ def made_in_store(make: Callable[..., Report], operands: Sequence[Any], options:
         StoreError: the store refuses, or is out of reach.
     """
     *inputs, out = operands
-    place = checked_place(out)
-    apart_from_inputs(
-        place, [each for given in inputs for each in (given if isinstance(given, (list, tuple)) else [given])]
-    )
-    prefix, single = split(place)
-    settle = settled_file if single else settled
-    replaces = settle(place, getattr(options, "overwrite", False))
-    with tempfile.TemporaryDirectory(prefix="loratool-") as home, shown_elsewhere(os.path.realpath(home), prefix):
-        made = Path(os.path.realpath(home), place.name)
+    with built_here(out, inputs, getattr(options, "overwrite", False)) as (made, replaces):
+        place = checked_place(out)
         report = make(*inputs, made, options, progress)
         if made.is_file():
             upload_file(made, place, replaces)
         elif made.is_dir():  # nothing was written by a dry run
             upload(made, place, replaces)
     return dataclasses.replace(report, out=Path(str(place)))  # type: ignore[call-arg]
+
+
+@contextmanager
+def built_here(out: PathLike, inputs: Sequence[Any], overwrite: bool) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A path on this disk for an output in a store, by whose address messages call it; and what it replaces there.
+
+    Raises `UsageError` and `StoreError` as `made_in_store` does.
+    """
+    place = checked_place(out)
+    apart_from_inputs(
+        place, [each for given in inputs for each in (given if isinstance(given, (list, tuple)) else [given])]
+    )
+    prefix, single = split(place)
+    replaces = (settled_file if single else settled)(place, overwrite)
+    with tempfile.TemporaryDirectory(prefix="loratool-") as folder:
+        home = os.path.realpath(folder)
+        shown_as[home] = str(prefix)
+        try:
+            yield Path(home, place.name), replaces
+        finally:
+            del shown_as[home]
 
 
 def settled(place: StorePath, overwrite: bool) -> tuple[str, ...]:
@@ -161,16 +176,6 @@ def begin(bucket: Bucket) -> None:
     if (earlier := read_begun(bucket.home)) is None or earlier.plan != bucket.plan:
         raise UsageError(f"{bucket.address}: {BUSY}")
     bucket.begun = earlier  # whose uploads go at the end
-
-
-@contextmanager
-def shown_elsewhere(folder: str, place: StorePath) -> Iterator[None]:
-    """Messages call what is in a folder of this disk by the address that it will have."""
-    shown_as[folder] = str(place)
-    try:
-        yield
-    finally:
-        del shown_as[folder]
 
 
 def send_large(path: Path, place: StorePath) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import field
 from pathlib import Path
 
@@ -84,6 +85,11 @@ class PartsStatus(Result):
                 f"{len(self.done)} of {plural(self.parts, 'part')}, {size(self.bytes_done)} of {size(self.bytes_all)}",
             ),
         ]
+        if self.done:
+            makers = Counter(self.done.values()).most_common()
+            rows.append(
+                ("made by", some([f"{worker} ({plural(count, 'part')})" for worker, count in makers], MOST_NAMED))
+            )
         making = {part for each in self.running if each.alive for part in each.parts}
         rows += [("running", running_line(each)) for each in self.running]
         if waiting := [name for name in self.missing if name not in making]:

@@ -520,6 +520,7 @@ def test_status_tells_what_is_done_missing_and_running_and_by_whom(
     assert [(each.share, each.parts, each.alive) for each in status.running] == [("2/2", status.missing[:1], True)]
     assert status.running[0].worker == worker.name
     assert {*status.done.values()} == {worker.name}
+    assert f"{worker.name} ({len(status.done)} part" in str(status)
     assert 0 < status.bytes_done < status.bytes_all == sum(f.stat().st_size for f in merge.base.glob("*.safetensors"))
     line = ["merge", str(merge.base), str(merge.adapter), "-o", str(merge.out), "--status"]
     assert run([*line, "--json"]) == 0

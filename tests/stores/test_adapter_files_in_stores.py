@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import numbers
 from diffusion_models import clip, ldm_unet, under, values
-from safetensors.torch import save_file
+from safetensors.torch import load, load_file, save_file
 from store_server import BUCKET, Asked, StoreServer
 
 import loratool
@@ -66,6 +66,23 @@ def test_an_object_has_the_bytes_of_the_file(
     assert cli.run([*words.split(), "-q", "-o", out, "--overwrite"]) == 0
     assert store.objects(BUCKET, f"{PLACE}/{name}") == there
     assert str(loratool.inspect(out)).replace(out, str(local)) == str(loratool.inspect(local))
+
+
+def test_an_adapter_extracted_by_many_workers_may_be_an_object(store: StoreServer, here: Path, tmp_path: Path) -> None:
+    """That of one process; nothing is in the store until it is put together."""
+    models, out = (here / "sd.safetensors", here / "tuned.safetensors"), f"s3://{BUCKET}/{PLACE}/parts/out.safetensors"
+    for part in ("1/2", "2/2"):
+        loratool.extract_part(*models, out, part=part, into=tmp_path / "into", rank=1, to="kohya")
+    assert not store.objects(BUCKET, f"{PLACE}/parts")
+    report = loratool.finish_extract(*models, out, into=tmp_path / "into", rank=1, to="kohya")
+    assert str(report).startswith(f"extracted into  {out}\n")
+    loratool.extract(*models, tmp_path / "out.safetensors", rank=1, to="kohya")
+    found, wanted = (
+        load(store.objects(BUCKET, f"{PLACE}/parts")["out.safetensors"]),
+        load_file(tmp_path / "out.safetensors"),
+    )
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_large_file_appears_when_all_of_it_has_arrived(

@@ -64,6 +64,7 @@ def test_an_output_in_a_store_is_that_in_a_folder(
         ("merge base adapter -o OUT --html OUT.html", "cannot be written into a store"),
         ("merge base adapter -o local --svg OUT", "cannot be written into a store"),
         ("compress adapter --into OUT", "local folder only"),
+        ("inspect adapter --values --part 1/1 --into OUT", "--into s3://"),
         ("compress adapter --into org/name", "local folder only"),
         ("index adapter -o OUT", "cannot be written into a store"),
         ("demo OUT", "cannot be written into a store"),
