@@ -15,7 +15,7 @@ from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
 from loratool.merging.addends import GENEROUS, ROUNDOFF
 from loratool.merging.numpy_rounding import HALF, exactly, rounded_once
-from loratool.merging.numpy_sums import Added, in_parts, multiply
+from loratool.merging.numpy_sums import ALONE, Added, in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +54,7 @@ class Halved:
     """ΔW, ready for the two halves of a `Tile`."""
 
     added: Added
-    down: tuple[NDArray[Any], NDArray[Any]]  # of all first and all second elements: (parts, rank, columns) of float32
+    down: NDArray[Any]  # of all first elements, and of all second ones: (2, parts, rank, columns) of float32
 
     @classmethod
     def by(cls, edit: Edit) -> Halved:
@@ -63,8 +63,7 @@ class Halved:
         rank, width = added.down.shape
         scaled = numpy.zeros((rank, lanes_of(width)), numpy.float32)
         numpy.multiply(added.down, added.scale, out=scaled[:, :width], casting="same_kind")
-        first, second = (in_parts(scaled[:, each::2], rows_of(width)) for each in (0, 1))
-        return cls(added, (first, second))
+        return cls(added, numpy.stack([in_parts(scaled[:, each::2], rows_of(width)) for each in (0, 1)]))
 
 
 class Tile:
@@ -75,66 +74,94 @@ class Tile:
     which the product gives them. Numpy is slow with 16 bits in every other place, and fast with words.
     """
 
-    def __init__(self, width: int) -> None:
-        self.rows, self.width, self.lanes = rows_of(width), width, lanes_of(width)
+    def __init__(self, width: int, rows: int = 0, whole: Tile | None = None) -> None:
+        """All of the memory, or the first rows of that of another one. Views are made once: others wait for each."""
+        self.rows, self.width, self.lanes = rows or rows_of(width), width, lanes_of(width)
         words = self.rows, self.lanes // 2
-        self.stored, self.theirs = (numpy.zeros(words, numpy.uint32) for _ in range(2))  # what is no element stays 0
-        self.weight, self.sums = (numpy.empty((2, *words), numpy.float32) for _ in range(2))
-        self.differ = numpy.empty(self.stored.size // 2, numpy.bool_)
+        if whole is None:
+            self.stored, self.theirs = (numpy.zeros(words, numpy.uint32) for _ in range(2))  # no element: stays 0
+            self.weight, self.sums = (numpy.empty((2, *words), numpy.float32) for _ in range(2))
+            self.differ = numpy.empty(self.stored.size // 2, numpy.bool_)
+        else:
+            self.stored, self.theirs = whole.stored[: self.rows], whole.theirs[: self.rows]
+            self.weight, self.sums = whole.weight[:, : self.rows], whole.sums[:, : self.rows]
+            self.differ = whole.differ[: self.stored.size // 2]
+        self.bits = self.sums.view(numpy.uint32)
+        self.groups = [each.reshape(-1).view(numpy.uint64) for each in (self.stored, self.bits[1], self.theirs)]
+        self.parts: dict[int, Tile] = {}
+
+    def of(self, rows: int) -> Tile:
+        """The memory of the first rows."""
+        if rows == self.rows:
+            return self
+        if rows not in self.parts:
+            self.parts[rows] = Tile(self.width, rows, self)
+        return self.parts[rows]
 
     def settled(self, pair: Pair, halved: Halved, first: int, count: int, sources: OpenSources) -> bool:
         """Whether all elements of some rows are found to be the formula's."""
         odd: list[tuple[NDArray[Any], ...]] = []
         with numpy.errstate(all="ignore"):  # of what is not finite
             for at in range(first, first + count, self.rows):
-                rows = min(self.rows, first + count - at)
-                self.read(pair.span.weight, at, self.stored[:rows], sources)
-                self.read(pair.theirs, at, self.theirs[:rows], sources)
-                self.compute(halved, at, rows)
-                odd.append(self.unequal(at, rows))
-                if len(odd[-1][0]) * MANY > rows * self.width:
+                tile = self.of(min(self.rows, first + count - at))
+                tile.read(pair.span.weight, at, tile.stored, sources)
+                tile.read(pair.theirs, at, tile.theirs, sources)
+                tile.compute(halved, at)
+                found = tile.unequal()
+                if len(found) * MANY > tile.rows * tile.width:
                     return False
-            places, *values = (numpy.concatenate(each) for each in zip(*odd, strict=True))
-            weights, ours, theirs = (each.view(numpy.uint16) for each in values)
-            some = numpy.flatnonzero(ours != theirs)
-            where = divmod(places[some // GROUP] * GROUP + some % GROUP, self.lanes)
-            return are_sums(halved.added, where, widened(weights[some]), widened(theirs[some]))
+                if len(found):
+                    odd.append((found + at * self.lanes // GROUP, *(each[found] for each in tile.groups)))
+            return not odd or self.are_sums(halved.added, *(numpy.concatenate(each) for each in zip(*odd, strict=True)))
 
     def read(self, weight: StoredWeight, first: int, into: NDArray[Any], sources: OpenSources) -> None:
-        """Put rows of a weight from `first` on into words, (n, lanes / 2)."""
+        """Put rows of a weight from `first` on into words."""
         assert isinstance(weight, Plain)
-        rows, at = into.view(numpy.uint16), 2 * first * self.width
+        at = 2 * first * self.width
         if self.lanes == self.width:
-            weight.read(at, rows.data.cast("B"), sources)
+            weight.read(at, into.data.cast("B"), sources)
             return
-        narrow = numpy.empty((len(rows), self.width), numpy.uint16)
+        narrow = numpy.empty((self.rows, self.width), numpy.uint16)
         weight.read(at, narrow.data.cast("B"), sources)
-        rows[:, : self.width] = narrow
+        into.view(numpy.uint16)[:, : self.width] = narrow
 
-    def compute(self, halved: Halved, first: int, count: int) -> None:
+    def compute(self, halved: Halved, first: int) -> None:
         """Put sums of the rows that have been read, as they are rounded, into words; a tie goes away from zero.
 
-        They are in the second half of `sums`.
+        They are in the second half of `bits`.
         """
-        words, weights, sums = self.stored[:count], self.weight[:, :count], self.sums[:, :count]
-        bits = weights.view(numpy.uint32)
-        numpy.left_shift(words, 16, out=bits[0])
-        numpy.bitwise_and(words, SECOND, out=bits[1])
-        for half, down in zip(sums, halved.down, strict=True):
-            multiply(halved.added.up[first : first + count], down, half)
-        numpy.add(sums, weights, out=sums)
-        bits = sums.view(numpy.uint32)
-        numpy.add(bits, HALF, out=bits)
-        numpy.right_shift(bits[0], 16, out=bits[0])
-        numpy.bitwise_and(bits[1], SECOND, out=bits[1])
-        numpy.bitwise_or(bits[1], bits[0], out=bits[1])
+        bits, (low, high) = self.weight.view(numpy.uint32), self.bits
+        numpy.left_shift(self.stored, 16, out=bits[0])
+        numpy.bitwise_and(self.stored, SECOND, out=bits[1])
+        *_, rank, columns = halved.down.shape
+        out = self.sums.reshape(2, self.rows, -1, columns).transpose(0, 2, 1, 3)
+        step = max(4, ALONE // max(1, rank * columns))
+        for at in range(0, self.rows, step):
+            rows = halved.added.up[first + at : first + min(at + step, self.rows)]
+            numpy.matmul(rows, halved.down, out=out[:, :, at : at + step])
+        numpy.add(self.sums, self.weight, out=self.sums)
+        numpy.add(self.bits, HALF, out=self.bits)
+        numpy.right_shift(low, 16, out=low)
+        numpy.bitwise_and(high, SECOND, out=high)
+        numpy.bitwise_or(high, low, out=high)
 
-    def unequal(self, first: int, count: int) -> tuple[NDArray[Any], ...]:
-        """Elements in groups that have unequal ones: the numbers of those, (n,), and the bits of W, W + ΔW and W', (n,)."""
-        every = (self.stored[:count], self.sums[1, :count], self.theirs[:count])
-        weights, ours, theirs = (each.reshape(-1).view(numpy.uint64) for each in every)
-        found = numpy.flatnonzero(numpy.not_equal(ours, theirs, out=self.differ[: len(ours)]))
-        return found + first * self.lanes // GROUP, weights[found], ours[found], theirs[found]
+    def unequal(self) -> NDArray[Any]:
+        """The numbers of groups of elements in which W + ΔW is not W'."""
+        _, ours, theirs = self.groups
+        found: NDArray[Any] = numpy.flatnonzero(numpy.not_equal(ours, theirs, out=self.differ))
+        return found
+
+    def are_sums(
+        self, added: Added, found: NDArray[Any], stored: NDArray[Any], ours: NDArray[Any], theirs: NDArray[Any]
+    ) -> bool:
+        """Whether the unequal elements of some groups are W + ΔW rounded once, for sure.
+
+        `found` are the numbers of the groups; the others are the bits of W, W + ΔW and W', (n,) of uint64 each.
+        """
+        weights, computed, given = (each.view(numpy.uint16) for each in (stored, ours, theirs))
+        some = numpy.flatnonzero(computed != given)
+        places = divmod(found[some // GROUP] * GROUP + some % GROUP, self.lanes)
+        return are_sums(added, places, widened(weights[some]), widened(given[some]))
 
 
 def lanes_of(width: int) -> int:
