@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 
 from loratool.merging import compensating
+from loratool.merging.addends import ALL, Addend, Place
+from loratool.merging.compensated_sums import compensated_sum
 from loratool.merging.compensating import Compensation, compensated, round_to, sample
+from loratool.merging.exact_rows import ExactSum
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -84,6 +88,36 @@ def test_the_rounded_weight_holds_the_update(dtype: str, ratio: float) -> None:
         for side, basis in ((0, space(up)), (1, space(down.T))):
             errors = [np.linalg.norm(np.moveaxis(each - change, side, 0).T @ basis) for each in (held, alone)]
             assert errors[0] < errors[1] / 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_weight_are_corrected_one_by_one(dtype: str) -> None:
+    """Two updates of the upper rows, one of every other column below, and a difference in full, which stays as it is."""
+    rows, width, ratio = 256, 192, 1e-3 if dtype == "BF16" else 1e-4
+    weight = rounded(normal(rows, width, seed=1, size=0.02), dtype).astype(np.float32)
+
+    def part(place: Place, rank: int, seed: int) -> Addend:
+        up, down = normal(place.rows, rank, seed=seed), normal(rank, place.width, seed=seed + 1)
+        size = 0.02 * ratio * math.sqrt(up.shape[0] * place.width) / np.linalg.norm(up @ down)
+        return Addend(place, torch.from_numpy(up), torch.from_numpy(down), float(size))
+
+    above, below = Place(0, 160, ALL, width), Place(160, 96, slice(0, None, 2), width // 2)
+    whole = Addend(Place(0, rows, ALL, width), torch.from_numpy(normal(rows, width, seed=9, size=0.01)), None, 1.0)
+    parts = [part(above, 4, 2), part(below, 3, 4), whole, part(above, 2, 6)]
+
+    def change_of(some: Iterable[Addend]) -> np.ndarray:
+        found = np.zeros((rows, width))
+        for each in some:
+            values = each.up.double() if each.down is None else each.up.double() @ each.down.double()
+            found[each.place.first : each.place.stop, each.place.columns] += each.scale * values.numpy()
+        return found
+
+    result = compensated_sum(ExactSum(parts, width, DTYPES[dtype], torch.float32, rows), Rows(weight))
+    assert [each.up.shape[1] for each in result.parts] == [12, 6, width]
+    held = rounded((weight + change_of(result.parts)).astype(np.float32), dtype) - weight - change_of([whole])
+    for group in (parts[::3], parts[1:2]):
+        change = change_of(group)
+        assert (held * change).sum() / (change**2).sum() == pytest.approx(1, abs=0.02)
 
 
 def test_scales_of_factors_do_not_matter() -> None:
