@@ -95,7 +95,17 @@ def inspect_shared(paths: Sequence[Path], options: InspectWords, screen: Screen,
     screen.show({"results": [facts]}, str(facts))
     pictures.write([facts])
     if code := exit_code_of(facts):
+        if screen.quiet and not screen.as_json:
+            tell_problems(paths[0], facts)
         raise click.exceptions.Exit(code)
+
+
+def tell_problems(path: Path, facts: OneFacts) -> None:
+    """Say on stderr why a quiet check fails: an exit code alone says nothing of what was found."""
+    problems = [finding.message for finding in facts.findings or () if finding.level == "problem"]
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    again = shell_line(["loratool", "inspect", escaped(str(path)), "--check"])
+    click.echo(f"Error: {printable(path)}: {problems[0]}{more}\nhint: {again}", err=True)
 
 
 def named_in(file: Path) -> list[Path]:
@@ -163,11 +173,13 @@ def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen,
         options = replace(options, values=True)
     facts: list[OneFacts] = []
     codes: list[int] = []
+    checked: list[int] = []  # numbers of paths with problems
     for path, way in zip(paths, options.readings(len(paths)), strict=True):
         try:
             with screen.bar("measuring", **LAYERS) as progress:
                 facts.append(inspect(path, options, progress, way))
             codes.append(exit_code_of(facts[-1]))
+            checked += [len(facts) - 1] if codes[-1] else []
         except LoratoolError as error:
             if len(paths) == 1:
                 raise
@@ -177,6 +189,8 @@ def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen,
     told = [each for each in facts if options.check or not isinstance(each, UnreadableFacts)]
     screen.show({"results": facts}, "\n\n".join(map(str, told)))
     pictures.write(facts)
+    for number in checked if screen.quiet and not screen.as_json else ():
+        tell_problems(paths[number], facts[number])
     return min((code for code in codes if code), default=0)
 
 

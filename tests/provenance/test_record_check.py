@@ -243,3 +243,20 @@ def test_a_streamed_merge_is_checked_where_it_is(outputs: Path, tmp_path: Path) 
         ran = client.run("inspect", "alice/new", "--check")
         assert ran.code == 5, ran
         assert "model-00001-of-00002.safetensors" in ran.out
+
+
+def test_a_quiet_check_that_fails_says_why(outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An exit code alone would tell a script that something is wrong, and nobody what it was."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(outputs / "merge", folder)
+    weights = min(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    (folder / "config.json").unlink()
+    capsys.readouterr()
+    assert cli.run(["inspect", str(folder), "--check", "-q"]) == 5
+    found = capsys.readouterr()
+    assert found.out == ""
+    error, hint = found.err.splitlines()
+    assert error.startswith(f"Error: {folder}: ")
+    assert ", and " in error
+    assert hint == f"hint: loratool inspect {folder} --check"

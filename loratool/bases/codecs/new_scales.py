@@ -53,5 +53,5 @@ def packed_zeros(zeros: Tensor, bits: int) -> Tensor:
     unsigned = (zeros + (1 << bits - 1)).to(torch.uint8).mT.contiguous()
     packed = packed_fields(unsigned.view(-1, zeros.shape[1]), bits)
     width = -(-zeros.shape[1] * bits // 32) * 4
-    packed = torch.nn.functional.pad(packed, (0, width - packed.shape[1])).contiguous()
+    packed = torch.nn.functional.pad(packed, (0, width - packed.shape[1])).reshape(-1)  # one row may keep an odd stride
     return packed.view(torch.int32).view(len(zeros), zeros.shape[2], -1).mT.contiguous()
