@@ -215,7 +215,7 @@ class Contents:
 
     def check_finite(self, product: Product) -> Product:
         """The product; raises `InputError` naming every tensor of the adapter that holds what is no number."""
-        if not (bool(product.up.isfinite().all()) and bool(product.down.isfinite().all())):
+        if not product.is_finite:
             self.adapter.check_values()
             raise InputError(f"{printable(self.adapter.file.path)}: factors times their scaling overflow")
         return product

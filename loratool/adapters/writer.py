@@ -106,7 +106,7 @@ class Output:
         """The factors of a layer as they will be stored; raises `FitError` where the dtype cannot hold them."""
         factor = 1 / self.names.times(target)
         factors = found.scaled(factor).to(getattr(torch, self.dtype))
-        if not (bool(factors.up.isfinite().all()) and bool(factors.down.isfinite().all())):
+        if not factors.is_finite:
             raise FitError(f"{printable(target)}: the factors overflow {self.dtype}; pass another --dtype")
         return Rounded(target, factors, factors.to(torch.float64).scaled(1 / factor))
 

@@ -15,6 +15,7 @@ from loratool.algebra.lowrank.core import core_space
 from loratool.algebra.lowrank.joint import joint, truncated
 from loratool.algebra.lowrank.products import (
     Product,
+    all_finite,
     canonical,
     change,
     decompose,
@@ -22,6 +23,7 @@ from loratool.algebra.lowrank.products import (
     gram,
     inner,
     length,
+    length_near,
     norm,
     padded,
     side_by_side,
@@ -304,7 +306,39 @@ def test_the_norm_of_factors_whose_columns_cancel_is_right() -> None:
     one = made(40, 30, 4)
     step = made(40, 4, 4, 8).matrix() * 1e-7
     cancelling = Product(torch.cat([one.up + step, -one.up], 1), torch.cat([one.down, one.down]))
-    assert float(norm(cancelling)) == pytest.approx(float((step @ one.down).norm()), rel=1e-6)
+    wanted = float((step @ one.down).norm())
+    assert float(norm(cancelling)) == pytest.approx(wanted, rel=1e-6)
+    assert length_near(cancelling, sizes(cancelling)) == pytest.approx(wanted, rel=1e-6)
+
+
+def sizes(product: Product) -> float:
+    """‖up‖ · ‖down‖."""
+    return float(product.up.norm() * product.down.norm())
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-30, 1e70, 0.0])
+def test_the_norm_by_inner_products_is_that_of_the_matrix_at_any_size(factor: float) -> None:
+    every = [made(8, 9, 2, seed) for seed in range(3)]
+    batch = Product(torch.stack([one.up for one in every]), torch.stack([one.down for one in every]))
+    for product in (*CASES.values(), batch):
+        scaled = Product(product.up * factor, product.down * factor)
+        found, wanted = length_near(scaled, sizes(scaled)), length(scaled)
+        assert found == pytest.approx(wanted, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_one_value_that_is_no_number_is_found_and_a_large_sum_is_none(dtype: torch.dtype) -> None:
+    """Numbers whose sum overflows are numbers; infinities of both signs, whose sum is NaN, are not."""
+    largest = torch.finfo(dtype).max
+    for values in (torch.full((5, 7), largest, dtype=dtype), torch.zeros(0, 3, dtype=dtype)):
+        assert all_finite(values)
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        values = torch.full((64, 33), 3.0, dtype=dtype)
+        values[63, 32] = odd
+        assert not all_finite(values)
+        values[0, 0] = torch.inf
+        assert not all_finite(values)
+        assert not all_finite(values.mT)
 
 
 @pytest.mark.parametrize("distance", [1e-5, 1e-7, 1e-8, 1e-9])

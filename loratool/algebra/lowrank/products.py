@@ -5,6 +5,7 @@ With up = Qu Ru and downᵀ = Qd Rd, all of up @ down is in the small core Ru Rd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,6 +57,11 @@ class Product:
     def to(self, dtype: torch.dtype) -> Product:
         return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value of both factors is a number."""
+        return all_finite(self.up) and all_finite(self.down)
+
     def matrix(self) -> Tensor:
         """The (..., rows, columns) matrix itself."""
         return self.up @ self.down
@@ -63,6 +69,14 @@ class Product:
     def __getitem__(self, at: int | slice) -> Product:
         """Of a batch: one matrix, or some."""
         return replace(self, up=self.up[at], down=self.down[at])
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether every value is a number.
+
+    If so is their sum, which takes a tenth of the time. Where that overflows, each value is looked at.
+    """
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 class WithSingularValues:
@@ -172,6 +186,15 @@ def norm(product: Product) -> Tensor:
 def length(product: Product) -> float:
     """The Frobenius norm, of a batch together."""
     return float(norm(product).square().sum().sqrt())
+
+
+def length_near(product: Product, sizes: float) -> float:
+    """The same by the factors' inner products, several times as fast, where nothing cancels; else by QR.
+
+    `sizes` is ‖up‖ · ‖down‖, of factors in float64. The square is known to some 1e-16 of its square.
+    """
+    found = math.sqrt(max(0.0, float(inner(product, product).sum())))
+    return found if 1e-4 * sizes < found < math.inf else length(product)
 
 
 def side_by_side(products: Sequence[Product]) -> Product:

@@ -357,7 +357,7 @@ class Converter(Maker[str, str]):
             product = padded(truncated(whole, self.cut[task])[0], self.ranks[task]).to(dtype)
         else:
             product = target.product(self.load, self.factors[task], self.ranks[task]).to(dtype)
-        if not (bool(product.up.isfinite().all()) and bool(product.down.isfinite().all())):
+        if not product.is_finite:
             self.contents.adapter.check_values()
             raise FitError(f"{printable(task)}: the factors overflow {output.dtype}; pass another --dtype")
         return [Made((Rounded(task, product, product),), task)]

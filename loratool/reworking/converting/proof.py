@@ -16,7 +16,7 @@ from typing import Any
 from loratool.adapters.adapter import StoredTensor, same_values, stored_tensors
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer
-from loratool.algebra.lowrank.products import Product, difference, inner, length
+from loratool.algebra.lowrank.products import Product, difference, inner, length, length_near
 from loratool.data import dataclass
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
@@ -168,12 +168,12 @@ class Comparison:
             if error <= EXACT:  # else the same bytes are the same update only where they are zeros
                 return Compared(None, error, EXACT)
         whole = loaded(layer)
-        norm = length(whole)
+        sizes = float(torch.linalg.vector_norm(whole.up) * torch.linalg.vector_norm(whole.down))
+        norm = length_near(whole, sizes)
         lost = math.hypot(
             *(apart(one, other) for one, other in self.pairs(whole, places)),
             *map(length, self.left_out(layer, whole, places)),
         )
-        sizes = float(torch.linalg.vector_norm(whole.up) * torch.linalg.vector_norm(whole.down))
         unit = UNIT[self.dtype]
         copied = any(place.target in self.copied for place in places)
         limit = max(EXACT, 4 * unit * max(1.0, sizes / norm)) if norm and not copied else 0.0
