@@ -32,7 +32,7 @@ class DialectOption(Options):
 
     to: str | None = option(
         help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter; for `extract` diffusers' "
-        "of a pipeline, else PEFT's].",
+        "of a pipeline, llama.cpp's of a GGUF model, else PEFT's].",
         kind=Choice(lambda: tuple(DIALECTS)),
     )
 

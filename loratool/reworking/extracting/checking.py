@@ -10,17 +10,16 @@ from loratool.adapters.formats import FORMATS
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
+from loratool.bases.renamed import Renamed, renamed
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.gguf import GgufFile
-from loratool.layouts.gguf import ARCHITECTURES
 from loratool.notes import Note
 from loratool.reworking.extracting.differences import is_finite
 from loratool.reworking.extracting.pairing import Pairing
 
 
 def open_model(path: Path, role: str) -> Checkpoint:
-    """The checkpoint at `path`; raises `InputError` where that is an adapter, or a model of llama.cpp's."""
+    """The checkpoint at `path`; a GGUF model as transformers has it. Raises `InputError` for an adapter."""
     here = [form for form in FORMATS if path.is_dir() and (path / form.config_name).is_file()]
     if here:
         own = {form.weights_name for form in here}
@@ -29,19 +28,23 @@ def open_model(path: Path, role: str) -> Checkpoint:
             raise InputError(
                 f"{printable(path)}: this is an adapter, but {role} must be a model; merge it into its base first"
             )
-    opened = open_checkpoint(path)
-    first = opened.shards[0]
-    if isinstance(first, GgufFile) and first.values.get("general.architecture") in ARCHITECTURES:
-        raise InputError(
-            f"{printable(path)}: a GGUF model has names and an order of rows that are llama.cpp's own, so no adapter of "
-            "it would be one for another tool; extract from the models before they were converted to GGUF"
+    return renamed(decoded(open_checkpoint(path)))
+
+
+def check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise `FitError` where one of two models is llama.cpp's and the other is not: it holds some weights otherwise."""
+    if isinstance(base, Renamed) != isinstance(tuned, Renamed):
+        gguf, other = (base, tuned) if isinstance(base, Renamed) else (tuned, base)
+        raise FitError(
+            f"{gguf.name} is a GGUF model and {other.name} is not; pass both models as GGUF, or both as they were before "
+            "they were converted"
         )
-    return decoded(opened)
 
 
 def check_packed(models: Sequence[Checkpoint]) -> list[Note]:
     """Notes on packed weights of some models. Raises `InputError` naming those that cannot be decoded."""
-    return [note for model in models if isinstance(model, Decoded) for note in model.check(model.weights)]
+    every = [model.held if isinstance(model, Renamed) else model for model in models]
+    return [note for model in every if isinstance(model, Decoded) for note in model.check(model.weights)]
 
 
 def check_saved(found: Pairing) -> None:

@@ -33,7 +33,14 @@ from loratool.notes import Note
 from loratool.provenance.inputs import told_model
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.reworking.dialects import Manner
-from loratool.reworking.extracting.checking import broken_tensors, check_packed, check_saved, open_model, refuse_nothing
+from loratool.reworking.extracting.checking import (
+    broken_tensors,
+    check_alike,
+    check_packed,
+    check_saved,
+    open_model,
+    refuse_nothing,
+)
 from loratool.reworking.extracting.differences import (
     HELD,
     Difference,
@@ -107,6 +114,7 @@ class Models:
         rule = Rule.of(options.rank, options.energy, options.max_rank)
         paths = local(base, "model"), local(tuned, "model")
         before, after = (open_model(path, role) for path, role in zip(paths, ("BASE", "TUNED"), strict=True))
+        check_alike(before, after)
         manner = manner_of(options.to, before)
         target = check_adapter_target(out, paths, options, manner.form)
         return cls(paths, before, after, rule, manner, target, check_packed((before, after)))

@@ -14,8 +14,8 @@ from loratool.adapters.layers import ATTENTION, Kind, is_expert
 from loratool.adapters.model_settings import model_types
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
-from loratool.bases.decoded import weight_of
 from loratool.bases.packed import Packed
+from loratool.bases.renamed import Renamed, weight_of
 from loratool.bases.tied_weights import find_ties, language_parts
 from loratool.bases.weights import Plain, StoredWeight
 from loratool.data import dataclass
@@ -249,6 +249,8 @@ class Sorter:
             module_of(name) in LABEL_HEADS and not any(n.startswith(f"{module}.") for n in self.base.tensors)
         ):
             return "only TUNED has it"
+        if isinstance(self.tuned, Renamed) and (reason := self.tuned.why_not(name)):
+            return reason
         if not module:
             return "it is not in a module, and PEFT saves only modules"
         for tensor in (one, two):
@@ -310,6 +312,8 @@ class Sorter:
 
         In the order in which it counts: the caller, the class of either model, the bias beside it, the other biases.
         """
+        if self.base.is_linear:
+            return False
         leaf, shown = module_of(name), bias_shows(self.base.tensors, name)
         meant = is_conv1d(leaf) or not self.has_conv1d
         by_class = (class_says(checkpoint.config, leaf) for checkpoint in (self.base, self.tuned))
