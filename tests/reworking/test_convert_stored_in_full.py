@@ -342,3 +342,24 @@ def test_a_method_whose_layer_another_dialect_divides_is_refused(tmp_path: Path)
         loratool.convert(
             saved(tmp_path / "flux.safetensors", tensors), tmp_path / "out", to="comfy", architecture="flux"
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("dialect", "module"), [("lycoris", "lora_unet_{}"), ("comfy", "diffusion_model.{}")])
+def test_a_weight_that_is_changed_by_factors_and_in_full_becomes_one_change(
+    tmp_path: Path, dialect: str, module: str, dtype: torch.dtype
+) -> None:
+    """LyCORIS makes one module of a name, and ComfyUI keeps the last of both: their sum in float64, rounded once, is what
+    each can read.
+    """
+    path = f"{BLOCK}.attn1.to_q"
+    name = f"lora_unet_{path.replace('.', '_')}"
+    diff, given = numbers(4, 4, seed=9).to(dtype), {n: t.to(dtype) for n, t in factors(name, 4, 4).items()}
+    style = saved(tmp_path / "style.safetensors", {**given, f"{name}.diff": diff})
+    report = loratool.convert(style, tmp_path / "out.safetensors", to=dialect)
+    found = load_file(tmp_path / "out.safetensors")
+    whole = module.format(path if dialect == "comfy" else path.replace(".", "_"))
+    up, down = (given[f"{name}.lora_{side}.weight"].double() for side in ("up", "down"))
+    total = 0.5 * up @ down + diff.double()
+    same(found, {f"{whole}.diff": total.to(dtype)})
+    assert "written-in-full" in [note.code for note in report.notes]

@@ -58,6 +58,7 @@ from loratool.reworking.converting.rows import Target, narrowed, settled
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
 from loratool.reworking.converting.strangers import check_has_names
 from loratool.reworking.converting.wholes import (
+    added_up,
     check_norms,
     outlines,
     stored_in_full,
@@ -145,7 +146,7 @@ def convert(
     base = open_checkpoint(home) if home else None
     config = base.config if base is not None else {}
     goal = replace(goal, form=goal.form.for_model(config))
-    given = on_model(read_adapter(path, way), config)
+    given = added_up(on_model(read_adapter(path, way), config), goal.dialect)
     check_has_names(given, goal.dialect)
     if base is not None and goal.dialect == "peft":
         given = with_values(given, base)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratool.adapters.adapter import StoredTensor, same_values, stored_tensors
+from loratool.adapters.adapter import Derived, StoredTensor, same_values, stored_tensors
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length, length_near
@@ -138,8 +138,10 @@ class Comparison:
         return errors
 
     def limit(self, target: str) -> float:
-        """The largest error that rounding may have made of what is no layer: biases alone have a scale put in."""
-        stored = [each.info.dtype for each in stored_tensors(self.given.biases.get(target))]
+        """The largest error that rounding may have made of what is no layer: of biases, in which a scale is put, and sums."""
+        value: object = getattr(self.given.changes.get(target), "value", None)
+        rounded = value if isinstance(value, Derived) else self.given.biases.get(target)
+        stored = [each.info.dtype for each in stored_tensors(rounded)]
         return max([EXACT, *(2 * UNIT[FLOAT_NAMES[dtype]] for dtype in stored)])
 
     def bias_errors(self) -> dict[str, float]:

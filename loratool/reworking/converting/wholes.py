@@ -17,6 +17,7 @@ from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.compound import Both
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.weights import Room, Stacked, StoredWeight
 from loratool.data import dataclass
@@ -24,10 +25,13 @@ from loratool.errors import FitError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.lazy import Tensor, torch
+from loratool.notes import Note
+from loratool.results.text import plural
 from loratool.reworking.converting.dora import piece_of
 from loratool.reworking.converting.rows import Target
 
 Full = Add | Replace
+IN_FULL = ("comfy", "lycoris")  # dialects with changes of whole weights
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,33 @@ class Sum:
             room = Room(sources)
             own = self.weight.rows(0, self.weight.shape[0], change.device, change.dtype, room)
         return own.reshape(change.shape) + self.scale * change
+
+
+@dataclass(frozen=True)
+class Total:
+    """What factors and a change that is stored in full come to: the formula of their sum."""
+
+    product: LowRank
+    scale: float  # of the change
+
+    def __call__(self, up: Tensor, down: Tensor, change: Tensor) -> Tensor:
+        return replace(self.product, up=up, down=down).delta(change) + self.scale * change
+
+
+def added_up(adapter: Adapter, dialect: str) -> Adapter:
+    """The adapter with one change in full of what it changes by factors and in full: no tool reads both of one weight."""
+    found: dict[str, Update] = {}
+    for target, update in adapter.updates.items() if dialect in IN_FULL else ():
+        match update:
+            case Both(LowRank() as product, Add() as change) | Both(Add() as change, LowRank() as product):
+                parts: tuple[Any, ...] = (product.up, product.down, change.value)
+                value: Any = Derived(change.shape, parts, Total(product, change.scale))
+                found[target] = Add(value)
+    if not found:
+        return adapter
+    text = f"{plural(len(found), 'weight')} changed by factors and in full, written as one change in full"
+    notes = (*adapter.notes, Note("written-in-full", text))
+    return replace(adapter, updates={**adapter.updates, **found}, notes=notes)
 
 
 def with_values(adapter: Adapter, base: Checkpoint) -> Adapter:
