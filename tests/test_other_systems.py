@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -21,7 +22,7 @@ import pytest
 from paths import PACKAGE, ROOT
 
 from loratool.cli import run
-from loratool.files import names, system
+from loratool.files import names, process, system
 from loratool.files.hub_names import parse
 
 HELPERS = ROOT / "tests" / "helpers"
@@ -346,3 +347,25 @@ def test_only_files_knows_what_operating_systems_do_differently() -> None:
 def test_no_module_asks_for_the_name_of_the_system() -> None:
     asked = [each for path in PACKAGE.rglob("*.py") for each in knowledge(path)]
     assert [each for each in asked if each.endswith((": os.name", ": sys.platform", ": platform", ": os.uname"))] == []
+
+
+def test_threads_share_heaps_where_the_allocator_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Glibc's setting is called by its number in malloc.h; another allocator, no ctypes, or the user's own number is left alone."""
+    asked: list[tuple[int, int]] = []
+
+    class Library:
+        mallopt = staticmethod(lambda *setting: asked.append(setting))
+
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    for library, expected in ((Library, [(-8, 4)]), (object, [])):
+        asked.clear()
+        found = SimpleNamespace(CDLL=lambda _name, library=library: library())
+        monkeypatch.setattr(process.system, "optional", lambda _module, found=found: found)
+        process.share_heaps()
+        assert asked == expected
+    monkeypatch.setattr(process.system, "optional", lambda _module: None)
+    process.share_heaps()
+    monkeypatch.setattr(process.system, "optional", lambda _module: SimpleNamespace(CDLL=lambda _name: Library()))
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    process.share_heaps()
+    assert asked == []

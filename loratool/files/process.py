@@ -24,6 +24,8 @@ Found = TypeVar("Found")
 
 resource = system.optional("resource")
 
+HEAPS = 4
+M_ARENA_MAX = -8  # the number of heaps, of glibc's `mallopt`
 STATUS = Path("/proc/self")  # where the kernel tells what it knows of this process
 GPUS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # of drivers, where there is one
 # ru_maxrss is in KiB, but on kernels that count bytes; those have a clock of this name
@@ -47,6 +49,17 @@ def resident_memory() -> int | None:
         return pages * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def share_heaps() -> None:
+    """Have the threads that begin from now on share a few heaps, where the allocator can be asked to (glibc's can).
+
+    Each heap keeps free memory that only its own threads take again, and by default each thread gets one.
+    """
+    ctypes = system.optional("ctypes")
+    if ctypes is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        with suppress(AttributeError, OSError, TypeError):  # another allocator, or another system
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
 
 
 def peak_memory() -> int:

@@ -133,7 +133,8 @@ class Stack:
         downs = [addend.down for addend in addends if addend.down is not None]
         if downs:
             ones = torch.ones_like(downs[0][:1])
-            up, lifted = torch.cat(scaled, 1).to(work), torch.cat([*downs, ones], 0).to(work)
+            up = scaled[0].contiguous() if len(scaled) == 1 else torch.cat(scaled, 1)
+            up, lifted = up.to(work), torch.cat([*downs, ones], 0).to(work)
             down = lifted[:-1]
             lengths, spans = (torch.linalg.vector_norm(f, dim=d, dtype=torch.float64) for f, d in ((up, 1), (down, 0)))
         else:

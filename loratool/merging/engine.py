@@ -21,7 +21,7 @@ from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, res
 from loratool.files import stopwatch
 from loratool.files.digests import new_state
 from loratool.files.journal import Seen
-from loratool.files.process import cores
+from loratool.files.process import cores, share_heaps
 from loratool.files.sink import PAGE, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
@@ -103,6 +103,7 @@ class Engine:
 
         Raises what stopped all jobs; what stopped some of them is their `failure`.
         """
+        share_heaps()
         todo = [shard for job in self.jobs for shard in job.todo.values()]
         self.tell(self.bytes_all - sum(map(bytes_in, todo)))
         with self.precision:

@@ -35,7 +35,7 @@ ROUNDED_BY_NUMPY = ("nearest", "compensated")
 CPU_BLOCK = 3 << 20  # bytes of weight: near a core's cache
 FEW_WORKERS = 4  # more of them take
 FEW_ELEMENTS = 1 << 28  # which numpy has computed by the time that torch is imported
-LARGE_BLOCK = 8 << 20  # bytes, so that they wait less for the interpreter's lock
+LARGE_BLOCK = 6 << 20  # bytes, so that they wait less for the interpreter's lock
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (16 << 20) - 2 * PAGE
 MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
