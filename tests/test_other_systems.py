@@ -360,12 +360,12 @@ def test_threads_share_heaps_where_the_allocator_can_be_asked(monkeypatch: pytes
     for library, expected in ((Library, [(-8, 4)]), (object, [])):
         asked.clear()
         found = SimpleNamespace(CDLL=lambda _name, library=library: library())
-        monkeypatch.setattr(process.system, "optional", lambda _module, found=found: found)
+        monkeypatch.setattr(system, "optional", lambda _module, found=found: found)
         process.share_heaps()
         assert asked == expected
-    monkeypatch.setattr(process.system, "optional", lambda _module: None)
+    monkeypatch.setattr(system, "optional", lambda _module: None)
     process.share_heaps()
-    monkeypatch.setattr(process.system, "optional", lambda _module: SimpleNamespace(CDLL=lambda _name: Library()))
+    monkeypatch.setattr(system, "optional", lambda _module: SimpleNamespace(CDLL=lambda _name: Library()))
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     process.share_heaps()
     assert asked == []
