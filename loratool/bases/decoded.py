@@ -17,6 +17,8 @@ from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.notes import Note
 from loratool.templates import listed
 
+PACKED_NAMES = ("qweight", "weight_packed", "W_q")  # of GPTQ and AWQ, compressed-tensors, HQQ
+
 
 @dataclass(frozen=True)
 class PackedModel:
@@ -64,6 +66,15 @@ class Decoded(Checkpoint):
     def unread(self) -> Mapping[str, str]:
         """Tensor on disk of a weight that cannot be decoded → what packs it."""
         return {each.prefix + name: kind for each in self.models for name, kind in each.packing.unread.items()}
+
+    @cached_property
+    def undescribed(self) -> Mapping[str, str]:
+        """Tensor on disk that is packed, but not as a config says → what packs it, as far as anybody can tell."""
+        return {
+            name: f"values in {info.dtype} that no config describes"
+            for name, info in self.stored.items()
+            if name not in self.parts and name not in self.unread and is_packed(name, info)
+        }
 
     @cached_property
     def leftovers(self) -> Mapping[str, Sequence[str]]:
@@ -185,3 +196,10 @@ def weight_of(base: Checkpoint, name: str) -> StoredWeight:
     """A weight of a base, by the name that it has there."""
     packed = base.weights.get(name) if isinstance(base, Decoded) else None
     return packed or plain_of(base, name)
+
+
+def is_packed(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor can only be a matrix of packed values, by its dtype and its name."""
+    ending = name.rpartition(".")[2]
+    small = info.dtype in ("I8", "U8") and ending == "weight"
+    return len(info.shape) >= 2 and (info.dtype.startswith("F8_E") or small or ending in PACKED_NAMES)

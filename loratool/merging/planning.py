@@ -161,7 +161,7 @@ def becoming_plain(
     """The packed weights of a base that are plain in the output: those that change, with what is served with them."""
     if not isinstance(base, Decoded):
         return frozenset()
-    if everything and (unread := base.unread):
+    if everything and (unread := {**base.unread, **base.undescribed}):
         problems = [
             f"{printable(name)}: is packed with {kind}, which loratool does not read" for name, kind in unread.items()
         ]

@@ -330,3 +330,21 @@ def test_a_gain_that_noise_hides_is_told_as_how_small_the_update_is(kind: str, t
     assert found == pytest.approx(12**0.5 * float(error), rel=0.3)
     assert note in plan.notes
     assert plan.gain_forecast is None
+
+
+@pytest.mark.parametrize(("kind", "other"), [("GPTQ 4 bits", "fp8 blocks"), ("fp8 blocks", "int4 groups")])
+def test_a_model_is_not_called_dequantised_while_weights_of_another_kind_are_packed(
+    kind: str, other: str, tmp_path: Path
+) -> None:
+    """A config has one kind. Weights of another one would stay packed in an output whose config says nothing of them."""
+    made = save_base(tmp_path / "base", kind, EDITED)
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({**load_file(path), **KINDS[other](plain_weights(OTHERS[0])).tensors}, path)
+    change = save_adapter(tmp_path / "adapter", EDITED)[EDITED]
+    inputs = tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out"
+    with pytest.raises(loratool.InputError, match="cannot decode this") as caught:
+        loratool.merge(*inputs, device="cpu", dequantize=True)
+    assert OTHERS[0].removesuffix("weight") in str(caught.value)
+    loratool.merge(*inputs, device="cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")[EDITED]
+    assert same_bytes(found, nearest(made.values[EDITED].double() + change, torch.bfloat16))
