@@ -46,13 +46,16 @@ class MixedResultsError(Exception):
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Results, in the order of their names; all of one commit, or `MixedResultsError` says which are not."""
+    """Results, in the order of their names; those of a machine are of one commit, or `MixedResultsError` says which are not.
+
+    A machine that is not at hand keeps the results of the last commit that was measured there.
+    """
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
-    kinds = {(one["commit"], one["code"]) for one in results}
-    if len(kinds) > 1:
+    kinds = {(machine_of(one), one["commit"], one["code"]) for one in results}
+    if len(kinds) > len({machine for machine, *_ in kinds}):
         lines = [f"  {p.name}: {r['commit']}, code {r['code']}" for p, r in zip(sorted(paths), results, strict=True)]
-        raise MixedResultsError("\n".join(["these results are of more than one commit:", *lines]))
-    for name, _ in kinds:
+        raise MixedResultsError("\n".join(["these results of one machine are of more than one commit:", *lines]))
+    for _, name, _ in kinds:
         if not re.fullmatch(r"[0-9a-f]{7,40}", name):
             raise MixedResultsError(f"the code that was measured is not a commit ({name}): commit it and measure again")
     return results
@@ -73,7 +76,11 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
 def intro(results: Sequence[Result]) -> str:
     if not results:
         return UNMEASURED
-    return f"All numbers were measured at commit `{results[0]['commit']}`."
+    commits = {machine_of(each): each["commit"] for each in results}
+    if len({*commits.values()}) == 1:
+        return f"All numbers were measured at commit `{results[0]['commit']}`."
+    places = "; ".join(f"{machine}: `{commit}`" for machine, commit in commits.items())
+    return f"All numbers of a machine were measured at one commit. {places}."
 
 
 def sections(results: Sequence[Result]) -> Iterator[str]:

@@ -175,6 +175,15 @@ def test_a_mixture_of_commits_is_refused(
     assert not (root / pages.RESULTS).exists()
 
 
+def test_each_machine_has_a_commit_of_its_own(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A machine that is not at hand keeps what was measured there, and the page says of which commit that is."""
+    far = result(commit="aaaaaaaaaa", code="abd", machine={**result()["machine"], "GPU": "Far"})
+    pages.main(keep(tmp_path_factory.mktemp("results"), one=result(), two=far), root)
+    page = (root / pages.PERFORMANCE).read_text()
+    assert "Abacus, 3 cores: `0123456789`; Abacus, 3 cores, Far: `aaaaaaaaaa`." in page
+    assert checked(root) == 0
+
+
 @pytest.mark.parametrize("commit", ["unknown", "0123456789+"])
 def test_code_that_is_no_commit_is_refused(root: Path, tmp_path_factory: pytest.TempPathFactory, commit: str) -> None:
     """A tree with changes of its own cannot be named on a page."""
