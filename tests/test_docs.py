@@ -322,6 +322,7 @@ def test_numbers_in_the_text_are_the_code_s() -> None:
     text = " ".join((ROOT / "docs" / "merging.md").read_text(encoding="utf-8").split())
     small, large = resources.CPU_BLOCK >> 20, resources.LARGE_BLOCK >> 20
     assert f"{small} MiB of weight on a CPU, {large} MiB with more than {resources.FEW_WORKERS} workers" in text
+    assert f"{small * resources.NUMPY_BLOCKS} MiB where numpy computes with fewer, " in text
     assert f"and {round(resources.CUDA_BLOCK / (1 << 20))} MiB on a GPU" in text
     assert f"{sink.COPY_PIECE >> 20} MiB for copies" in text
     more = ("no", "one", "two", "three")[resources.WAITING_WORKERS]

@@ -85,6 +85,7 @@ class Engine:
         self.deciding = threading.Condition()  # of the next two
         self.undecided = 0  # threads that have taken tasks and may return them
         self.returned: deque[tuple[Task, ...]] = deque()
+        self.computing = threading.Semaphore(cores())  # numpy's threads: more of them wait for the interpreter's lock
         self.telling = threading.Lock()  # of progress and of finished shards
         self.choosing = threading.Lock()  # of the resources
         self.chosen: Resources | None = None
@@ -139,14 +140,16 @@ class Engine:
         """Decided once torch is there, for only then is it known what memory is left."""
         with self.choosing:
             if self.chosen is None:
-                devices = self.runtime.result().devices
-                if self.runtime.result().has_torch:
+                devices, has_torch = self.runtime.result().devices, self.runtime.result().has_torch
+                if has_torch:
                     self.precision.enter_context(exact_arithmetic())
                 if not all(map(sums_products, self.spans)):
                     load_linear_algebra(devices)
                 used = resident_memory() + more_factors(self.jobs, self.workers or most_workers())
                 more = self.sent + max(correcting_memory(job.plan.spans, job.plan.rounding) for job in self.jobs)
-                self.chosen = choose_resources(self.spans, devices, self.workers, self.max_memory, used, more)
+                self.chosen = choose_resources(
+                    self.spans, devices, self.workers, self.max_memory, used, more, has_torch
+                )
             return self.chosen
 
     def tell(self, count: int) -> None:
@@ -297,7 +300,7 @@ class Engine:
             from loratool.merging.row_blocks import Worker
 
             return Worker.of(self.spans, self.resources(), number)
-        return NumpyWorker(self.spans, self.resources(), number)
+        return NumpyWorker(self.spans, self.resources(), number, self.computing)
 
     def copy(self, task: Copy, digests: list[str]) -> None:
         """Carry a run of chunks over as they are. `digests` has those of its chunks, or is empty and takes them."""

@@ -183,9 +183,9 @@ def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: F
     output, options, limit = merge.output, merge.options, merge.options.max_memory
     check_values(merge.plan)
     if limit is not None:  # refused before anything is written
-        spans, devices = plan_of(merge.plan, parts).spans, runtime.result().devices
+        spans, ready = plan_of(merge.plan, parts).spans, runtime.result()
         more = output.held(merge.parts) + correcting_memory(spans, merge.plan.rounding)
-        choose_resources(spans, devices, options.threads, limit, resident_memory(), more)
+        choose_resources(spans, ready.devices, options.threads, limit, resident_memory(), more, ready.has_torch)
     with output.at_work(share, parts):
         records = output.records()
         there = [part for part in parts if part.name in records]

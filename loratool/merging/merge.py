@@ -138,7 +138,8 @@ def making(
     workers, max_memory = options.threads, options.max_memory
     if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
         more = correcting_memory(plan.spans, plan.rounding)
-        choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory(), more)
+        ready = runtime.result()
+        choose_resources(plan.spans, ready.devices, workers, max_memory, resident_memory(), more, ready.has_torch)
     single = target.name if is_file(target) else ""
     with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find, single) as stage:
         if stage.finished:

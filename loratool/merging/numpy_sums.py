@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loratool.merging.output_layout import Span
 
 Read = Callable[["NDArray[Any]", int], None]
-TILE = 1 << 17  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
+TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 TOGETHER = 1 << 16  # products of undecided elements that are computed at a time: more would take fresh memory each time
 MANY = 16  # where more than one of so many elements is undecided, torch finds out why
 ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already

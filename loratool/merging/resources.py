@@ -21,6 +21,7 @@ from loratool.errors import UsageError
 from loratool.files.process import cores
 from loratool.files.sink import COPY_PIECE, PAGE
 from loratool.files.stand_ins import stand_in
+from loratool.merging import numpy_sums
 from loratool.merging.compensating import memory_for
 from loratool.merging.numpy_sums import suits
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 ROUNDED_BY_NUMPY = ("nearest", "compensated")
 CPU_BLOCK = 3 << 20  # bytes of weight: near a core's cache
+NUMPY_BLOCKS = 4  # of those at a time where numpy computes, whose tiles are smaller: a block costs calls and a write
 FEW_WORKERS = 4  # more of them take
 FEW_ELEMENTS = 1 << 28  # which numpy has computed by the time that torch is imported
 LARGE_BLOCK = 6 << 20  # bytes, so that they wait less for the interpreter's lock
@@ -110,19 +112,22 @@ def choose_resources(
     max_memory: int | None,
     used: int,
     more: int = 0,
+    has_torch: bool = True,
 ) -> Resources:
     """Workers and block size that keep the process within `max_memory` bytes, of which `used` are gone.
 
-    `more` are bytes that each worker may hold besides: of what it sends elsewhere, or to correct updates.
+    `more` are bytes that each worker may hold besides: of what it sends elsewhere, or to correct updates. Without torch,
+    numpy computes.
     Raises `UsageError` with the smallest limit that would do.
     """
     used = max(used, NUMPY_MEMORY)  # which may not have been imported so far
     on_gpu = kind_of(devices) == "cuda"
     chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
-    block = CUDA_BLOCK if on_gpu else CPU_BLOCK if chosen <= FEW_WORKERS else LARGE_BLOCK
+    few = CPU_BLOCK if has_torch else NUMPY_BLOCKS * CPU_BLOCK
+    block = CUDA_BLOCK if on_gpu else few if chosen <= FEW_WORKERS else LARGE_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
-    while (needed := used + work_memory(spans, chosen, block, on_gpu, more)) > max_memory:
+    while (needed := used + work_memory(spans, chosen, block, on_gpu, more, has_torch)) > max_memory:
         if block > SMALLEST_BLOCK:
             block //= 2
         elif chosen > 1:
@@ -142,19 +147,20 @@ def estimated_memory(
     """Bytes that a merge is expected to keep resident, told without importing torch."""
     on_gpu = device.startswith("cuda")
     devices = tuple(device.split(",")) if on_gpu else ("cpu",)
-    if needs_torch(spans, device, rounding in ROUNDED_BY_NUMPY, max_memory):
-        used = RUNTIME_MEMORY + CUDA_MEMORY if on_gpu else runtime_memory()
-    else:
-        used = NUMPY_MEMORY
+    has_torch = needs_torch(spans, device, rounding in ROUNDED_BY_NUMPY, max_memory)
+    of_torch = RUNTIME_MEMORY + CUDA_MEMORY if on_gpu else runtime_memory()
+    used = of_torch if has_torch else NUMPY_MEMORY
     more = correcting_memory(spans, rounding)
-    chosen = choose_resources(spans, devices, workers, max_memory, used, more)
-    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu, more)
+    chosen = choose_resources(spans, devices, workers, max_memory, used, more, has_torch)
+    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu, more, has_torch)
 
 
-def work_memory(spans: Sequence[Span], workers: int, block: int, on_gpu: bool, more: int = 0) -> int:
-    """Bytes of host memory that `workers` need besides what Python and torch take."""
+def work_memory(
+    spans: Sequence[Span], workers: int, block: int, on_gpu: bool, more: int = 0, has_torch: bool = True
+) -> int:
+    """Bytes of host memory that `workers` need besides what Python and its libraries take."""
     touched = [span for span in spans if not span.untouched]
-    buffers = max((block_memory(span, block, on_gpu) for span in touched), default=0)
+    buffers = max((block_memory(span, block, on_gpu, has_torch) for span in touched), default=0)
     kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
     return kept + workers * (COPY_PIECE + buffers + read_ahead(spans) + more) + factor_memory(touched, workers)
 
@@ -172,15 +178,17 @@ def read_ahead(spans: Iterable[Span]) -> int:
     return max((there.ahead for there in found.values() if there is not None), default=0)
 
 
-def block_memory(span: Span, block: int, on_gpu: bool) -> int:
+def block_memory(span: Span, block: int, on_gpu: bool, has_torch: bool = True) -> int:
     """Bytes of one worker's host buffers: the raw block, and on the CPU the merged block, what it is computed in, and held.
 
-    The merged block counts twice: at an odd byte of the file it takes a step in between.
+    The merged block counts twice: at an odd byte of the file it takes a step in between. Numpy has the merged one alone.
     """
     raw = rows_of_block(span, block) * span.width * itemsize(span)
     if on_gpu:
         return raw
     held = span.weight.memory if isinstance(span.weight, Packed) else 0
+    if not has_torch:
+        return held + raw + numpy_sums.TILE * 20
     if not sums_products(span):
         return held + 3 * raw + FORMULA_MEMORY * (raw // itemsize(span))
     return held + 3 * raw + tile_elements(span, block, on_gpu) * (21 if needs_float64(span) else 13)

@@ -23,13 +23,17 @@ from loratool.merging.resources import Resources, rows_of_block
 from loratool.merging.totals import Seen
 
 if TYPE_CHECKING:
+    from threading import Semaphore
+
     from loratool.merging.row_blocks import Worker
 
 
 class NumpyWorker:
     """One thread's buffers. All of its spans are such as `numpy_sums.suits`."""
 
-    def __init__(self, spans: Sequence[Span], resources: Resources, number: int) -> None:
+    def __init__(self, spans: Sequence[Span], resources: Resources, number: int, computing: Semaphore) -> None:
+        """Those that compute hold `computing`; others read, hash and write meanwhile."""
+        self.computing = computing
         self.spans, self.resources, self.number = spans, resources, number
         touched = [span for span in spans if not span.carried]
         most = max((rows_of_block(span, resources.block) * bytes_of_row(span) for span in touched), default=0)
@@ -41,7 +45,10 @@ class NumpyWorker:
         """As `Worker.merged_rows`."""
         stop, result = shift + count * bytes_of_row(work.span), RESULTS[work.span.placed.dtype]
         after = self.outgoing[shift:stop].view(result.bits).reshape(count, -1)
-        if not self.merge(work, first, after, sources):
+        with self.computing:
+            lap("wait")
+            done = self.merge(work, first, after, sources)
+        if not done:
             return self.by_torch(work, first, count, sources, shift)
         return self.outgoing[:stop].data
 

@@ -120,7 +120,8 @@ def stream(
         if options.dry_run:
             return report
         workers, max_memory, more = options.threads, options.max_memory, correcting_memory(plan.spans, plan.rounding)
-        choose_resources(plan.spans, runtime.result().devices, workers, max_memory, resident_memory(), more)
+        ready = runtime.result()
+        choose_resources(plan.spans, ready.devices, workers, max_memory, resident_memory(), more, ready.has_torch)
         private = open_repo(repo, options.public, options.revision, notes)[1]
         name = fingerprint(plan, source, digests, options.device)
         there = Repository(repo, options.revision, plan, name, stage())
