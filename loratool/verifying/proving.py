@@ -15,11 +15,13 @@ from loratool.bases.weights import Held, Plain, Room
 from loratool.data import dataclass
 from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files.open_sources import OpenSources
+from loratool.files.process import cores
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.resources import (
     MOST_SHELVED,
+    MOST_WORKERS,
     Resources,
     choose_resources,
     correcting_memory,
@@ -150,7 +152,8 @@ class Proving:
         self.by_numpy = rounding == "nearest" and suffices(computed, options.device)
         if computed and not self.by_numpy:
             runtime.start()
-        self.workers = options.threads or most_workers()
+        # of those that compute by numpy, more than there are cores wait for the interpreter's lock
+        self.workers = options.threads or (min(cores(), MOST_WORKERS) if self.by_numpy else most_workers())
         self.totals, self.shared = Totals(), SharedUpdates(MOST_SHELVED)
         self.sources = OpenSources()
         self.lock, self.choosing, self.stop = threading.Lock(), threading.Lock(), threading.Event()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MOST = 1 << 31  # elements in all: of more of them, the import of torch is a small part of the time
 MANY = 64  # where more than one of so many elements differs, torch finds out what they are
-TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
+TILE = 1 << 19  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 SMALLEST = 2.0**-126  # below it a bfloat16 has fewer digits
 TOGETHER = 1 << 12  # elements that are summed exactly at a time
 GROUP = 4  # elements that are compared at a time
