@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.data import dataclass
-from loratool.devices import resident_memory
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE
@@ -48,7 +47,7 @@ from loratool.merging.merge import (
     write_small_files,
 )
 from loratool.merging.parted_merge import PartedMerge, open_parts, unfinished
-from loratool.merging.resources import Resources, choose_resources, correcting_memory, runtime_for
+from loratool.merging.resources import Resources, check_limit, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.whole_files import whole_file
 from loratool.notes import Note
@@ -183,9 +182,9 @@ def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: F
     output, options, limit = merge.output, merge.options, merge.options.max_memory
     check_values(merge.plan)
     if limit is not None:  # refused before anything is written
-        spans, ready = plan_of(merge.plan, parts).spans, runtime.result()
+        spans = plan_of(merge.plan, parts).spans
         more = output.held(merge.parts) + correcting_memory(spans, merge.plan.rounding)
-        choose_resources(spans, ready.devices, options.threads, limit, resident_memory(), more, ready.has_torch)
+        check_limit(spans, runtime.result(), options.threads, limit, more)
     with output.at_work(share, parts):
         records = output.records()
         there = [part for part in parts if part.name in records]

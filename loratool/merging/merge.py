@@ -18,7 +18,7 @@ from loratool.bases.extra_weights import name_beside
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.data import dataclass
-from loratool.devices import Runtime, kind_of, resident_memory
+from loratool.devices import Runtime, kind_of
 from loratool.errors import FitError, LoratoolError, VerificationError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO, chosen_base
@@ -40,7 +40,7 @@ from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, hidden_
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
 from loratool.merging.planning import plan_merge
-from loratool.merging.resources import ROUNDED_BY_NUMPY, Resources, choose_resources, correcting_memory, runtime_for
+from loratool.merging.resources import ROUNDED_BY_NUMPY, Resources, check_limit, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.totals import summed
 from loratool.notes import Note, as_records
@@ -138,8 +138,7 @@ def making(
     workers, max_memory = options.threads, options.max_memory
     if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
         more = correcting_memory(plan.spans, plan.rounding)
-        ready = runtime.result()
-        choose_resources(plan.spans, ready.devices, workers, max_memory, resident_memory(), more, ready.has_torch)
+        check_limit(plan.spans, runtime.result(), workers, max_memory, more)
     single = target.name if is_file(target) else ""
     with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find, single) as stage:
         if stage.finished:

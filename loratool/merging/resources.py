@@ -13,6 +13,7 @@ from loratool.devices import (
     Runtime,
     kind_of,
     means_cpu,
+    resident_memory,
     runtime_memory,
     start_torch,
     without_torch,
@@ -139,6 +140,13 @@ def choose_resources(
                 hint=f"--max-memory {least}MB",
             )
     return Resources(devices, chosen, block, max_memory)
+
+
+def check_limit(
+    spans: Sequence[Span], runtime: Runtime, workers: int | None, max_memory: int | None, more: int
+) -> None:
+    """Raise `UsageError` where a limit leaves no room for what is to be computed."""
+    choose_resources(spans, runtime.devices, workers, max_memory, resident_memory(), more, runtime.has_torch)
 
 
 def estimated_memory(

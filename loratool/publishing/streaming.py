@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import stored_tensors
 from loratool.data import dataclass
-from loratool.devices import resident_memory
 from loratool.errors import HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import HubPath, local
 from loratool.fetching.bases import chosen_base
@@ -54,7 +53,7 @@ from loratool.merging.merge import (
     repeated,
     write_small_files,
 )
-from loratool.merging.resources import choose_resources, correcting_memory, runtime_for
+from loratool.merging.resources import check_limit, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model, weights_of
@@ -120,8 +119,7 @@ def stream(
         if options.dry_run:
             return report
         workers, max_memory, more = options.threads, options.max_memory, correcting_memory(plan.spans, plan.rounding)
-        ready = runtime.result()
-        choose_resources(plan.spans, ready.devices, workers, max_memory, resident_memory(), more, ready.has_torch)
+        check_limit(plan.spans, runtime.result(), workers, max_memory, more)
         private = open_repo(repo, options.public, options.revision, notes)[1]
         name = fingerprint(plan, source, digests, options.device)
         there = Repository(repo, options.revision, plan, name, stage())

@@ -391,7 +391,7 @@ def test_killed_at_any_moment_and_run_again_ends_in_the_same_state(
     client.works("push", models / "model", "alice/reference")
     requests = len(hub.log)
     killed, stages = 0, set()
-    for number in range(0, requests, 4):
+    for number in range(0, requests, 2):
         name = f"alice/killed{number}"
         hub.objects.clear()
         before = len(hub.log)
