@@ -208,7 +208,7 @@ def test_shown_commands_print_what_is_shown(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # a reader's process is a fresh one; this has run other tests
-    for module in ("loratool.merging.engine", "loratool.merging.merge"):
+    for module in ("loratool.merging.engine", "loratool.merging.resources"):
         monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     shown = examples(page)
     if any(example.words[0] == "demo" and works_in_the_demo(example) for example in shown):
@@ -241,7 +241,7 @@ def neutral(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", names(PYTHON_PAGES))
 def test_python_examples_on_the_demo_run(page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # a reader's process is a fresh one; this has run other tests
-    for module in ("loratool.merging.engine", "loratool.merging.merge"):
+    for module in ("loratool.merging.engine", "loratool.merging.resources"):
         monkeypatch.setattr(f"{module}.resident_memory", lambda: devices.RUNTIME_MEMORY)
     monkeypatch.setattr(formats, "FORMATS", formats.FORMATS)  # to which an example adds its own
     namespace: dict[str, Any] = {"__name__": "example"}
