@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapters.formats import OUTPUT_FILES, WRITTEN
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
 from loratool.algebra.rounding import round_once
-from loratool.data import dataclass
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files.outputs import check_local, replaceable_files
 from loratool.lazy import Tensor, torch

@@ -6,11 +6,11 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.files import process, stopwatch
 from loratool.files.process import without_collections

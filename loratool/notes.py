@@ -6,8 +6,8 @@ What was guessed, renamed, left out or assumed is a note of the report, of `--js
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.errors import escaped
 
 # Codes of notes that the command line prints on stderr as warnings too.

@@ -25,7 +25,6 @@ MOST_PARAMETERS = 8  # of a function; `self` and `cls` do not count
 
 # The design's table: a package, or a module of its own, imports only from those before it.
 PACKAGES = (
-    "data",
     "errors",
     "notes",
     "shown",
@@ -62,7 +61,6 @@ PACKAGES = (
 # Those that work on headers and names, but for the reading of values below. They never use torch but in annotations.
 WITHOUT_TORCH = (
     *(
-        "data",
         "errors",
         "notes",
         "templates",
@@ -233,11 +231,6 @@ def test_relative_imports_are_not_used() -> None:
     assert relative == []
 
 
-def test_dataclasses_are_made_by_the_module_that_makes_them_quickly() -> None:
-    """Frozen ones of the standard library and of `data` cannot inherit from each other."""
-    assert {found.module for found in every_import() if found.name == "dataclasses.dataclass"} == {"loratool.data"}
-
-
 def test_only_the_command_line_loads_a_foreign_package_before_it_is_used() -> None:
     foreign = {
         str(found)
@@ -278,7 +271,7 @@ def test_algebra_knows_no_files_and_no_names() -> None:
     outside = {
         f.name.split(".")[0]
         for f in every_import()
-        if f.importer == "algebra" and f.imported not in ("algebra", "data", "errors", "lazy")
+        if f.importer == "algebra" and f.imported not in ("algebra", "errors", "lazy")
     }
     pure = {
         "__future__",

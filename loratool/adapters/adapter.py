@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,6 @@ from loratool.adapters.weight_files import WeightFile
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources

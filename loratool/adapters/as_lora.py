@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Derived
@@ -19,7 +19,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.products import Hadamard, Kronecker
-from loratool.data import dataclass
 from loratool.layouts.diffusion.kernels import kernel_of
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note

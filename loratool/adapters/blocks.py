@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.layouts.diffusion.blocks import BASE, CLIP, KINDS, LISTS, MID, PRESETS, T5, WIDER, block_of
 

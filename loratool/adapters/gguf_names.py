@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from loratool.adapters.model_settings import Heads
 from loratool.algebra.updates.reordered import RowOrder
-from loratool.data import dataclass
 from loratool.layouts.gguf import HEADS, STACKS, Architecture, Rows
 from loratool.lazy import Tensor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -19,7 +19,6 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors, downs, ups
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.algebra.updates.residual import Residual
-from loratool.data import dataclass
 from loratool.errors import NAME_BASE, FitError, InputError, printable
 from loratool.layouts.fusions import FUSIONS
 from loratool.lazy import Tensor, torch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import NAME_BASE, InputError, printable
 from loratool.layouts.fusions import GROUPED, HEADS, KEY_HEADS, ONE_KEY_HEAD
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.adapters.layers import Layer
 from loratool.adapters.patterns import match_patterns
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.notes import Note
 from loratool.options.described import Kind, amount

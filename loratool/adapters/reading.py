@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.notes import Note
 from loratool.options.described import NUMBER, TEXT, Choice, Options, option

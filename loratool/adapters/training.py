@@ -6,10 +6,9 @@ A format's reader fills it from a config of its own, which nobody else looks int
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Literal
 
-from loratool.data import dataclass
 from loratool.notes import Note
 from loratool.templates import template_of
 

@@ -7,14 +7,13 @@ the model has, which an adapter's own files need not tell. The base's config doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.data import dataclass
 from loratool.lazy import Tensor
 
 Parts = Mapping[str, Update]  # by target

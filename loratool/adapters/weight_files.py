@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from loratool.data import dataclass
 from loratool.errors import LoratoolError, printable
 from loratool.files.inputs import json_object, open_regular, read_bounded
 from loratool.files.safefile import SafeFile, read_safefile

@@ -9,7 +9,7 @@ import sys
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from loratool.adapters.formats.format import Format, Parts, Restated, Scaled, Sp
 from loratool.adapters.layers import Contents, Form, Layer
 from loratool.adapters.weight_files import MODEL_CONFIG, fates, module_files
 from loratool.algebra.lowrank.products import Product
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded

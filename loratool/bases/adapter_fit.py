@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from loratool.bases.same_base import unlike_bases
 from loratool.bases.shapes import Base, read_base
 from loratool.bases.tied_weights import Ties, find_ties
 from loratool.bases.trained_view import as_trained
-from loratool.data import dataclass
 from loratool.errors import FitError
 from loratool.files.checkpoint import Checkpoint
 from loratool.notes import Note

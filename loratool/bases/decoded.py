@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings
 from loratool.bases.weights import Plain, Room, StoredWeight, plain_of
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources

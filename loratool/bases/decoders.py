@@ -6,9 +6,8 @@ Facts from the model classes of transformers 5.23. Names and shapes are those of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from loratool.data import dataclass
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratool.algebra.updates.base import Update
 from loratool.bases.binding.places import Place
 from loratool.bases.weights import Slice, Stacked, StoredWeight
-from loratool.data import dataclass
 from loratool.errors import printable
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import filecmp
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.weight_files import PICKLES, WeightFile, fates
 from loratool.bases.binding import Bound
-from loratool.data import dataclass
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import conversion

@@ -6,12 +6,11 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.weights import Memory, Room
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import NDArray, Tensor, torch

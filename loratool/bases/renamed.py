@@ -9,7 +9,7 @@ What transformers holds otherwise, such as the experts of a layer, has no such w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ from loratool.adapters.gguf_names import in_model
 from loratool.bases.binding.named import Row, named
 from loratool.bases.decoded import weight_of as stored_weight
 from loratool.bases.weights import OfAnother, Room, StoredWeight
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.gguf import GgufFile
 from loratool.files.safefile import TensorInfo

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from loratool.bases.decoded import Decoded
 from loratool.bases.decoders import SHAPES
 from loratool.bases.siblings import served_with
 from loratool.bases.tied_weights import find_ties, tie_flag
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import read_json

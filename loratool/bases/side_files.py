@@ -6,6 +6,7 @@ import filecmp
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
 from loratool.bases.decoded import Decoded, PackedModel
 from loratool.bases.packed import TWINS
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, leaves
 from loratool.files.inputs import holds_text, special_files

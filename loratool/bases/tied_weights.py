@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor, same_bytes, same_values
@@ -16,7 +16,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import ReplaceRows
 from loratool.bases.decoded import weight_of
 from loratool.bases.edits import Edit
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.gguf import GgufFile

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from loratool.adapters.adapter import Adapter, Flattened, StoredTensor
@@ -17,7 +17,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.binding import Bound
 from loratool.bases.tied_weights import Ties
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo

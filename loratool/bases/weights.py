@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES

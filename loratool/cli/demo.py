@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from loratool.cli.options import PATH, click_options, output_options
 from loratool.cli.screen import Screen
-from loratool.data import dataclass
 from loratool.options.described import FLAG, Options, option
 
 

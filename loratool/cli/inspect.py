@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -14,7 +14,6 @@ from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.commands.inspect import is_table
-from loratool.data import dataclass
 from loratool.errors import LoratoolError, UsageError, escaped, printable
 from loratool.files.system import shell_line
 from loratool.inspecting.inspect import InspectOptions

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 from loratool import lesson as work
 from loratool.cli import cli
-from loratool.data import dataclass
 from loratool.demo import LAYERS
 from loratool.errors import VerificationError
 from loratool.results.lesson import Latency, Lesson, Nearness, Played, Step, latency_text, nearness_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions, merge_anywhere
 from loratool.commands.publish import with_push
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, option
 from loratool.options.sharing import SHARE, Share
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class MergeWords(MergeAndPushOptions):
     """Of the command, whose ways are functions of their own in the library: `plan`, `stream`, `merge_part` and more."""
 
-    part: Share | None = option(
+    part: Share | None = option(  # noqa: RUF009 (it makes a field)
         help="Do the work of worker I of N, counted from 1, in an OUT on a file system that all workers share; auto "
         "takes both from SLURM_ARRAY_TASK_ID or RANK, auto/N takes I from JOB_COMPLETION_INDEX.",
         kind=SHARE,

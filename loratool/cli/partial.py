@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.data import dataclass
+from dataclasses import dataclass
+
 from loratool.errors import UsageError
 from loratool.options.described import FLAG, Options, PathKind, option
 from loratool.options.sharing import SHARE, Share
@@ -12,7 +13,7 @@ from loratool.options.sharing import SHARE, Share
 class PartialWords(Options):
     """Of a command that several workers may share; in the library, each way is a function of its own."""
 
-    part: Share | None = option(
+    part: Share | None = option(  # noqa: RUF009 (it makes a field)
         help="Do the work of worker I of N, counted from 1, and keep the results in --into; auto takes both from "
         "SLURM_ARRAY_TASK_ID or RANK, auto/N takes I from JOB_COMPLETION_INDEX.",
         kind=SHARE,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, click_options, outp
 from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen, end_with
-from loratool.data import dataclass
 from loratool.verifying.options import VerifyOptions
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
-from loratool.data import dataclass
 from loratool.errors import UsageError
 from loratool.merging import merge as merging
 from loratool.merging.merge import MergeOptions, PathLike, Progress

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, about, printable
 from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 from unicodedata import category
 
-from loratool.data import dataclass
 from loratool.errors import HubError, printable
 from loratool.lazy import hub, hub_constants, hub_utils
 

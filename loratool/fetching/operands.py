@@ -11,13 +11,12 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from loratool.adapters.formats import is_adapter
-from loratool.data import dataclass
 from loratool.errors import LoratoolError, printable
 from loratool.fetching.bases import AUTO
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES

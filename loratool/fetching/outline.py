@@ -11,13 +11,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from loratool.adapters.formats import CONFIGS, FORMATS, format_at, has_adapter
 from loratool.bases.packed import TWINS
-from loratool.data import dataclass
 from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently

@@ -7,12 +7,11 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from loratool.bases.opening import open_checkpoint
-from loratool.data import dataclass
 from loratool.errors import HubError, InputError, printable
 from loratool.fetching import HubPath, local, place_of
 from loratool.fetching.client import api, asking, is_offline, patiently

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.files.gguf import GgufFile
 from loratool.files.safefile import SafeFile
 from loratool.files.small_tensors import SmallTensors

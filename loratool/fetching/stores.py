@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from loratool.adapters.formats import is_adapter
-from loratool.data import dataclass
 from loratool.errors import InputError, StorageError, printable, shown_as
 from loratool.fetching.answers import why_no_name
 from loratool.fetching.outline import Role, needed, small_files

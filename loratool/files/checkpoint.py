@@ -6,13 +6,12 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import field
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.containers import PICKLES, foreign_file, is_pointer, sharded_folder
 from loratool.files.gguf_splits import gguf_in, read_splits

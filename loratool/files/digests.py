@@ -11,11 +11,11 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.names import has_other_parts

@@ -14,12 +14,11 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import foreign_start
 from loratool.files.inputs import open_regular, unreadable

@@ -6,10 +6,9 @@ import os
 import struct
 import tempfile
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.files.gguf import MAGIC, GgufFile, GgufLayout, padded
 from loratool.files.safefile import SafeFile, TensorInfo, copy_bytes, copy_range, write_fully
 from loratool.files.system import open_file, sync_file

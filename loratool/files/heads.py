@@ -9,11 +9,11 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from loratool.data import dataclass
 from loratool.files.gguf import read_gguf
 from loratool.files.inputs import open_regular, unreadable
 from loratool.files.safefile import MOST_TENSORS, PREFIX, header_length, read_exactly, read_safefile, start_of

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.lazy import hub_constants
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import PurePath
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 
 ID = r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)"

@@ -21,11 +21,10 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import StorageError, printable
 from loratool.files.digests import Digest, is_plain
 from loratool.files.inputs import json_object

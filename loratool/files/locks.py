@@ -11,9 +11,9 @@ import errno
 import os
 import stat
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.files import system
 
 fcntl, msvcrt = system.optional("fcntl"), system.optional("msvcrt")

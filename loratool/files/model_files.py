@@ -7,8 +7,7 @@ in the table although it may lie in a model's folder: source code, data, `checkp
 from __future__ import annotations
 
 import re
-
-from loratool.data import dataclass
+from dataclasses import dataclass
 
 NOTHING = "(?!)"  # a pattern of no name
 # What a tokenizer is made of; an adapter that ships its own was trained with it.

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loratool.data import dataclass
 from loratool.errors import InputError
 from loratool.files.digests import Digest
 from loratool.files.inputs import json_object

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import (
     INDEX_SUFFIX,

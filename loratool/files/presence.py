@@ -10,10 +10,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_object
 from loratool.files.process import host_name, is_running

@@ -13,10 +13,10 @@ import json
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import foreign_start, is_text
 from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable

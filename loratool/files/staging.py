@@ -16,10 +16,9 @@ import json
 import os
 import stat
 from contextlib import contextmanager, suppress
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import (

@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-
-from loratool.data import dataclass
+from dataclasses import dataclass
 
 
 @dataclass

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_range, read_exactly, write_fully
 from loratool.files.system import open_file, sync_file
 

@@ -10,13 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base
-from loratool.data import dataclass
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.checkpoint import holds_weights

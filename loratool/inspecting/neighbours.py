@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.sketching import SIZE, VERSION, spread
-from loratool.data import dataclass
 from loratool.errors import ANOTHER_OUT, InputError, UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.files.names import check_separators

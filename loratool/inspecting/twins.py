@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.algebra.sketching import tolerance
-from loratool.data import dataclass
 from loratool.lazy import NDArray, numpy as np
 from loratool.results.sketch import SketchFacts
 

@@ -6,9 +6,7 @@ models without a home in transformers bring along. Names are written as in `rena
 
 from __future__ import annotations
 
-from dataclasses import field
-
-from loratool.data import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ these. Names are those of modules, with `#` for the number of a layer; a `.weigh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from types import MappingProxyType
-
-from loratool.data import dataclass
 
 
 @dataclass(frozen=True)

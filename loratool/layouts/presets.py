@@ -7,9 +7,8 @@ tests/inspecting/test_presets.py compares the parameters with those that the Hub
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
-
-from loratool.data import dataclass
 
 CLASSES = {  # model type → its class for causal language modelling
     "llama": "LlamaForCausalLM",

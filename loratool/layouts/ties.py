@@ -6,7 +6,7 @@ once, under the embedding's name.
 
 from __future__ import annotations
 
-from loratool.data import dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)

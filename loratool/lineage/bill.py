@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, VerificationError, escaped, printable
 from loratool.files.checkpoint import record_for
 from loratool.files.digests import Digest, is_hex, is_plain, read_recorded, sha256_of

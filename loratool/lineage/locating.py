@@ -6,11 +6,11 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching import local
 from loratool.fetching.stores import look_up

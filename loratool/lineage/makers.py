@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.options.described import Options, PathKind, PlaceKind, described_by
 
 

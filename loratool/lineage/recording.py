@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.lineage.bill import Part, bill_of
 from loratool.lineage.documents import FORMATS, document
 from loratool.lineage.locating import here

@@ -7,10 +7,10 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.digests import is_plain, read_recorded
 from loratool.lineage.locating import Found, Search, Wanted, here, why_unlike_facts

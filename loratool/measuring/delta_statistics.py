@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_update
@@ -12,7 +13,6 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.bases.decoded import weight_of
 from loratool.bases.weights import Held, Room, Slice
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES

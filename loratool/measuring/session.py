@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
 from loratool.algebra.lowrank.products import working_dtype
-from loratool.data import dataclass
 from loratool.devices import check_device, exact_arithmetic, kind_of, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import Product
-from loratool.data import dataclass
 from loratool.lazy import Tensor, numpy, torch
 
 if TYPE_CHECKING:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapters.blocks import BlockWeights
 from loratool.bases.binding.components import Component, components_of
 from loratool.bases.binding.distributing import distribute, first_word
-from loratool.data import dataclass
 from loratool.errors import FitError, UsageError, printable
 from loratool.notes import Note
 from loratool.templates import listed

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.errors import UsageError
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.merge import MergeOptions, PathLike, opened_inputs, planned, prepare, several

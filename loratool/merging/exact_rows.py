@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import FAR, alike_from, bits_of, round_once, tie_of
-from loratool.data import dataclass
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.addends import GENEROUS, MOST_TERMS, ROUNDOFF, Addend, Stack, by_place

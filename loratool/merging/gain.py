@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.files.safefile import FLOAT_DIGITS
 from loratool.lazy import Tensor, torch

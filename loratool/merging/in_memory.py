@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Generator, ItemsView, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, count, groupby, pairwise
 from typing import TYPE_CHECKING
 
 from loratool.bases.binding.telling import nearest
-from loratool.data import dataclass
 from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
 from loratool.errors import InputError, printable
 from loratool.fetching import local

@@ -14,9 +14,9 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE

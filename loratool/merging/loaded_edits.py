@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, partial
 from typing import Any
@@ -18,7 +18,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.edits import Edit
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.stopwatch import lap

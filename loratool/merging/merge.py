@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,6 @@ from loratool.adapters.writer import as_input, versions
 from loratool.bases.extra_weights import name_beside
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
-from loratool.data import dataclass
 from loratool.devices import Runtime, kind_of
 from loratool.errors import FitError, LoratoolError, VerificationError, printable
 from loratool.fetching import local

@@ -8,13 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
 from loratool.bases.opening import open_checkpoint
-from loratool.data import dataclass
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base

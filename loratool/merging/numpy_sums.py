@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.bases.packed import Packed
 from loratool.bases.weights import WIDENED, Plain, widen
-from loratool.data import dataclass
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.reading import ReadingOptions
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.layouts.ggml import ENCODED
 from loratool.options.described import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ from loratool.algebra.updates.replacing import Replace
 from loratool.bases.decoded import Decoded, weights_by_shard
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, SINGLE, Checkpoint, index_text
 from loratool.files.gguf import GgufFile

@@ -8,11 +8,11 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.fetching import local
 from loratool.files.journal import Journal

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.decoded import Decoded
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.pipelines import identities, itself
 from loratool.grouping import by_key

@@ -6,7 +6,7 @@ A plan is plain data, and making one writes nothing.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,7 +33,6 @@ from loratool.bases.trained_view import (
     usual_dtype,
 )
 from loratool.bases.weights import Filled, Plain, StoredWeight, as_weight
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, Checkpoint
 from loratool.files.safefile import FLOAT_NAMES

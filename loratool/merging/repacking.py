@@ -7,11 +7,10 @@ merged values; what is farther from W + ΔW, as the Frobenius norm tells, is dro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, torch

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.packed import Packed
-from loratool.data import dataclass
 from loratool.devices import (
     RUNTIME_MEMORY,
     Runtime,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.files.part_records import FilePart
 from loratool.merging.dealing import deal, own_name, parts_of
 from loratool.merging.upload_parts import upload_parts

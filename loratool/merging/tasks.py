@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
-from loratool.data import dataclass
 from loratool.files.digests import Digest, Listed, Tree, chunk_cuts, digest_of_part
 from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import field
-
-from loratool.data import dataclass
+from dataclasses import dataclass, field
 
 Effect = tuple[int, str]  # an update: the number of its adapter, and its target
 

@@ -7,11 +7,10 @@ edge between the two would leave a piece that is too small for the store, some n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.files.stand_ins import stand_in
 from loratool.merging.dealing import kind_of_work, own_name, part_size, place, tied_chunks

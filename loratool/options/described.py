@@ -16,12 +16,12 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import parse

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.devices import check_device
 from loratool.errors import UsageError
 from loratool.options.described import FLAG, Kind, Options, PathKind, option

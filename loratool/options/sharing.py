@@ -6,9 +6,9 @@ import heapq
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.options.described import Kind
 

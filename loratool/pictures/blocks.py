@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.pictures.drawing import Figure, safe, svg_in_page
 from loratool.results.text import figure
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from loratool.algebra.lowrank.relations import Relation
-from loratool.data import dataclass
 from loratool.pictures.blocks import Block, Column, Facts, Group, Table, Tiles
 from loratool.pictures.colours import SERIES
 from loratool.pictures.heat_map import Cell, HeatMap

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from loratool import __version__
-from loratool.data import dataclass
 from loratool.errors import escaped
 from loratool.pictures.colours import style_of_file
 from loratool.results.text import fitted

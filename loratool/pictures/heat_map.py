@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-from loratool.data import dataclass
 from loratool.pictures.colours import LEVELS
 from loratool.pictures.drawing import Drawing, Figure, legend, mark, safe, widest, width_of
 from loratool.results.text import figure, fitted

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from loratool.data import dataclass
 from loratool.grouping import by_key
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Column, Group, Table, Value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from loratool.data import dataclass
 from loratool.pictures.colours import SERIES
 from loratool.pictures.drawing import Drawing, Figure, mark, safe
 from loratool.results.text import figure, fitted

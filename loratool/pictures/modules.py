@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.grouping import by_key
 from loratool.layouts.diffusion.blocks import BASE
 from loratool.pictures.blocks import MOST_ROWS

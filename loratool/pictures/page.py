@@ -10,11 +10,11 @@ import dataclasses
 import html
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 
 from loratool import __version__
-from loratool.data import dataclass
 from loratool.errors import UsageError
 from loratool.pictures.blocks import Block, Group, Table
 from loratool.pictures.colours import style_of_page

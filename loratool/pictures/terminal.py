@@ -12,9 +12,9 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
-from loratool.data import dataclass
 from loratool.errors import escaped
 from loratool.pictures.bars import Bars
 from loratool.pictures.drawing import Figure

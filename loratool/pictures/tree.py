@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.data import dataclass
+from dataclasses import dataclass
+
 from loratool.pictures.drawing import Drawing, Figure, mark, safe, widest
 from loratool.pictures.lines import Axis
 from loratool.results.text import fitted

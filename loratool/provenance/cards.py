@@ -12,10 +12,10 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import escaped, printable
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.hub_names import with_owner

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import FUNCTION, Digest, digest_of_part, sha256_of
 from loratool.files.hub_cache import told_origin

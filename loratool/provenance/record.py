@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, record_for, walk
 from loratool.files.digests import (

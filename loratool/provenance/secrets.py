@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
-
-from loratool.data import dataclass
 
 OVERLAP = 8192  # bytes of a part of a file that are looked at with the next one; no shape is longer
 HOST = rb"[A-Za-z0-9.\[\]-]{1,255}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import HubError, UsageError, VerificationError, printable
 from loratool.fetching import answers
 from loratool.fetching.answers import RemoteFile, commit_of, wrong

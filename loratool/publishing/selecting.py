@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from loratool.adapters.formats import format_at, heads_at, is_adapter, read_adap
 from loratool.adapters.training_data import training_data_in
 from loratool.adapters.weight_files import WeightFile, fates
 from loratool.bases.opening import open_checkpoint
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.bases import named_base
 from loratool.files.checkpoint import (

@@ -14,13 +14,12 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import stored_tensors
-from loratool.data import dataclass
 from loratool.errors import HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import HubPath, local
 from loratool.fetching.bases import chosen_base

@@ -7,10 +7,10 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import as_typed
 from loratool.files.process import peak_memory
 from loratool.shown import Shown

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratool.algebra.lowrank.relations import Relation
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result

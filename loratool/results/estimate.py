@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Literal
 
-from loratool.data import dataclass
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.text import aligned, in_columns, size

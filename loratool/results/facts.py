@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from loratool.data import dataclass
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Result

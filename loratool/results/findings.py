@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from loratool.data import dataclass
 from loratool.errors import escaped, printable
 from loratool.results.text import fill
 

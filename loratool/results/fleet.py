@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from loratool.data import dataclass
 from loratool.grouping import by_key
 from loratool.results.base import Result
 from loratool.results.findings import Finding

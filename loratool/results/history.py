@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.errors import escaped
 
 SHORT_COMMIT = 7  # characters of a commit that are shown

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.results.base import Result
 from loratool.results.text import fill, memory, plural, shortened, size, wrapped
 

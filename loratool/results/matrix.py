@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.errors import escaped
 from loratool.results.text import COLUMNS, fitted, mean_of
 

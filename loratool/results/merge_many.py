@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
 
-from loratool.data import dataclass
 from loratool.errors import LoratoolError, printable
 from loratool.notes import Note
 from loratool.results.base import SCHEMA, Cost, Result, plain

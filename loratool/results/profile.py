@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.files.stopwatch import Spent
 from loratool.results.text import columns, size
 from loratool.shown import Shown

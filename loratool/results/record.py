@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.notes import Note
 from loratool.results.base import Result
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written

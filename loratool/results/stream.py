@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.data import dataclass
+from dataclasses import dataclass
+
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result

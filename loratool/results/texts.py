@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loratool.data import dataclass
+from dataclasses import dataclass
+
 from loratool.results.base import Result
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Cost

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from loratool.data import dataclass
 from loratool.errors import VerificationError, printable
 from loratool.notes import Note
 from loratool.results.base import Result

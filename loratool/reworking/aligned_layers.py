@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,6 @@ from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.methods.coefficients import cancel
-from loratool.data import dataclass
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch

@@ -7,12 +7,12 @@ models as diffusers names them, those of language models as most of them do (`q_
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratool.adapters.adapter import Flattened
 from loratool.adapters.formats import NAMED
 from loratool.adapters.layers import Contents, Kind
-from loratool.data import dataclass
 from loratool.errors import LoratoolError
 from loratool.files.checkpoint import Checkpoint
 from loratool.grouping import by_key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.blocks import BlockWeights
@@ -12,7 +13,6 @@ from loratool.adapters.writer import FactorOptions
 from loratool.algebra.methods.elementwise import Setting
 from loratool.algebra.methods.mixture import WEIGHTED_SUMS, Combination
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, PICO, RULES, SPACES
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, Choice, JsonFile, Kind, Number, option

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Kind
@@ -26,7 +26,6 @@ from loratool.algebra.lowrank.pairwise import (
 )
 from loratool.algebra.lowrank.products import Decomposition, Product, by_ranks, decompose
 from loratool.algebra.lowrank.relations import Relation, relate
-from loratool.data import dataclass
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import local
 from loratool.lazy import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.formats import DIALECTS, WRITTEN, format_of
@@ -12,7 +12,6 @@ from loratool.adapters.formats.format import Format, Spelling
 from loratool.adapters.layers import Contents, Form, Kind
 from loratool.adapters.writer import Carried, called
 from loratool.bases.opening import open_checkpoint
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint

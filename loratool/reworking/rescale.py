@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from loratool.adapters.writer import (
 )
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import padded, singular_values
-from loratool.data import dataclass
 from loratool.errors import BAKE, FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, Session, session

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapters.adapter import StoredTensor
@@ -37,7 +38,6 @@ from loratool.algebra.lowrank.products import (
     padded,
     singular_values,
 )
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.safefile import FLOAT_NAMES, read_safefile

@@ -10,7 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,6 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import Form
 from loratool.adapters.writer import Carried, Copied, FactorOptions, Output, Rounded, adapter_output
-from loratool.data import dataclass
 from loratool.files.outputs import MADE_HERE
 from loratool.measuring.session import PathLike, Progress, Session
 from loratool.notes import Note, as_records

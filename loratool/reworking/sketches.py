@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
@@ -15,7 +16,6 @@ from loratool.adapters.layers import Contents, Kind, Layer, contents_of
 from loratool.adapters.unsettled import settled
 from loratool.algebra.lowrank.products import ROUNDING
 from loratool.algebra.sketching import SHORT, Sketcher, folded, spread, squared_norm
-from loratool.data import dataclass
 from loratool.errors import InputError, Problem, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import read_recorded

@@ -13,11 +13,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, StoreError, UsageError, VerificationError, printable
 from loratool.files import stand_ins
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from loratool import __version__
-from loratool.data import dataclass
 from loratool.errors import LoratoolError, StoreError, UsageError, printable, without_tokens
 from loratool.lazy import installed
 from loratool.stores.names import StorePath

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.stores.client import HUB_GATEWAY, connection
 

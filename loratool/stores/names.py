@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable, without_credentials
 from loratool.files.hub_names import slashed
 

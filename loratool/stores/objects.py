@@ -6,10 +6,9 @@ import hashlib
 import mmap
 import re
 import threading
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.inputs import check_bound
 from loratool.files.safefile import Identity, Layout

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
-from loratool.data import dataclass
 from loratool.files.part_records import FilePart
 from loratool.stores.objects import StoredObject
 

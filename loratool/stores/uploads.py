@@ -7,9 +7,9 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import StoreError
 from loratool.stores.client import ConditionError, GoneError, PassingError, ask, connection, patiently
 from loratool.stores.names import StorePath

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.verifying.looking import SURE
 from loratool.verifying.updates import scaling_of
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed

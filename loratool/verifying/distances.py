@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import bits_of
-from loratool.data import dataclass
 from loratool.files.safefile import FLOAT_DIGITS, FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 from loratool.results.verify import TensorProof
 from loratool.verifying.causes import known_causes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update, Wrapped
 from loratool.algebra.updates.experts import ExpertLowRank
 from loratool.algebra.updates.residual import Residual
-from loratool.data import dataclass
 from loratool.layouts.fusions import FUSIONS, HEADS, KEY_HEADS
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -13,7 +14,6 @@ from loratool.adapters.adapter import load_update
 from loratool.algebra.rounding import round_once
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.bases.packed import Requantizable
-from loratool.data import dataclass
 from loratool.lazy import torch
 from loratool.verifying.explaining import (
     ELEMENTS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.bases.decoded import Decoded
@@ -13,7 +13,6 @@ from loratool.bases.packed import Requantizable
 from loratool.bases.tied_weights import Ties, find_ties
 from loratool.bases.trained_view import is_of_tokens
 from loratool.bases.weights import plain_of
-from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 

@@ -7,12 +7,11 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Held, Plain, Room
-from loratool.data import dataclass
 from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores

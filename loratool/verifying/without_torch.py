@@ -7,10 +7,10 @@ nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.weights import Plain
-from loratool.data import dataclass
 from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
 from loratool.merging.addends import GENEROUS, ROUNDOFF

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import Identity, Layout, SafeFile
 

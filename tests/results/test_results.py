@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from malformed import write_adapter, write_base
 
 import loratool
 from loratool import cli
-from loratool.data import dataclass
 from loratool.demo import demo
 from loratool.merging.options import PlanOptions
 from loratool.merging.planning import plan_merge

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.algebra.updates.additive import LowRank
-from loratool.data import dataclass
 from loratool.errors import BAKE, FitError, InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import sort_side_files
 from loratool.files.inputs import read_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
-from loratool.data import dataclass
 from loratool.errors import Problem, printable
 from loratool.files.gguf import GgufFile
 from loratool.files.hub_cache import name_of

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
@@ -24,7 +25,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace
-from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor

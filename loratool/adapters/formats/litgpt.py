@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.heads import HasNames
 

@@ -11,6 +11,7 @@ Facts: loralib 0.1.2, `layers.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.heads import HasNames
 from loratool.files.safefile import FLOAT_NAMES

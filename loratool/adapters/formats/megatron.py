@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.heads import HasNames
 from loratool.files.safefile import SafeFile

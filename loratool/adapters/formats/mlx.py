@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.data import dataclass
 from loratool.errors import BAKE, FitError, InputError, Problem, printable
 from loratool.files.checkpoint import NUMBERED
 from loratool.files.heads import HasNames

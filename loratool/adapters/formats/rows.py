@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.adapters.model_settings import Heads
-from loratool.data import dataclass
 from loratool.lazy import Tensor
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.algebra.updates import formulas
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.safefile import SafeFile, SafeFiles, Selection, read_safefile
 

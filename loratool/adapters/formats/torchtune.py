@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from loratool.adapters.unsettled import WAY_OUT, Unsettled
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.heads import HasNames
 from loratool.files.tensor_writer import TensorFile, Triple

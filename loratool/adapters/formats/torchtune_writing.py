@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,6 @@ from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_com
 from loratool.adapters.layers import Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
-from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from loratool.adapters.training import Training
 from loratool.adapters.unsettled import settled
 from loratool.adapters.weight_files import weight_files
 from loratool.algebra.updates.base import Update
-from loratool.data import dataclass
 from loratool.errors import InputError, Problem, printable
 from loratool.files.checkpoint import NUMBERED, sort_side_files
 from loratool.files.heads import HasNames

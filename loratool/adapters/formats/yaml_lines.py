@@ -7,10 +7,10 @@ all lines that belong to it: a setting that is not on a plain line counts as one
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.inputs import read_bounded
 

@@ -6,9 +6,9 @@ After "Accurate and Efficient Low-Rank Model Merging in Core Space" (arXiv:2509.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loratool.algebra.lowrank.products import Product, canonical, negligible
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

@@ -7,9 +7,9 @@ R: Σ cᵢ Lᵢ Rᵢᵀ = u diag(S) vᵀ, and then U S = Σ cᵢ upᵢ (Rᵢᵀ 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loratool.algebra.lowrank.products import Product, WithSingularValues, negligible, small_svd
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

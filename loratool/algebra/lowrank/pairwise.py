@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from loratool.algebra.lowrank.noise import is_noise
 from loratool.algebra.lowrank.products import Decomposition, Product, by_ranks, decompose, negligible
 from loratool.algebra.lowrank.relations import SAMPLES, sampled
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 EXACT = 256  # up to this R: in float64, and the leading directions of a sum among all directions

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 # Relative error of up @ down by the dtype its factors are stored in: of 16 bits as measured on trained adapters, of

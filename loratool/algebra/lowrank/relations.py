@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from loratool.algebra.lowrank.products import Decomposition, Product
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 SAMPLES = 2048  # entries of a weight that are looked at for signs

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from loratool.algebra.lowrank.joint import added, joint
 from loratool.algebra.lowrank.products import Product, by_ranks, negligible
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 EXACT = 400  # ranks together up to which the frame is exact

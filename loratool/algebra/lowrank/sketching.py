@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from loratool.algebra.lowrank.products import Decomposition
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

@@ -11,9 +11,8 @@ import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-
-from loratool.data import dataclass
 
 STEPS = 200  # of bisection
 CHEAPEST = 1e-12  # of the dearest price: below it, what is kept is rounding

@@ -6,10 +6,10 @@ A method goes through a stack once or more for what it must know of all entries,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from loratool.algebra.methods.chance import uniform
 from loratool.algebra.methods.stacks import Stack
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 Rule = Callable[[int, "Tensor"], "Tensor"]  # (first row, (n, rows, columns) tile) → (rows, columns)

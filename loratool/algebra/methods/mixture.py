@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratool.algebra.lowrank.core import Core, core_space
 from loratool.algebra.lowrank.joint import Joint, Spectrum, joint
@@ -24,7 +24,6 @@ from loratool.algebra.methods import coefficients, elementwise, factorwise, spec
 from loratool.algebra.methods.elementwise import Merged, Setting
 from loratool.algebra.methods.stacks import Formed, Held
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, PICO, SPECTRAL
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 SKETCH_STEPS = 2

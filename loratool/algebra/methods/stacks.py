@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 from loratool.algebra.lowrank.products import Product
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 CPU_TILE = 1 << 20  # entries of all matrices in a tile: near a core's cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratool.data import dataclass
+from dataclasses import dataclass
 
 GRAM, SPECTRAL, ELEMENTWISE, FACTORWISE = "gram", "spectral", "elementwise", "factorwise"
 SPACES = ("dense", "core", "knots")  # in which elementwise methods may work

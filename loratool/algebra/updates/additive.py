@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratool.algebra.updates.base import Product, Update
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from loratool.data import dataclass
 from loratool.lazy import Tensor
 
 ANY = -1  # a size that the weight decides

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.base import ANY, Product, Update, WeightRows
-from loratool.data import dataclass
 from loratool.lazy import Tensor
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import ANY, Product, Update
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

@@ -6,11 +6,10 @@ At another strength than 1 the result lies on the line from the weight through t
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.base import ANY, Update, WeightRows, Wrapped
 from loratool.algebra.updates.formulas import diagonal
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import ANY, Oriented, Sized, Update, WeightRows
 from loratool.algebra.updates.formulas import diagonal
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

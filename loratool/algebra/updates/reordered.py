@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from loratool.algebra.updates.base import Product, Update, WeightRows, Wrapped
-from loratool.data import dataclass
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratool.algebra.updates.base import ANY, Update
-from loratool.data import dataclass
 from loratool.lazy import Tensor
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import LowRank, stack
 from loratool.algebra.updates.base import Update, WeightRows, Wrapped
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 ROUNDOFF, GENEROUS = 2.0**-24, 64  # of float32; times what one decomposition loses for its backward error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import ANY, Oriented, Update, WeightRows
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

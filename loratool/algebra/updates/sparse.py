@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.base import ANY, Sized, Update, WeightRows
-from loratool.data import dataclass
 from loratool.errors import FitError
 from loratool.lazy import Tensor, torch
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.base import Sized, Update, WeightRows
 from loratool.algebra.updates.sparse import drawn
-from loratool.data import dataclass
 from loratool.lazy import Tensor, numpy as np, torch
 
 LARGEST_ORDER = 10  # of Daubechies' wavelets, as PEFT has them

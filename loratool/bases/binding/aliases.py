@@ -6,13 +6,13 @@ A name of the one layout may be some rows of a tensor, or the rows of several te
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.places import Match, Place, Rule
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.diffusion.components import OPTIONAL

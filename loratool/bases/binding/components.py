@@ -6,12 +6,11 @@ A pipeline has each in a folder, a single file has them under prefixes, and a fi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from loratool.adapters.adapter import Flattened
 from loratool.bases.binding.aliases import Aliases, Pieces, aliases_of, family_of
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.diffusion.components import (

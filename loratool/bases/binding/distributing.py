@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Flattened
 from loratool.bases.binding.components import Component
 from loratool.bases.binding.flattened import missing
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.layouts.diffusion.components import DENOISER, DIFFUSERS_WORDS, SECOND_DENOISERS, TEXT_WORDS
 

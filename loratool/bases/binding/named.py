@@ -6,7 +6,7 @@ Targets are bound in that view. What binding finds is then told in the names of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from loratool.adapters.gguf_names import in_model, order_of
@@ -14,7 +14,6 @@ from loratool.adapters.model_settings import Heads
 from loratool.algebra.updates.compound import images_in
 from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.bases.binding.places import ALL, Bound, Place
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.gguf import GgufFile

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from loratool.bases.binding.places import Step
-from loratool.data import dataclass
 from loratool.files.safefile import TensorInfo
 from loratool.grouping import by_key
 from loratool.layouts.architectures import (

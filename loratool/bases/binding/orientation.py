@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
@@ -17,7 +17,6 @@ from loratool.adapters.model_settings import model_types
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.places import Match
-from loratool.data import dataclass
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.architectures import CONV1D_CLASSES, CONV1D_MODULES, CONV1D_TYPES, LINEAR_TYPES
 from loratool.layouts.fusions import FLAGGED_EXPERTS, TWO_WAY_EXPERTS

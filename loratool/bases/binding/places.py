@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from loratool.algebra.updates.base import Update
-from loratool.data import dataclass
 from loratool.notes import Note
 
 ALL = slice(None)

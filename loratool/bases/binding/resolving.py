@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.names import Alias, Disk, Moves, by_template, components, unwrapped
 from loratool.bases.binding.places import Match, Place, Rule
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS

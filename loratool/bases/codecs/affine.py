@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs.byte_values import e4m3
 from loratool.bases.codecs.parts import TORCH_NAMES, read_parameters, read_range, wrong_scales
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 LIMITS = {"I8": (-128, 127), "F8_E4M3": (-448, 448), "F8_E5M2": (-57344, 57344)}  # of the values

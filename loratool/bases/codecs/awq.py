@@ -9,6 +9,7 @@ first, are those of output 8c + ORDER[n]. Zero points are stored as they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.patterns import search_names
@@ -21,7 +22,6 @@ from loratool.bases.codecs.mixed import note_unlisted
 from loratool.bases.codecs.parts import Finder, is_count, shown, told
 from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices, texts_in
 from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import NDArray, Tensor, numpy, torch
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
@@ -43,7 +43,6 @@ from loratool.bases.codecs.plain_modules import grown, last_name, matched_in_dif
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Memory, Plain, Room
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import json_object

@@ -18,6 +18,7 @@ W = (number − zero) · scale, of nvfp4 number · (scale / global scale), in fl
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.patterns import search_names
@@ -30,7 +31,6 @@ from loratool.bases.codecs.plain_modules import modules_of, texts_in
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources

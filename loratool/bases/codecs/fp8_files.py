@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.bases.codecs.fp8 import scale_names
@@ -27,7 +27,6 @@ from loratool.bases.codecs.parts import Finder, bytes_of, told
 from loratool.bases.codecs.scaled import Scaled, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, WithoutParameters, plain_dtype
 from loratool.bases.weights import Room, plain_of
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.inputs import json_object

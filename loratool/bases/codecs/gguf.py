@@ -7,13 +7,13 @@ without it, in `gguf_blocks`. Types for which it has no encoder are read only; t
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.codecs.gguf_blocks import DECODERS, decode_into, decoded
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, WithoutParameters
 from loratool.bases.weights import Memory, Plain, Room, plain_of
-from loratool.data import dataclass
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.gguf import GgufFile, bytes_of

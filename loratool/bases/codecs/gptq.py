@@ -20,6 +20,7 @@ Where no stored field is all ones, all of this is: stored + 1.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.bases.codecs import numpy_values
@@ -32,7 +33,6 @@ from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, in
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.lazy import NDArray, Tensor, numpy, torch

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.parts import held, integers_of, read_parameters, read_whole, wrong_scales
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import WIDENED, HeldPart, Memory, Room, widen
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
 from loratool.lazy import NDArray, Tensor, numpy, torch

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.bases.codecs.parts import (
@@ -32,7 +33,6 @@ from loratool.bases.codecs.parts import (
 from loratool.bases.codecs.plain_modules import fused_modules, last_name, modules_of
 from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources

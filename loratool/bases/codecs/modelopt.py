@@ -18,6 +18,7 @@ are packed along its rows. `X.pre_quant_scale` is for the layer's inputs, so it 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -30,7 +31,6 @@ from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, plain_of
-from loratool.data import dataclass
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo

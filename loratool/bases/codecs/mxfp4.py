@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.bases.codecs.byte_values import by_columns, by_rows, e8m0
@@ -25,7 +26,6 @@ from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import wrong
 from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES

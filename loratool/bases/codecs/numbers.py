@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from loratool.bases.codecs.bit_fields import unpacked
@@ -18,7 +19,6 @@ from loratool.bases.codecs.byte_values import (
     packed_fields,
     packed_nibbles,
 )
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

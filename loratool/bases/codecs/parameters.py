@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs.byte_values import e4m3, e8m0
 from loratool.bases.codecs.parts import TORCH_NAMES
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 POWERS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two

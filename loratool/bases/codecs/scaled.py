@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
@@ -22,7 +23,6 @@ from loratool.bases.codecs.parameters import POWERS, InMemory, OnDisk, Parameter
 from loratool.bases.codecs.parts import read_whole, wrong_scales
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import WIDENED, Memory, Room, widen
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.safefile import DTYPE_BITS
 from loratool.lazy import NDArray, Tensor, numpy, torch

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratool.bases.codecs.parts import held
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 

@@ -12,10 +12,10 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.options.described import amount
 from loratool.results.fleet import LISTED, OF_VALUES, FleetRow

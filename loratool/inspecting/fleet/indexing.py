@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.errors import InputError
 from loratool.files.names import at_home
 from loratool.inspecting.fleet.table import Fleet

@@ -6,14 +6,13 @@ import glob
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from loratool.adapters.formats import FORMATS, NAMED
 from loratool.adapters.formats.tensor_ranks import Rank
 from loratool.adapters.formats.trainer import MODEL_CONFIG
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
 from loratool.files.inputs import read_bounded

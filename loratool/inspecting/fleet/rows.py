@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_at, format_of, is_adapter, not_an_adapter
 from loratool.adapters.reading import Reading
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, LoratoolError, code_of, folded, printable
 from loratool.fetching import Located, headers, local, place_of
 from loratool.files.checkpoint import Checkpoint

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import Located, headers, local
 from loratool.inspecting.fleet.conditions import conditions, sorted_by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.weights import Plain
-from loratool.data import dataclass
 from loratool.errors import InputError, folded, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import numpy as np

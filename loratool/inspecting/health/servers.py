@@ -6,6 +6,7 @@ Such facts age. Each has in `FACTS` the release that it was seen in, and when; t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.results.findings import Finding

@@ -6,10 +6,9 @@ Depths and counts are those of the released models.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cache
 
-from loratool.data import dataclass
 from loratool.layouts.diffusion.flux import FLUX, HUNYUAN_VIDEO
 from loratool.layouts.diffusion.rows import Family, Row
 from loratool.layouts.diffusion.text_encoders import OPEN_CLIP, T5

@@ -11,8 +11,7 @@ block come between its two attentions up to diffusers 0.14, and after them since
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from loratool.data import dataclass
+from dataclasses import dataclass
 
 LEVELS, LAYERS = 4, 2  # of the U-Net; the innermost level has ResNets alone
 ATTENTION, GEGLU, RESNET, CLIP = frozenset({"CrossAttention", "Attention"}), "GEGLU", "ResnetBlock2D", "CLIPAttention"

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, difference, length, side_by_side, singular_values
 from loratool.algebra.lowrank.shared_bases import Fitter
 from loratool.algebra.lowrank.spending import Curve, spend
-from loratool.data import dataclass
 from loratool.errors import ANOTHER_OUT, FitError, InputError, UsageError, printable
 from loratool.fetching import local, place_of
 from loratool.files.checkpoint import PROVENANCE

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from loratool.adapters.writer import kept_dtype, versions
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, inner
 from loratool.algebra.lowrank.shared_bases import Fitter, frame, shared_bases
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import PROVENANCE

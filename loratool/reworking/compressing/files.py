@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.layers import Form, Kind
 from loratool.algebra.lowrank.products import Product, side_by_side
-from loratool.data import dataclass
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.containers import COMPRESSED, ENDING, SHARED
 from loratool.files.safefile import SafeFile, read_safefile

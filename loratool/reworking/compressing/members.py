@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
@@ -12,7 +13,6 @@ from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import Contents, Form
 from loratool.adapters.ranks import evened
 from loratool.adapters.writer import Carried, carried_over, dtype_name, files_beside
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.grouping import by_key

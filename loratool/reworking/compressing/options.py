@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratool.adapters.ranks import AMOUNT, Amount
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import FactorOptions
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.options.described import Number, PathKind, amount, option
 from loratool.options.shared import DeviceOption, PublishOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from loratool.adapters.layers import Contents, Kind
@@ -12,7 +12,6 @@ from loratool.algebra.lowrank.clusters import Clustering, affinity, clusterings
 from loratool.algebra.lowrank.products import Product, length, singular_values
 from loratool.algebra.lowrank.shared_bases import WIDEST, energies, frame
 from loratool.algebra.lowrank.spending import Choice, Curve, cost_of, spend, spend_least
-from loratool.data import dataclass
 from loratool.errors import UsageError
 from loratool.measuring.session import Session
 from loratool.reworking.aligned_layers import AlignedLayer

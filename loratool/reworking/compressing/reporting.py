@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.writer import factor_tensors
-from loratool.data import dataclass
 from loratool.files.containers import ENDING
 from loratool.lazy import Tensor
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals

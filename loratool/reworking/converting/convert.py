@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, negligible, padded, singular_values
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.opening import open_checkpoint
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.layouts.diffusion.known import ARCHITECTURES

@@ -8,7 +8,7 @@ module of known architectures in both layouts, so that names without dots are lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,6 @@ from loratool.adapters.formats import DIALECTS
 from loratool.adapters.formats.named.dialects import spelling_of
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.model_settings import model_types
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS

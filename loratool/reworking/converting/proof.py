@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Derived, StoredTensor, same_values, stored_tensors
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length, length_near
-from loratool.data import dataclass
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.reworking.converting import wholes

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.layers import Form, Kind, Layer
 from loratool.algebra.lowrank.products import Product, padded
-from loratool.data import dataclass
 from loratool.lazy import Tensor, torch
 
 SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a float32

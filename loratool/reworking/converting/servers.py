@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.model_settings import model_types
@@ -14,7 +15,6 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 
 WORDS: Mapping[type[Update], str] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,6 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.compound import Both
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.weights import Room, Stacked, StoredWeight
-from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from loratool.adapters.adapter import same_bytes
 from loratool.adapters.writer import torch_dtype
@@ -12,7 +12,6 @@ from loratool.algebra.lowrank.products import Decomposition, negligible
 from loratool.algebra.lowrank.sketching import Rows, sketch
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Plain, Room, StoredWeight
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from loratool.algebra.lowrank.products import Product, change as change_of, inne
 from loratool.bases.binding.orientation import module_of
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Slice
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint

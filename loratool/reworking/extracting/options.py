@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratool.adapters.writer import FactorOptions
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, NUMBER, Kind, Number, option
 from loratool.options.shared import DeviceOption, OrientationOption, PublishOptions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from loratool.adapters.adapter import StoredTensor
@@ -18,7 +18,6 @@ from loratool.bases.packed import Packed
 from loratool.bases.renamed import Renamed, weight_of
 from loratool.bases.tied_weights import find_ties, language_parts
 from loratool.bases.weights import Plain, StoredWeight
-from loratool.data import dataclass
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES

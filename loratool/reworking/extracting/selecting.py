@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from loratool.adapters.patterns import search_names
-from loratool.data import dataclass
 from loratool.errors import UsageError, printable
 from loratool.templates import first_few
 

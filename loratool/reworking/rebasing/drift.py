@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_update
 from loratool.algebra.lowrank.products import Product, decompose
 from loratool.bases.decoded import weight_of
 from loratool.bases.weights import Held, Room
-from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
 from loratool.lazy import Tensor, torch
 from loratool.measuring.delta_statistics import blocks, low_rank, rows_at

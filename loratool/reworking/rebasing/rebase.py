@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from loratool.adapters.writer import check_adapter_target, copied_output, scaled
 from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.binding import Place
 from loratool.bases.opening import open_checkpoint
-from loratool.data import dataclass
 from loratool.errors import BAKE, FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint

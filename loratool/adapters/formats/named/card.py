@@ -6,9 +6,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from loratool.adapters.training import Training
-from loratool.data import dataclass
 from loratool.errors import printable
 from loratool.files.hub_cache import is_hub_id
 from loratool.provenance.cards import Subject

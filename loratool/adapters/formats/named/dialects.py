@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from loratool.adapters.adapter import Flattened
-from loratool.data import dataclass
 from loratool.notes import Note
 
 # (what matched, the rest of the module) → the modules of the trained model; its rows are theirs, in equal shares

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from loratool.data import dataclass
 from loratool.errors import Problem, printable
 from loratool.files.inputs import json_object
 from loratool.files.safefile import SafeFile

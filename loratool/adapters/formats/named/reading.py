@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,7 +22,6 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.formulas import part_of_rows
 from loratool.algebra.updates.replacing import Replace
-from loratool.data import dataclass
 from loratool.errors import Problem, printable
 from loratool.files.containers import taken_apart
 from loratool.files.open_sources import OpenSources

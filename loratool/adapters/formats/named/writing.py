@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
@@ -24,7 +24,6 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.replacing import Replace
-from loratool.data import dataclass
 from loratool.errors import FitError, printable
 from loratool.files.outputs import MADE_HERE
 from loratool.files.tensor_writer import OF_DATA

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,6 @@ from loratool.adapters.reading import AS_STORED, Reading
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.data import dataclass
 from loratool.errors import Problem, printable
 from loratool.files.safefile import FLOAT_NAMES, SafeFile
 from loratool.notes import Note

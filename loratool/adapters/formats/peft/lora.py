@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.formats.peft import parameters, shared, stacked, support
@@ -18,7 +18,6 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.residual import Residual
-from loratool.data import dataclass
 from loratool.errors import Problem, printable
 from loratool.notes import Note
 

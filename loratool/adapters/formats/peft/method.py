@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratool.adapters.formats.peft.draft import Draft, Module
 from loratool.adapters.formats.peft.scaling import Scaling
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
-from loratool.data import dataclass
 
 Updates = Mapping[str, "Update"]
 Reader = Callable[[Module], Updates]

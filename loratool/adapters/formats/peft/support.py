@@ -7,8 +7,8 @@ lists. `test` names the test that compares a merge with PEFT's, or that sees the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from loratool.data import dataclass
 from loratool.errors import printable
 
 

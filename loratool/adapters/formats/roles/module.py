@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, StoredTensor
 from loratool.adapters.formats.roles.names import ALPHA, canonical
 from loratool.algebra.updates.base import Update
-from loratool.data import dataclass
 from loratool.errors import Problem, printable
 from loratool.files.open_sources import OpenSources
 from loratool.notes import Note

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-
-from loratool.data import dataclass
 
 DOWN, UP, MID, UP_BIAS = "lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_up.bias"
 ALPHA = "alpha"

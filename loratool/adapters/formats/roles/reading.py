@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.adapters.formats.roles import lycoris, names
@@ -16,7 +16,6 @@ from loratool.algebra.updates.compound import Both
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.replacing import Replace
 from loratool.algebra.updates.sparse import Scatter
-from loratool.data import dataclass
 from loratool.files.open_sources import OpenSources
 
 
