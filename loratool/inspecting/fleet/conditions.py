@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,8 +21,20 @@ from loratool.errors import UsageError, printable
 from loratool.options.described import amount
 from loratool.results.fleet import LISTED, OF_VALUES, FleetRow
 
-NUMBERS = frozenset({"rank", "alpha", "scale", "modules", "parameters", "bytes", "norm"})
-DATE = re.compile(r"\d{4}(?:-\d{2}(?:-\d{2}(?:T[\d:]{2,8}Z?)?)?)?")  # a year, a month, a day, or a time
+COUNTS = {  # field → what it is, with values that it has
+    "rank": "a whole number, such as 16",
+    "modules": "a whole number, such as 224",
+    "parameters": "a whole number, such as 50000 or 1.5M",
+    "bytes": "a size, such as 500kB or 100MB",
+}
+NUMBERS = {
+    **COUNTS,
+    "alpha": "a number, such as 16 or 0.5",
+    "scale": "a number, such as 2 or 0.5",
+    "norm": "a number of 0 or more, such as 2.5",
+}
+DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d)?)?Z?)?)?)?", re.ASCII)  # a year, a month, a day, or a time
+FIRST = "0001-01-01T00:00:00"  # what a date that ends early goes on with
 ORDERED: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -93,37 +106,52 @@ def not_understood(text: str, at: int, why: str) -> UsageError:
 
 
 def condition(field: str, comparison: str, value: str, with_values: bool) -> Condition:
-    """One condition, its value as the field has it."""
+    """One condition, its value as the field has it. Raises `UsageError` where the field never has such a value."""
     name = field_named(field, "--where", with_values)
+    shown = f"--where {name}{comparison}{printable(value)}"
     if name in NUMBERS:
-        number = amount(value) if comparison not in CONTAINS else None
-        if number is None and comparison not in CONTAINS:
-            number = plain_number(value)
-        if number is None:
-            raise UsageError(
-                f"--where {name}{comparison}{printable(value)}: {name} is a number; compare it with <, <=, =, !=, >= or > "
-                "and a number such as 16, 0.5 or 100MB"
-            )
-        return Condition(name, comparison, number[0])
+        number = number_of(name, value)
+        if number is None or comparison in CONTAINS:
+            raise UsageError(f"{shown}: {name} is {NUMBERS[name]}; compare it with <, <=, =, !=, >= or >")
+        return Condition(name, comparison, number)
     if name == "date":
-        if comparison in CONTAINS or not DATE.fullmatch(value):
+        if comparison in CONTAINS or not is_date(value):
             raise UsageError(
-                f"--where {name}{comparison}{printable(value)}: write a date like 2026, 2026-03, 2026-03-31 or "
-                "2026-03-31T12:00, and compare it with <, <=, =, !=, >= or >"
+                f"{shown}: write a date like 2026, 2026-03, 2026-03-31 or 2026-03-31T12:00, in UTC, and compare it with "
+                "<, <=, =, !=, >= or >"
             )
-    elif comparison in ("<", "<=", ">", ">="):
-        raise UsageError(
-            f"--where {name}{comparison}{printable(value)}: {name} is text; compare it with =, !=, ~ (contains) or !~"
-        )
+        return Condition(name, comparison, value.removesuffix("Z"))  # rows are in UTC, and are cut to what is asked for
+    if comparison in ("<", "<=", ">", ">="):
+        raise UsageError(f"{shown}: {name} is text; compare it with =, !=, ~ (contains) or !~")
     return Condition(name, comparison, value)
 
 
-def plain_number(value: str) -> tuple[float, bool] | None:
-    try:
-        number = float(value)
-    except ValueError:
+def number_of(name: str, value: str) -> float | None:
+    """The number that a value of a field is; None for what the field cannot be, such as half a rank."""
+    if found := amount(value):
+        number, counts_bytes = found
+        if counts_bytes and name != "bytes":
+            return None
+        if name in COUNTS and value[-1].isalpha():
+            number = round(number)  # 0.57k is 570, which a product of floats misses
+    else:
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+    if not math.isfinite(number) or (name in COUNTS and number != int(number)):
         return None
-    return (number, False) if math.isfinite(number) else None
+    return None if number < 0 and name not in ("alpha", "scale") else number
+
+
+def is_date(value: str) -> bool:
+    """Whether the calendar has a date that is written like that."""
+    stamp = value.removesuffix("Z")
+    try:
+        datetime.fromisoformat(stamp + FIRST[len(stamp) :])
+    except ValueError:
+        return False
+    return DATE.fullmatch(value) is not None
 
 
 def field_named(word: str, flag: str, with_values: bool) -> str:
