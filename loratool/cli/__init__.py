@@ -25,7 +25,7 @@ from loratool.errors import (
     without_credentials,
     without_tokens,
 )
-from loratool.files.process import on_stop, prepare_streams, silence_stdout, without_collections
+from loratool.files.process import is_unread, on_stop, prepare_streams, silence_stdout, without_collections
 from loratool.files.system import lacking
 
 ESTIMATED = {"--rank": "8", "--target": "all-linear"}  # what `estimate` needs, with values to begin with
@@ -88,8 +88,18 @@ def near_command(word: str) -> str:
     return next(iter(get_close_matches(word, COMMANDS, 1)), "")
 
 
+class KeptError(Exception):
+    """Carries an error past Click, as its cause. Click ends the process for a pipe that broke, whichever it was."""
+
+
 class Commands(click.Group):
     """The commands, each imported when it is asked for: help and completion wait for none of them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OSError, EOFError, SystemExit) as error:
+            raise KeptError from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -208,33 +218,39 @@ def run_command(arguments: list[str], verbose: bool) -> int:
         again = "run the same command again to continue" if goes_on else "nothing was written"
         complain(f"Interrupted; {cause.args[0] if cause.args else again}.")
         return 143 if isinstance(cause, Terminated) else 130
-    except (BrokenPipeError, SystemExit):  # Click turns a broken pipe into an exit of its own
+    except SystemExit:  # which Click makes of a broken pipe while it reads the words: only help is written then
         silence_stdout()
         return 141
-    except OSError as error:
+    except Exception as error:
+        return unexpected(arguments, error.__cause__ or error if isinstance(error, KeptError) else error, verbose)
+
+
+def unexpected(arguments: list[str], error: BaseException, verbose: bool) -> int:
+    """The exit code of an error that is not loratool's own; only one whom nobody could read is not said."""
+    if isinstance(error, BrokenPipeError) and is_unread():
+        silence_stdout()
+        return 141
+    if isinstance(error, OSError):
         where = f"{printable(error.filename)}: " if error.filename else ""
         sentence = f"{where}{error.strerror or without_tokens(str(error))}"
         code = failed(arguments, StorageError(sentence, hint=same_command(arguments)))
         silence_stdout()  # which may be what is full
         return code
-    except MemoryError:
+    if isinstance(error, MemoryError):
         sentence = "out of memory; lower --max-memory or --workers to make a merge use less"
-        return failed(
-            arguments,
-            StorageError(sentence, hint="--max-memory 2GB" if arguments[:1] == ["merge"] else same_command(arguments)),
-        )
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; its text says which one
-            what = printable(". ".join(str(error).split(". ")[:3]))
-            sentence = f"{what}; close other programs that use it, or pass --device cpu"
-            return failed(arguments, StorageError(sentence, hint="--device cpu"))
-        if verbose:
-            import traceback
+        hint = "--max-memory 2GB" if arguments[:1] == ["merge"] else same_command(arguments)
+        return failed(arguments, StorageError(sentence, hint=hint))
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; its text says which one
+        what = printable(". ".join(str(error).split(". ")[:3]))
+        sentence = f"{what}; close other programs that use it, or pass --device cpu"
+        return failed(arguments, StorageError(sentence, hint="--device cpu"))
+    if verbose:
+        import traceback
 
-            complain(without_tokens(traceback.format_exc()))
-        sentence = f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}"
-        way = "" if verbose else "-v"
-        return failed(arguments, LoratoolError(f"{sentence}; please report it with the traceback", hint=way))
+        complain(without_tokens("".join(traceback.format_exception(type(error), error, error.__traceback__))))
+    sentence = f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}"
+    way = "" if verbose else "-v"
+    return failed(arguments, LoratoolError(f"{sentence}; please report it with the traceback", hint=way))
 
 
 def same_command(arguments: list[str]) -> str:

@@ -94,17 +94,18 @@ def inspect_shared(paths: Sequence[Path], options: InspectWords, screen: Screen,
     screen.show({"results": [facts]}, str(facts))
     pictures.write([facts])
     if code := exit_code_of(facts):
-        if screen.quiet and not screen.as_json:
-            tell_problems(paths[0], facts)
+        tell_problems(paths[0], facts, screen)
         raise click.exceptions.Exit(code)
 
 
-def tell_problems(path: Path, facts: OneFacts) -> None:
-    """Say on stderr why a quiet check fails: an exit code alone says nothing of what was found."""
+def tell_problems(path: Path, facts: OneFacts, screen: Screen) -> None:
+    """Say on stderr why a check fails; where the report is not shown, also what shows it."""
     problems = [finding.message for finding in facts.findings or () if finding.level == "problem"]
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-    again = shell_line(["loratool", "inspect", escaped(str(path)), "--check"])
-    click.echo(f"Error: {printable(path)}: {problems[0]}{more}\nhint: {again}", err=True)
+    whose = "" if problems[0].startswith(printable(path)) else f"{printable(path)}: "
+    click.echo(f"Error: {whose}{problems[0]}{more}", err=True)
+    if screen.quiet and not screen.as_json:
+        click.echo(f"hint: {shell_line(['loratool', 'inspect', escaped(str(path)), '--check'])}", err=True)
 
 
 def named_in(file: Path) -> list[Path]:
@@ -188,8 +189,8 @@ def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen,
     told = [each for each in facts if options.check or not isinstance(each, UnreadableFacts)]
     screen.show({"results": facts}, "\n\n".join(map(str, told)))
     pictures.write(facts)
-    for number in checked if screen.quiet and not screen.as_json else ():
-        tell_problems(paths[number], facts[number])
+    for number in checked:
+        tell_problems(paths[number], facts[number], screen)
     return min((code for code in codes if code), default=0)
 
 

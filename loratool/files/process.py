@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import gc
 import os
+import select
 import signal
 import sys
 import time
@@ -175,6 +176,17 @@ def without_collections() -> Iterator[None]:
             gc.unfreeze()  # which makes all of them old, in no time
         if collecting:
             gc.enable()
+
+
+def is_unread() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more; True where the system does not tell."""
+    try:
+        poll = select.poll()
+        for descriptor in (1, 2):
+            poll.register(descriptor, 0)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError):  # Windows
+        return True
 
 
 def silence_stdout() -> None:

@@ -391,7 +391,9 @@ def test_what_cannot_be_opened_is_a_finding_and_the_other_paths_are_told_all_the
     spoil(broken)
     assert cli.run(["inspect", str(broken), str(sound), "--check", "--json"]) == 3
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert shown.err.startswith(f"Error: {broken}")
+    assert shown.err.count(f"{broken}:") <= 1
+    assert UNREADABLE[spoil] in shown.err
     first, second = json.loads(shown.out)["results"]
     assert (first["kind"], second["kind"]) == ("unreadable", "adapter")
     assert UNREADABLE[spoil] in first["findings"][0]["message"]
