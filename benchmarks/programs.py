@@ -94,17 +94,25 @@ def altered(*words: str) -> None:
 def in_parts(devices: str, *command: str) -> None:
     """A merge by one process for each device, all at the same time, and `--finish` after them.
 
-    Prints a report whose seconds are those of the worker that took longest, each without its start-up.
+    Prints a report whose seconds are those of the worker that took longest, each without its start-up, and whose profile
+    has the threads of all of them.
     """
     names = devices.split(",")
     words = [sys.executable, "-m", "loratool", *command, "--json", "-q"]
     shares = [[*words, "--device", name, "--part", f"{number}/{len(names)}"] for number, name in enumerate(names, 1)]
-    workers = [json.loads(said)["cost"] for said in at_once(shares)]
+    reports = [json.loads(said) for said in at_once(shares)]
     (last,) = (json.loads(said)["cost"] for said in at_once([[*words, "--finish"]]))
+    workers = [each["cost"] for each in reports]
     seconds = max(each["seconds"] - each["startup_seconds"] for each in workers)
     memory = sum(each["peak_memory"] for each in workers)
     cost = {"seconds": seconds, "startup_seconds": 0.0, "finish_seconds": last["seconds"], "peak_memory": memory}
-    print(json.dumps({"cost": cost}))
+    threads = {
+        f"process {number}, {name}": stages
+        for number, each in enumerate(reports, 1)
+        for name, stages in each["profile"]["threads"].items()
+    }
+    count = sum(each["workers"] for each in reports)
+    print(json.dumps({"cost": cost, "workers": count, "profile": {"threads": threads}}))
 
 
 def at_once(commands: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -81,7 +81,7 @@ class OpenFile:
         self.opened = self.direct = open_direct(path, descriptor, size, start) if size >= PAGE else None
         self.clones = True  # until the file system has refused to
         self.cached = 0  # bytes that went into the page cache; about right is enough
-        self.turns = threading.Semaphore(WRITERS) if self.in_memory else nullcontext()
+        self.turns: AbstractContextManager[object] = threading.Semaphore(WRITERS) if self.in_memory else nullcontext()
         self.written = Arrived(stop)
 
     def part(self, at: int, count: int) -> LocalPart:

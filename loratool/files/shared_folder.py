@@ -18,7 +18,7 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,7 @@ class SharedFolder:
         self.out, self.home, self.journal = out, stage_of(out), journal
         self.parts, self.layouts, self.replaced, self.single = parts, layouts, replaced, single
         self.memory = Memory()
+        self.turns: dict[str, AbstractContextManager[object]] = {}  # file → what writers of its parts take turns by
         self.presence: Presence | None = None  # of this process, where it works
         self.owner = -1  # the user to whom files that are made here belong
         self.check_alone: Callable[[], None] = lambda: None  # raises where another process finishes the output, too
@@ -393,6 +394,7 @@ class PartFile(OpenFile):
         if os.fstat(descriptor).st_size != layout.size:
             os.truncate(descriptor, layout.size)
         super().__init__(path, descriptor, part.start, part.size, stop, store.memory)
+        self.turns = store.turns.setdefault(part.file, self.turns)  # those of the whole file
         if part.start == 0:
             try:
                 self.write_cached(memoryview(layout.header), 0)

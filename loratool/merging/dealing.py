@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from loratool.files.part_records import FilePart
+from loratool.grouping import by_key
 from loratool.merging.resources import itemsize_of, sums_products
 from loratool.merging.tasks import Chunk, chunks_of
 from loratool.options import sharing
@@ -123,6 +125,15 @@ def deal(parts: Sequence[FilePart], count: int) -> list[list[FilePart]]:
 def share_of(parts: Sequence[FilePart], share: Share) -> list[FilePart]:
     """What one worker does."""
     return deal(parts, share.count)[share.index - 1]
+
+
+def across_files(parts: Sequence[FilePart]) -> list[FilePart]:
+    """The same parts, those of each file in their order, with neighbours in different files as far as possible.
+
+    Parts are made some at a time, and a kernel lets one writer into a file at a time.
+    """
+    files = by_key((part.file, part) for part in parts).values()
+    return [part for some in zip_longest(*files) for part in some if part is not None]
 
 
 def plan_of(plan: MergePlan, parts: Sequence[FilePart]) -> MergePlan:

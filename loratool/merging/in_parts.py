@@ -27,7 +27,7 @@ from loratool.files.part_records import FilePart, PartRecord, PublishedError, Sh
 from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage
-from loratool.merging.dealing import plan_of, share_of
+from loratool.merging.dealing import across_files, plan_of, share_of
 from loratool.merging.merge import (
     NOTHING,
     Making,
@@ -196,7 +196,7 @@ def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: F
         notes = tuple(plan.check_packed(plan.spans))
         computed = output.make_alone(todo)
         destination = PartDestination(output, {part.name: part for part in computed})
-        job = Job(plan_of(merge.plan, computed), destination, apart=True)
+        job = Job(plan_of(merge.plan, across_files(computed)), destination, apart=True)
         engine = yield job
         if job.failure is not None:
             raise job.failure

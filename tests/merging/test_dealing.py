@@ -52,6 +52,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dealing, "SMALLEST", 3 << 10)
 
 
+def test_parts_that_follow_each_other_are_in_different_files(planned: Planned, small: None) -> None:
+    """A kernel lets one writer into a file at a time, so those of several workers should not meet there."""
+    parts = dealing.parts_of(planned())
+    found = dealing.across_files(parts)
+    assert sorted(found, key=lambda part: part.name) == sorted(parts, key=lambda part: part.name)
+    for file in {part.file for part in parts}:
+        assert [part for part in found if part.file == file] == [part for part in parts if part.file == file]
+    shortest = min(sum(part.file == file for part in parts) for file in {part.file for part in parts})
+    assert all(one.file != other.file for one, other in pairwise(found[: 2 * shortest]))
+
+
 def test_parts_are_every_byte_of_every_file_once(planned: Planned, small: None) -> None:
     """The first part of a file begins with its header, each next one where the last ended, and the last one with the file."""
     plan = planned()

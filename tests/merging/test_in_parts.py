@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +23,7 @@ from workbench import snapshot
 import loratool
 from loratool.cli import run
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError
-from loratool.files import digests, presence, sink, staging
+from loratool.files import digests, presence, safefile, shard_writer, sink, staging
 from loratool.files.digests import Listed
 from loratool.files.journal import Journal
 from loratool.files.part_records import PartRecord
@@ -100,6 +102,29 @@ def record_of(merge: Merge, name: str) -> Path:
 
 
 # ---------------------------------------------------------------- the same bytes
+
+
+def test_parts_of_one_file_in_memory_have_few_writers_together(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel lets one into such a file at a time, and others spin."""
+    write, lock, writing, most = safefile.write_fully, threading.Lock(), Counter[int](), Counter[int]()
+
+    def watched(descriptor: int, memory: memoryview, at: int) -> None:
+        file = os.fstat(descriptor).st_ino
+        with lock:
+            writing[file] += 1
+            most[file] = max(most[file], writing[file])
+        time.sleep(0.002)
+        write(descriptor, memory, at)
+        with lock:
+            writing[file] -= 1
+
+    monkeypatch.setattr(shard_writer, "is_in_memory", lambda _descriptor: True)
+    monkeypatch.setattr(shard_writer, "write_fully", watched)
+    merge.part("1/1", workers=8)
+    assert len(most) == SHARDS
+    assert max(most.values()) <= shard_writer.WRITERS
+    merge.finish()
+    merge.check()
 
 
 @pytest.mark.parametrize("count", COUNTS)
