@@ -322,11 +322,13 @@ def test_numbers_in_the_text_are_the_code_s() -> None:
     text = " ".join((ROOT / "docs" / "merging.md").read_text(encoding="utf-8").split())
     small, large = resources.CPU_BLOCK >> 20, resources.LARGE_BLOCK >> 20
     assert f"{small} MiB of weight on a CPU, {large} MiB with more than {resources.FEW_WORKERS} workers" in text
-    assert f"{small * resources.NUMPY_BLOCKS} MiB where numpy computes with fewer, " in text
+    assert f"{small * resources.NUMPY_BLOCKS} MiB where numpy computes, " in text
     assert f"and {round(resources.CUDA_BLOCK / (1 << 20))} MiB on a GPU" in text
     assert f"{sink.COPY_PIECE >> 20} MiB for copies" in text
     more = ("no", "one", "two", "three")[resources.WAITING_WORKERS]
     assert f"{more} more workers than cores, at most {resources.MOST_WORKERS}," in text
+    assert f"at most {resources.NUMPY_WORKERS} where numpy computes" in text
+    assert f"lower than what {resources.NUMPY_WORKERS} workers would take with torch" in text
     assert f"one per core, at most {resources.GPU_WORKERS} per GPU" in text
     text = " ".join((ROOT / "docs" / "in-memory.md").read_text(encoding="utf-8").split())
     sizes = resources.CPU_BLOCK >> 20, round(resources.CUDA_BLOCK / (1 << 20))

@@ -141,7 +141,7 @@ class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
     workers: int | str | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 16; on GPUs one per core, at most 16 for each]; for merge also ray or ray://HOST:PORT, the tasks of a Ray cluster.",
+        help="Number of worker threads [default: the number of cores plus two, at most 16, or 6 where numpy computes; on GPUs one per core, at most 16 for each]; for merge also ray or ray://HOST:PORT, the tasks of a Ray cluster.",
         kind=Workers(whole=True, low=1, high=1024),
         recorded=False,
     )

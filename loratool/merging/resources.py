@@ -37,7 +37,8 @@ ROUNDED_BY_NUMPY = ("nearest", "compensated")
 CPU_BLOCK = 3 << 20  # bytes of weight: near a core's cache
 NUMPY_BLOCKS = 4  # of those at a time where numpy computes, whose tiles are smaller: a block costs calls and a write
 FEW_WORKERS = 4  # more of them take
-FEW_ELEMENTS = 1 << 28  # which numpy has computed by the time that torch is imported
+FEW_ELEMENTS = 3 << 29  # which numpy has computed by the time that torch is imported and has computed them
+NUMPY_WORKERS = 6  # more of them wait for the interpreter's lock, whatever the number of cores
 LARGE_BLOCK = 6 << 20  # bytes, so that they wait less for the interpreter's lock
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (16 << 20) - 2 * PAGE
@@ -95,14 +96,15 @@ def needs_torch(spans: Sequence[Span], device: str, simple: bool, max_memory: in
 def by_numpy(spans: Sequence[Span], device: str, max_memory: int | None = None) -> bool:
     """Whether numpy computes some spans: it can, and is not slower by what its threads wait for each other.
 
-    It does in any case where a limit would leave torch fewer threads or smaller blocks.
+    It does in any case where a limit would leave torch fewer threads than numpy has use for.
     """
     if not means_cpu(device) or not all(map(suits, spans)):
         return False
     workers = most_workers()
     few = workers <= FEW_WORKERS or sum(span.placed.elements for span in spans) <= FEW_ELEMENTS
+    useful = min(workers, NUMPY_WORKERS)
     return few or (
-        max_memory is not None and max_memory < runtime_memory() + work_memory(spans, workers, LARGE_BLOCK, False)
+        max_memory is not None and max_memory < runtime_memory() + work_memory(spans, useful, LARGE_BLOCK, False)
     )
 
 
@@ -123,9 +125,13 @@ def choose_resources(
     """
     used = max(used, NUMPY_MEMORY)  # which may not have been imported so far
     on_gpu = kind_of(devices) == "cuda"
-    chosen = workers or (min(cores(), GPU_WORKERS * len(devices)) if on_gpu else most_workers())
-    few = CPU_BLOCK if has_torch else NUMPY_BLOCKS * CPU_BLOCK
-    block = CUDA_BLOCK if on_gpu else few if chosen <= FEW_WORKERS else LARGE_BLOCK
+    if on_gpu:
+        chosen, block = workers or min(cores(), GPU_WORKERS * len(devices)), CUDA_BLOCK
+    elif has_torch:
+        chosen = workers or most_workers()
+        block = CPU_BLOCK if chosen <= FEW_WORKERS else LARGE_BLOCK
+    else:
+        chosen, block = workers or min(most_workers(), NUMPY_WORKERS), NUMPY_BLOCKS * CPU_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
     while (needed := used + work_memory(spans, chosen, block, on_gpu, more, has_torch)) > max_memory:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import loratool
 from loratool.bases.weights import widen
-from loratool.devices import resident_memory
+from loratool.devices import resident_memory, runtime_memory
 from loratool.errors import FitError
 from loratool.merging import numpy_sums, resources, without_torch
 from loratool.merging.numpy_rounding import RESULTS
@@ -235,6 +235,27 @@ def test_many_cores_compute_by_numpy_where_a_limit_leaves_little_for_torch(
     assert not resources.by_numpy(spans, "cpu")
     assert not resources.by_numpy(spans, "cpu", 8 << 30)
     assert resources.by_numpy(spans, "cpu", 200 << 20)
+    few = runtime_memory() + resources.work_memory(spans, resources.NUMPY_WORKERS, resources.LARGE_BLOCK, False)
+    assert resources.by_numpy(spans, "cpu", few - 1)
+    assert not resources.by_numpy(spans, "cpu", few)
+
+
+def test_numpy_has_few_workers_on_many_cores_unless_more_are_asked_for(
+    of: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = loratool.plan(of.base, of.adapter).spans
+    monkeypatch.setattr(resources, "cores", lambda: 64)
+    found = {
+        (workers, has_torch): resources.choose_resources(spans, ("cpu",), workers, None, 0, has_torch=has_torch).workers
+        for workers in (None, 20)
+        for has_torch in (False, True)
+    }
+    assert found == {
+        (None, False): resources.NUMPY_WORKERS,
+        (None, True): resources.MOST_WORKERS,
+        (20, False): 20,
+        (20, True): 20,
+    }
 
 
 @pytest.mark.parametrize("into", [torch.bfloat16, torch.float32], ids=str)
