@@ -58,7 +58,8 @@ class MergeWords(MergeAndPushOptions):
     )
     dry_run: bool = option(help="Print the plan; write nothing.", default=False, kind=FLAG)
     abort: bool = option(
-        help="Remove what an unfinished merge in parts, or into a store, left of OUT, and nothing else; no BASE is needed.",
+        help="Remove what an unfinished merge in parts, or any unfinished output in a store, left of OUT, and nothing else; "
+        "no BASE is needed.",
         default=False,
         kind=FLAG,
     )

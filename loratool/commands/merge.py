@@ -89,16 +89,16 @@ def merge(
 
 
 def abort_merge(out: PathLike) -> AbortReport:
-    """Remove what an unfinished merge left in a store, or one in parts of a local output.
+    """Remove what an unfinished output of any command left in a store, or a merge in parts of a local output.
 
     In a store those are its uploads, the files that it has given names already, and what it keeps below `.loratool/`;
-    nothing else is touched. Of a merge that is complete only the last of these goes. Locally it is `OUT.partial`.
+    nothing else is touched. Of an output that is complete only the last of these goes. Locally it is `OUT.partial`.
 
     Args:
-        out: the output as it was given to `merge`.
+        out: the output as it was given to the command.
 
     Raises:
-        UsageError: there is no unfinished merge, or workers are running.
+        UsageError: there is no unfinished output, or workers are running.
         StorageError: `OUT.partial` contains files that loratool did not write.
         StoreError: the store refuses, or is out of reach.
     """

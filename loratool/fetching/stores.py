@@ -24,7 +24,8 @@ from loratool.files.gguf import gguf_layout
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.files.safefile import PREFIX, header_length
 from loratool.files.system import free_space, shell_word
-from loratool.stores.begun import BEGIN
+from loratool.stores import uploads
+from loratool.stores.begun import BEGIN, Begun
 from loratool.stores.client import connection
 from loratool.stores.names import FOLDER, StorePath
 from loratool.stores.objects import StoredObject, listed, whole
@@ -157,12 +158,13 @@ def look_up(place: StorePath) -> tuple[StorePath, str, dict[str, StoredObject]]:
 def plain(objects: Mapping[str, StoredObject]) -> dict[str, StoredObject]:
     """The objects whose names can be those of files in a folder; a name that is a folder's too is none of a file.
 
-    Raises `InputError` where they are what an unfinished merge has left.
+    Raises `InputError` where they are what an unfinished output has left.
     """
     if f"{FOLDER}/{BEGIN}" in objects and PROVENANCE not in objects:
-        at = objects[f"{FOLDER}/{BEGIN}"].place.parent.parent
+        home = objects[f"{FOLDER}/{BEGIN}"].place.parent
+        at, begun = home.parent, Begun.of_bytes(uploads.get(home / BEGIN) or b"")
         raise InputError(
-            f"{at}: contains an unfinished merge; run the same command again to finish it, or "
+            f"{at}: contains an unfinished {begun.command if begun else 'output'}; run the same command again to finish it, or "
             f"`loratool merge -o {shell_word(str(at))} --abort` to remove it"
         )
     own = f"{FOLDER}/"

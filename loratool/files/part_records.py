@@ -139,6 +139,11 @@ class SharedOutput(Protocol):
         ...
 
     @property
+    def command(self) -> str:
+        """The command that makes it."""
+        ...
+
+    @property
     def read_to_check(self) -> bool:
         """Whether `problems` reads every byte, so that many workers should share it."""
         ...

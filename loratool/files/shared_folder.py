@@ -61,6 +61,7 @@ class SharedFolder:
     """The output of many workers in a folder that all of them see, as a `SharedOutput`; in it, one file if `single`."""
 
     read_to_check = True
+    command = "merge"
 
     def __init__(
         self,

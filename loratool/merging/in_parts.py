@@ -352,7 +352,7 @@ def put_together(merge: PartedMerge, stage: Stage, records: Mapping[str, PartRec
 
 
 def abort(out: PathLike) -> AbortReport:
-    """Remove what an unfinished merge left; `loratool.abort_merge` says all of it."""
+    """Remove what an unfinished output left; `loratool.abort_merge` says all of it."""
     output = unfinished(out)
     if alive := [worker for worker in output.workers() if worker.alive]:
         raise UsageError(
@@ -361,4 +361,4 @@ def abort(out: PathLike) -> AbortReport:
         )
     published = output.is_published()
     uploads, removed = output.abort()
-    return AbortReport(output.out, output.plan, published, tuple(uploads), tuple(removed))
+    return AbortReport(output.out, output.command, output.plan, published, tuple(uploads), tuple(removed))

@@ -56,10 +56,15 @@ def made_in_store(make: Callable[..., Report], operands: Sequence[Any], options:
     with built_here(out, inputs, getattr(options, "overwrite", False)) as (made, replaces):
         place = checked_place(out)
         report = make(*inputs, made, options, progress)
-        if made.is_file():
-            upload_file(made, place, replaces)
-        elif made.is_dir():  # nothing was written by a dry run
-            upload(made, place, replaces)
+        command = getattr(make, "func", make).__name__.removeprefix("finish_")  # of a `partial`, too
+        try:
+            if made.is_file():
+                upload_file(made, place, replaces, command)
+            elif made.is_dir():  # nothing was written by a dry run
+                upload(made, place, replaces, command)
+        except KeyboardInterrupt as error:
+            error.args = (f"{place} may be incomplete; run the same command again to finish it",)
+            raise
     return dataclasses.replace(report, out=Path(str(place)))  # type: ignore[call-arg]
 
 
@@ -109,7 +114,7 @@ def begun_here(place: StorePath) -> Begun | None:
     begun = read_begun(home_of(*split(place)))
     if begun is not None and begun.parts != LOCAL:
         raise UsageError(
-            f"{place}: contains an unfinished merge; finish it, or remove it with "
+            f"{place}: contains an unfinished {begun.command}; finish it, or remove it with "
             f"`loratool merge -o {shell_word(str(place))} --abort`"
         )
     return begun
@@ -128,10 +133,13 @@ def sidecar(place: StorePath) -> StorePath:
     return place.parent / f"{place.name}.{PROVENANCE}"
 
 
-def upload_file(path: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
-    """Put one file there, in one step: it appears when all of it has arrived. An old record goes first."""
+def upload_file(path: Path, place: StorePath, replaces: tuple[str, ...], command: str) -> None:
+    """Put one file there that a command has made, in one step: it appears when all of it has arrived.
+
+    An old record goes first.
+    """
     large = path.stat().st_size > PIECE
-    begun = Begun(sha256_of(path), LOCAL, (place.name,), (), replaces)
+    begun = Begun(sha256_of(path), LOCAL, (place.name,), (), replaces, command=command)
     bucket = Bucket(place.parent, begun, {}, {}, place.name)
     if large:
         begin(bucket)
@@ -146,8 +154,8 @@ def upload_file(path: Path, place: StorePath, replaces: tuple[str, ...]) -> None
         raise UsageError(f"{place}: was written by something else in the meantime")
 
 
-def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
-    """Put a folder below a prefix: weights first, then other files, its record last."""
+def upload(folder: Path, place: StorePath, replaces: tuple[str, ...], command: str) -> None:
+    """Put a folder that a command has made below a prefix: weights first, then other files, its record last."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if PROVENANCE not in files:
         raise InputError(
@@ -157,7 +165,8 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...]) -> None:
         "".join(f"{name} {sha256_of(path)}\n" for name, path in files.items()).encode()
     ).hexdigest()
     large = tuple(name for name, path in files.items() if path.stat().st_size > PIECE)
-    begun = Begun(content, LOCAL, large, tuple(name for name in files if name not in large), replaces)
+    others = tuple(name for name in files if name not in large)
+    begun = Begun(content, LOCAL, large, others, replaces, command=command)
     bucket = Bucket(place, begun, {}, {})
     begin(bucket)
     bucket.begin_naming(large)

@@ -11,9 +11,10 @@ from loratool.results.text import aligned, plural
 
 @dataclass(frozen=True, repr=False)
 class AbortReport(Result):
-    """What an unfinished merge had left in a store or next to a local output."""
+    """What an unfinished output had left in a store, or a merge in parts next to a local one."""
 
     out: Path
+    command: str  # what had begun it, such as merge or resize
     plan: str  # the fingerprint of the merge
     completed: bool  # whether its output was complete, and stays
     uploads: tuple[str, ...]  # files whose uploads were ended
@@ -23,7 +24,9 @@ class AbortReport(Result):
         out = str(self.out)
         in_store = out.startswith("s3:/")
         rows: list[tuple[str, object]] = [("output", out.replace("s3:/", "s3://", 1))]
-        if not in_store:
+        if in_store:
+            rows.append(("begun by", self.command))
+        else:
             rows.append(("removed", f"{out}.partial"))
         if self.completed:
             rows.append(("complete", "only what its making left was removed"))

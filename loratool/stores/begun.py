@@ -11,6 +11,7 @@ An output of one object has a folder of its own in the `.loratool` next to it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,18 +26,20 @@ from loratool.stores.names import StorePath
 FORMAT = 1
 HEAD = "loratool_upload"
 BEGIN, PLAN, FINISH = "begin.json", "plan.json", "finish.json"
+COMMAND = re.compile(r"[a-z]{1,20}")
 
 
 @dataclass(frozen=True)
 class Begun:
     """What is being made below a prefix."""
 
-    plan: str  # the fingerprint of the merge
+    plan: str  # the fingerprint of the merge, or of the files where another command made them
     parts: str  # digest of how files are cut, on which all workers must agree
     weights: tuple[str, ...]  # names of the files that are uploaded in parts
     others: tuple[str, ...]  # names of all other files
     replaces: tuple[str, ...] = ()  # names of what was there, and goes
     before: tuple[str, ...] = ()  # uploads of these files that were there already, and are somebody else's
+    command: str = "merge"  # what makes it
 
     def to_bytes(self) -> bytes:
         table = {HEAD: FORMAT, **vars(self)}
@@ -55,7 +58,10 @@ class Begun:
         if table.get(HEAD) != FORMAT or not lists or not all(isinstance(text, str) for text in texts):
             return None
         weights, others, replaces, before = (tuple(map(str, each or ())) for each in names)
-        return cls(str(texts[0]), str(texts[1]), weights, others, replaces, before)
+        command = table.get("command", "merge")
+        known = isinstance(command, str) and COMMAND.fullmatch(command)
+        plan, parts = map(str, texts)
+        return cls(plan, parts, weights, others, replaces, before, str(command) if known else "output")
 
     def keys(self, place: StorePath) -> dict[str, str]:
         """The names of weight files by their keys."""

@@ -71,7 +71,7 @@ class Bucket:
         begun = read_begun(home_of(place, single))
         if begun is None:
             raise UsageError(
-                f"{place / single if single else place}: no unfinished merge was found, so nothing was removed"
+                f"{place / single if single else place}: no unfinished output was found, so nothing was removed"
             )
         return cls(place, begun, {}, {}, single)
 
@@ -91,6 +91,10 @@ class Bucket:
     @property
     def plan(self) -> str:
         return self.begun.plan
+
+    @property
+    def command(self) -> str:
+        return self.begun.command
 
     def path(self, name: str) -> StorePath:
         """The place of a file of the output."""
@@ -171,15 +175,20 @@ class Bucket:
 
     def check(self, found: Begun) -> None:
         """Raise `UsageError` where what is being made is something else."""
+        if found.command != self.command:
+            raise UsageError(
+                f"{self.address}: contains an unfinished {found.command}; run the command that began it again, remove it "
+                "with --abort, or choose another OUT"
+            )
         if found.plan != self.begun.plan:
             raise UsageError(
-                f"{self.address}: contains an unfinished merge of other inputs or options (its fingerprint is "
+                f"{self.address}: contains an unfinished {found.command} of other inputs or options (its fingerprint is "
                 f"{printable(found.plan[:16])}, this one's is {self.begun.plan[:16]}); finish that one, remove it with "
                 "--abort, or choose another OUT"
             )
         if found.parts != self.begun.parts:
             raise UsageError(
-                f"{self.address}: contains an unfinished merge that was begun with another LORATOOL_S3_PARTS or release "
+                f"{self.address}: contains an unfinished {found.command} that was begun with another LORATOOL_S3_PARTS or release "
                 "of loratool; finish it with that one, or remove it with --abort"
             )
 

@@ -94,6 +94,39 @@ def test_what_cannot_be_in_a_store_is_refused_before_any_request(
     assert tree(models) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["resize", ADAPTER, "--rank", "2"],
+        ["compress", "fleet", "--rank", "2"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_unfinished_output_is_called_what_it_is(
+    store: StoreServer,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: Sequence[str],
+) -> None:
+    """Whoever meets it names the command that had begun it: a reader, a merge, `--status`, and `--abort`, which ends it."""
+    monkeypatch.chdir(here)
+    out, prefix = f"{OUT}/half-{words[0]}", f"out/half-{words[0]}"
+    with monkeypatch.context() as patch:
+        patch.setattr("loratool.stores.bucket.Bucket.put_files", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.run([*words, "-o", out, "-q"]) == 130
+    assert f"{out} may be incomplete; run the same command again to finish it" in capfd.readouterr().err
+    merge = ["merge", BASE, ADAPTER, "-o", out]
+    for again, code in ((["inspect", out], 3), (merge, 2), ([*merge, "--status"], 2)):
+        assert cli.run(again) == code
+        told = capfd.readouterr().err
+        assert f"{out}: contains an unfinished {words[0]}; run" in told
+        assert "unfinished merge" not in told
+    assert cli.run(["merge", "-o", out, "--abort"]) == 0
+    assert f"begun by  {words[0]}\n" in capfd.readouterr().out
+    assert store.objects(BUCKET, prefix) == {}
+
+
 def test_several_adapters_below_a_prefix_are_told_with_a_name_that_works(
     store: StoreServer, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

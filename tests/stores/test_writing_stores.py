@@ -188,7 +188,7 @@ def test_abort_removes_what_an_unfinished_merge_left_and_nothing_else(
     client.abort_multipart_upload(
         Bucket=BUCKET, Key=f"{prefix}-other/model-00001-of-00002.safetensors", UploadId=other["UploadId"]
     )
-    with pytest.raises(UsageError, match="no unfinished merge"):
+    with pytest.raises(UsageError, match="no unfinished output"):
         loratool.abort_merge(out)
 
 
