@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]  # what every path argument takes
 Progress = Callable[[int, int], None]
 GAIN_DIGITS = 3  # of it in a record: it is measured on a sample, and threads add in any order
-NOTHING = "because every weight rounds back to its old value; the updates are zero or too small for the dtype"
+NOTHING = "because every weight rounds back to its old value; the updates are zero or smaller than its steps"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,10 +73,16 @@ class Worker:
         """Rows of a span's weight, and what its edits make of them, in float32 on this worker's device."""
         with self.computing():
             before = self.stored_rows(work, first, count, sources).float()
-            fits = before.nbytes <= self.merged.numel()  # several rows may have to come together
-            after = self.merged[: before.nbytes].view(torch.float32).view(before.shape) if fits else before.clone()
+            after = self.space(count, work.span.width, torch.float32)
             work.edits_on(self.device).merge(before, first, after, self.scratch, measure=False)
         return before, after
+
+    def space(self, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for merged rows, (count, width): the worker's, but where more rows come together than a block has."""
+        needed = count * width * dtype.itemsize
+        fits = needed <= self.merged.numel()
+        memory = self.merged[:needed] if fits else torch.empty(needed, dtype=torch.uint8, device=self.device)
+        return memory.view(dtype).view(count, width)
 
     def lent(self, data: torch.Tensor, shift: int) -> memoryview:
         """Bytes of the host, (n,) of uint8 and no more than a block, as a sink takes them: as from `merged_rows`."""

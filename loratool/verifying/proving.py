@@ -294,7 +294,7 @@ class Proving:
                 product = None if self.rounding in (TWICE, RESIDUAL) else product_of(loaded, first, count)
                 theirs = subject.pair.theirs.matrix(span.width).rows(first, count, worker.device, target, room)
                 before = worker.stored_rows(subject.work, first, count, self.sources)
-                after = worker.merged[: count * span.width * target.itemsize].view(target).view(count, span.width)
+                after = worker.space(count, span.width, target)
                 if product is not None and loaded.sum is not None:
                     found = quick.compare(loaded.sum, product, before, theirs, first, after)
                 else:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from packed_affine import description
 from packed_anew import in_pieces
 from packed_bnb import FourBit, int8
 from packed_models import open_packed, save_packed
@@ -143,7 +144,8 @@ def affine(tmp_path: Path, kind: str, block: tuple[int, int]) -> tuple[Requantiz
     """A weight of torchao, and all values that an element of it can have before zero and scale."""
     numbers, stem = np.random.default_rng(0), NAME.replace(".weight", "._weight")
     blocks = (6 // block[0], 32 // block[1])
-    codes = np.arange(-8, 8) if kind == "int4" else np.arange(-128, 128)
+    bits = int(kind[3:]) if kind.startswith("int") else 8
+    codes = np.arange(-(1 << bits - 1), 1 << bits - 1)
     values = torch.from_numpy(numbers.choice(codes, (6, 32)).astype(np.int8))
     tensors = {
         f"{stem}_qdata": values,
@@ -154,17 +156,15 @@ def affine(tmp_path: Path, kind: str, block: tuple[int, int]) -> tuple[Requantiz
         codes, tensors[f"{stem}_qdata"] = every[np.isfinite(every)], values.to(torch.float8_e4m3fn)
     else:
         tensors[f"{stem}_zero_point"] = torch.from_numpy(numbers.integers(-3, 4, blocks, np.int8))
-    kinds = {"int8": "Int8Tensor", "int4": "IntxUnpackedToInt8Tensor", "fp8": "Float8Tensor"}
-    data = {"block_size": list(block), "target_dtype": {"_data": "int4" if kind == "int4" else "int8"}}
-    names = [name.removeprefix(f"{stem}_") for name in tensors]
-    said = json.dumps({"_type": kinds[kind], "_data": data, "_tensor_data_names": names})
+    made = {"int8": "Int8Tensor", "fp8": "Float8Tensor"}.get(kind, "IntxUnpackedToInt8Tensor")
+    said = description(made, list(block), [name.removeprefix(f"{stem}_") for name in tensors], bits)
     folder = save_packed(tmp_path / "base", tensors, {"quant_method": "torchao"}, {NAME: said})
     weight = open_packed(folder).weights[NAME]
     assert isinstance(weight, Requantizable)
     return weight, codes
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int1", "fp8"])
 @pytest.mark.parametrize("block", [(1, 32), (1, 8), (3, 16)])
 @pytest.mark.parametrize("new", [False, True])
 def test_torchao_gets_the_nearest_value_that_its_block_has(
@@ -189,7 +189,7 @@ def test_torchao_gets_the_nearest_value_that_its_block_has(
     assert np.allclose(np.abs((values - decoded).double().numpy()), errors, rtol=1e-5, atol=1e-6)
     if new:
         largest = np.abs(values.numpy()).reshape(6 // block[0], block[0], 32 // block[1], block[1]).max((1, 3))
-        wanted = largest / codes.max()
+        wanted = largest / max(codes.max(), 1)
         assert np.allclose(parameters[f"{stem}_scale"].numpy(), wanted, rtol=1e-6)
 
 

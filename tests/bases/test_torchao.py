@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from packed_affine import description
 from packed_models import check_rows, open_packed, save_packed
 
 import loratool
@@ -25,11 +26,6 @@ NAME = f"{LAYER}self_attn.q_proj.weight"
 STEM = f"{LAYER}self_attn.q_proj._weight"
 EXPERTS = f"{LAYER}mlp.experts.gate_up_proj"
 CONFIG: dict[str, Any] = {"quant_method": "torchao", "quant_type": {"default": {}}, "modules_to_not_convert": None}
-
-
-def description(kind: str, block: object, parts: list[str]) -> str:
-    dtype = {"_type": "torch.dtype", "_data": "bfloat16"}
-    return json.dumps({"_type": kind, "_data": {"block_size": block, "dtype": dtype}, "_tensor_data_names": parts})
 
 
 def packed(
@@ -150,6 +146,10 @@ MALFORMED: dict[str, tuple[Change, str]] = {
     "description broken": (
         lambda _, m: m.update({NAME: '{"_type"'}),
         f"{STEM}_qdata: the metadata of the file does not",
+    ),
+    "named as by old releases": (
+        lambda t, _: t.update({f"{NAME}:qdata": t.pop(f"{STEM}_qdata")}),
+        f"{NAME}:qdata: is named as by torchao 0.14 and older; load the model with that and save it with a newer one",
     ),
     "scaled inputs": (
         lambda t, _: t.update({f"{STEM}_act_pre_scale": np.ones(32, np.float32)}),

@@ -94,6 +94,18 @@ def int8(shape: tuple[int, int], module: str, seed: int = 0) -> tuple[dict[str, 
     }, decoded
 
 
+def int8_of(weights: Weights) -> Quantised:
+    """Each value put to the nearest of 255 steps of its row."""
+    made = Quantised({"quant_method": "bitsandbytes", "load_in_8bit": True})
+    for name, weight in weights.items():
+        values = weight.float().numpy()
+        largest: Array = np.abs(values).max(1)
+        codes = np.rint(values * (np.float32(127) / largest[:, None])).astype(np.int8)
+        decoded = codes.astype(np.float32) * largest[:, None] * np.float32(1 / 127)
+        made.add(name, decoded, _=codes, SCB=largest, weight_format=np.array(0, np.uint8))
+    return made
+
+
 # The 16 values of NF4 (Dettmers et al. 2023, arXiv:2305.14314, appendix E)
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from quantised_models import Quantised, Weights
 
 Array = NDArray[Any]
 
@@ -46,24 +47,20 @@ class Hqq:
 
     def tensors(self, module: str) -> dict[str, Array]:
         """Those of a checkpoint, by name."""
-        bits, count, dtype, first = WORDS[self.packing]
         values, scale, zero = self.drawn()
-        rows = -(-self.grouped[0] // count)  # of words; the last ones are filled up with zeros
-        words = np.zeros((rows, self.grouped[1]), np.int64)
-        for row in range(self.grouped[0]):
-            for column in range(self.grouped[1]):
-                words[row % rows, column] += values[row, column] << (first - bits * (row // rows))
-        numbers = {"nbits": bits, "group_size": self.group, "axis": self.axis}
+        parts = {"W_q": words_of(values, self.packing), "scale": scale, "zero": zero}
+        return {f"{module}.{key}": value for key, value in {**parts, **self.said()}.items()}
+
+    def said(self) -> dict[str, Array]:
+        """The tensors that say how a module is packed, by the last part of their names."""
+        numbers = {"nbits": WORDS[self.packing][0], "group_size": self.group, "axis": self.axis}
         flags = ("view_as_float", "quant_scale", "quant_zero", "offload_meta", "round_zero")
         return {
-            f"{module}.W_q": words.astype(dtype),
-            f"{module}.scale": scale,
-            f"{module}.zero": zero,
-            f"{module}.shape": np.array(self.shape, np.int64),
-            f"{module}.packing": np.frombuffer(self.packing.encode(), np.uint8),
-            f"{module}.compute_dtype": np.frombuffer(b"torch.float16", np.uint8),
-            **{f"{module}.{key}": np.array(value, np.int32) for key, value in numbers.items()},
-            **{f"{module}.{key}": np.array(0, np.uint8) for key in flags},
+            "shape": np.array(self.shape, np.int64),
+            "packing": np.frombuffer(self.packing.encode(), np.uint8),
+            "compute_dtype": np.frombuffer(b"torch.float16", np.uint8),
+            **{key: np.array(value, np.int32) for key, value in numbers.items()},
+            **{key: np.array(0, np.uint8) for key in flags},
         }
 
     def values(self) -> Array:
@@ -75,3 +72,30 @@ class Hqq:
                 at = (0, column) if self.axis == 0 else (row, 0)
                 decoded[row, column] = (np.float32(values[row, column]) - np.float32(zero[at])) * np.float32(scale[at])
         return decoded.reshape(self.shape)
+
+
+def words_of(values: Array, packing: str) -> Array:
+    """The words that hold unsigned values, (rows, columns) as they are grouped."""
+    bits, count, dtype, first = WORDS[packing]
+    rows = -(-len(values) // count)  # of words; the last ones are filled up with zeros
+    words = np.zeros((rows, values.shape[1]), np.int64)
+    for row, each in enumerate(values):
+        words[row % rows] += each << (first - bits * (row // rows))
+    return words.astype(dtype)
+
+
+def hqq(weights: Weights, packing: str, group: int, axis: int) -> Quantised:
+    """Each value put to the nearest of the steps from the least to the largest one of its group."""
+    made, most = Quantised({"quant_method": "hqq", "skip_modules": ["lm_head"]}), 2 ** WORDS[packing][0] - 1
+    for name, weight in weights.items():
+        layout = Hqq((weight.shape[0], weight.shape[1]), packing, group, axis)
+        values = weight.float().numpy().reshape(layout.grouped)
+        low, high = values.min(axis, keepdims=True), values.max(axis, keepdims=True)
+        scale = ((high - low) / np.float32(most)).astype(np.float16)
+        zero = (-low / scale.astype(np.float32)).astype(np.float16)
+        zero = np.rint(zero) if most == 15 else zero  # as hqq does for 4 bits
+        steps, zeros = scale.astype(np.float32), zero.astype(np.float32)
+        codes = np.clip(np.rint(values / steps + zeros), 0, most).astype(np.int64)
+        decoded = ((codes.astype(np.float32) - zeros) * steps).reshape(weight.shape)
+        made.add(name, decoded, W_q=words_of(codes, packing), scale=scale, zero=zero, **layout.said())
+    return made

@@ -30,6 +30,7 @@ class Quantised:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)  # float32, by the names of the plain weights
     files: dict[str, Any] = field(default_factory=dict)  # other JSON files of the folder
+    metadata: dict[str, str] = field(default_factory=dict)  # of the header
 
     def add(self, name: str, values: Array, **parts: Array | Tensor) -> None:
         """A weight that has these values, and the tensors `name` with these endings: `_` is for the bare name."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from oracle import nearest
-from packed_hqq import Hqq
+from packed_affine import quanto, torchao
+from packed_bnb import int8_of, nf4
+from packed_hqq import Hqq, hqq
 from packed_models import open_packed, save_packed
 from peft_files import save_peft
 from quantised_models import FAMILIES, MATRICES, Quantised
@@ -28,7 +31,15 @@ BLOCK = "model.layers.0"
 EDITED = f"{BLOCK}.mlp.down_proj.weight"
 OTHERS = tuple(f"model.layers.{layer}.{name}.weight" for layer, name in ((1, "mlp.down_proj"), (0, "self_attn.o_proj")))
 NORM = "model.norm.weight"
-KINDS = {**FAMILIES, **MATRICES}
+KINDS: dict[str, Callable[..., Quantised]] = {
+    **FAMILIES,
+    **MATRICES,
+    "nf4": nf4,
+    "bitsandbytes int8": int8_of,
+    "HQQ": partial(hqq, packing="4bit_u8", group=16, axis=1),
+    "torchao int8": partial(torchao, kind="Int8Tensor", columns=32),
+    "quanto int8": partial(quanto, axis=0),
+}
 STRONG = 8.0  # makes ΔW as large as W, so that something is left of it in every format
 
 
@@ -40,7 +51,7 @@ def plain_weights(*names: str) -> dict[str, Tensor]:
 def save_base(folder: Path, kind: str, *names: str) -> Quantised:
     made = KINDS[kind](plain_weights(*names))
     rest = {NORM: torch.ones(COLUMNS).bfloat16()}
-    save_packed(folder, {**rest, **made.tensors}, made.config, tie_word_embeddings=False)
+    save_packed(folder, {**rest, **made.tensors}, made.config, made.metadata, tie_word_embeddings=False)
     for name, content in made.files.items():
         (folder / name).write_text(json.dumps(content))
     return made

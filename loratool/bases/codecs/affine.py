@@ -87,7 +87,7 @@ class Affine(Requantizable):
         rows = self.scale_rows(0, len(measured))
         largest = torch.zeros(int(rows.max()) + 1, measured.shape[1])
         largest.scatter_reduce_(0, rows[:, None].expand_as(measured), measured.cpu(), "amax")
-        scale = (largest / self.limits[1]).to(own[name].dtype)
+        scale = (largest / max(self.limits[1], 1)).to(own[name].dtype)  # of one bit the values are -1 and 0
         smallest = torch.finfo(scale.dtype).tiny  # of a block of zeros, which have no scale
         found = {**own, name: scale.clamp_(min=smallest).view(own[name].shape)}
         if self.has_zero:

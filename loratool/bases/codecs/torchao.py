@@ -112,6 +112,11 @@ def weight_of(finder: Finder, name: str, said: Mapping[str, Any]) -> Affine | No
     if name in finder.base.tensors:
         finder.note(name, f"is there as well as {printable(stem)}_qdata, and only one of them may be")
         return None
+    if (older := f"{name}:qdata") in finder.base.tensors:
+        finder.note(
+            older, "is named as by torchao 0.14 and older; load the model with that and save it with a newer one"
+        )
+        return None
     qdata = finder.part(f"{stem}_qdata", READ[said["_type"]], why=f"for {said['_type']}")
     if qdata is None:
         return None
