@@ -52,5 +52,6 @@ def quanto(weights: Weights, axis: int | None, *, fp8: bool = False) -> Quantise
         sides = {0: (1, columns), 1: (rows, 1), None: (rows, columns)}[axis]
         stored, scales, decoded = in_steps(values, sides, bits=8, fp8=fp8)
         scales = scales.reshape(()) if axis is None else scales
-        made.add(name, decoded, **{"weight._data": stored, "weight._scale": scales})
+        parts: dict[str, Array | torch.Tensor] = {"weight._data": stored, "weight._scale": scales}
+        made.add(name, decoded, **parts)
     return made
