@@ -50,7 +50,7 @@ from loratool.files.journal import (
 )
 from loratool.files.locks import lock_folder
 from loratool.files.names import LONGEST, check_names, check_output_name
-from loratool.files.outputs import BUSY, check_stage, replaceable_files, stage_of
+from loratool.files.outputs import BUSY, check_stage, record_at, replaceable_files, stage_of
 from loratool.files.safefile import write_fully
 from loratool.files.system import create_file, current_user, exchange, free_space, open_file, sync_file, sync_folder
 
@@ -220,6 +220,8 @@ class Stage:
             os.replace(self.folder / self.single, self.out)
             if (self.folder / PROVENANCE).is_file():
                 os.replace(self.folder / PROVENANCE, sidecar_of(self.out))
+            elif replaced is not None and record_at(sidecar_of(self.out)):  # of the file that was replaced
+                sidecar_of(self.out).unlink()
         elif os.path.lexists(self.out):
             if replaced is None:
                 raise UsageError(

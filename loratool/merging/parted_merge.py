@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
-from loratool.errors import UsageError, printable
+from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import local
+from loratool.fetching.stores import brought
+from loratool.files.checkpoint import PROVENANCE
 from loratool.files.journal import Journal
+from loratool.files.outputs import MADE_HERE
 from loratool.files.part_records import FilePart, SharedOutput
 from loratool.files.shared_folder import SharedFolder
 from loratool.files.sink import PAGE
+from loratool.files.weight_formats import read_weight_file
 from loratool.merging.dealing import parts_of
 from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.merge import (
@@ -33,10 +37,12 @@ from loratool.merging.merge import (
 )
 from loratool.merging.one_file import as_one_file, is_file
 from loratool.merging.upload_parts import upload_parts
-from loratool.stores.begun import Begun
-from loratool.stores.bucket import Bucket
+from loratool.stores import uploads
+from loratool.stores.begun import Begun, replaceable_in
+from loratool.stores.bucket import Bucket, file_of
 from loratool.stores.limits import limits
-from loratool.stores.names import StorePath, is_in_store, parse_store
+from loratool.stores.names import FOLDER, StorePath, is_in_store, parse_store
+from loratool.stores.objects import listed
 
 if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
@@ -102,7 +108,7 @@ def stored(
     """A merge into a store of a plan whose adapters are at `paths`; the rest is as for `open_parts`."""
     digests = [adapter.digests() for adapter in plan.adapters]
     bucket = bucket_of(plan, checked_place(out), content_fingerprint(plan, digests))
-    published = bucket.settle(options.overwrite, joining)
+    published = bucket.settle(joining, lambda: replaced_at(bucket.address, options.overwrite))
     return PartedMerge(plan, paths, digests, tuple(bucket.parts.values()), bucket, options, published, started)
 
 
@@ -134,6 +140,28 @@ def bucket_of(plan: MergePlan, place: StorePath, fingerprint: str) -> Bucket:
 def split(place: StorePath) -> tuple[StorePath, str]:
     """The prefix below which the files of an output are, and the name of its one file; empty where it is a prefix."""
     return (place.parent, place.name) if is_file(Path(place.name)) else (place, "")
+
+
+def replaced_at(place: StorePath, overwrite: bool) -> tuple[str, ...]:
+    """The names of what is at an output in a store, and goes. Raises `UsageError` where it may not be replaced."""
+    prefix, single = split(place)
+    record = file_of(prefix, single, PROVENANCE)
+    if single:
+        heads = {name: uploads.head(file_of(prefix, single, name)) for name in (single, PROVENANCE)}
+        there = {name: head[1] for name, head in heads.items() if head is not None}
+        if overwrite and single in there and says_made_here(place):
+            return tuple(there)
+    else:
+        there = {name: each.size for name, each in listed(prefix).items() if not name.startswith(f"{FOLDER}/")}
+    return replaceable_in(place, there, record, overwrite)
+
+
+def says_made_here(place: StorePath) -> bool:
+    """Whether the header of an object has the record of a command that made it."""
+    try:
+        return MADE_HERE in read_weight_file(brought(place, None)).metadata
+    except InputError:
+        return False
 
 
 def unfinished(out: PathLike) -> SharedOutput:

@@ -19,19 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import InputError, StoreError, UsageError, shown_as
-from loratool.fetching.stores import brought
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
-from loratool.files.outputs import BUSY, MADE_HERE
+from loratool.files.outputs import BUSY
 from loratool.files.system import shell_word
-from loratool.files.weight_formats import read_weight_file
 from loratool.merging.in_parts import abort
-from loratool.merging.parted_merge import apart_from_inputs, checked_place, split
+from loratool.merging.parted_merge import apart_from_inputs, checked_place, replaced_at, split
 from loratool.stores import uploads
-from loratool.stores.begun import Begun, read_begun, replaceable_in
+from loratool.stores.begun import Begun, read_begun
 from loratool.stores.bucket import Bucket, each_of, home_of
-from loratool.stores.names import FOLDER, StorePath
-from loratool.stores.objects import listed
+from loratool.stores.names import StorePath
 
 if TYPE_CHECKING:
     from loratool.measuring.session import PathLike
@@ -78,35 +75,15 @@ def built_here(out: PathLike, inputs: Sequence[Any], overwrite: bool) -> Iterato
     apart_from_inputs(
         place, [each for given in inputs for each in (given if isinstance(given, (list, tuple)) else [given])]
     )
-    prefix, single = split(place)
-    replaces = (settled_file if single else settled)(place, overwrite)
+    begun = begun_here(place)
+    replaces = replaced_at(place, overwrite) if begun is None else begun.replaces
     with tempfile.TemporaryDirectory(prefix="loratool-") as folder:
         home = os.path.realpath(folder)
-        shown_as[home] = str(prefix)
+        shown_as[home] = str(split(place)[0])
         try:
             yield Path(home, place.name), replaces
         finally:
             del shown_as[home]
-
-
-def settled(place: StorePath, overwrite: bool) -> tuple[str, ...]:
-    """The names of what is to be replaced below a prefix; raises `UsageError` where it may not be."""
-    if (begun := begun_here(place)) is not None:
-        return begun.replaces
-    there = {name: each.size for name, each in listed(place).items() if not name.startswith(f"{FOLDER}/")}
-    return replaceable_in(place, there, place / PROVENANCE, overwrite)
-
-
-def settled_file(place: StorePath, overwrite: bool) -> tuple[str, ...]:
-    """The same for an output of one object, whose header may say that it was made here."""
-    if (begun := begun_here(place)) is not None:
-        return begun.replaces
-    record = sidecar(place)
-    heads = {name: uploads.head(at) for name, at in ((place.name, place), (PROVENANCE, record))}
-    there = {name: head[1] for name, head in heads.items() if head is not None}
-    if overwrite and place.name in there and says_made_here(place):
-        return tuple(there)
-    return replaceable_in(place, there, record, overwrite)
 
 
 def begun_here(place: StorePath) -> Begun | None:
@@ -120,19 +97,6 @@ def begun_here(place: StorePath) -> Begun | None:
     return begun
 
 
-def says_made_here(place: StorePath) -> bool:
-    """Whether the header of an object has the record of a command that made it."""
-    try:
-        return MADE_HERE in read_weight_file(brought(place, None)).metadata
-    except InputError:
-        return False
-
-
-def sidecar(place: StorePath) -> StorePath:
-    """The record of an output of one object, where it is not in its header."""
-    return place.parent / f"{place.name}.{PROVENANCE}"
-
-
 def upload_file(path: Path, place: StorePath, replaces: tuple[str, ...], command: str) -> None:
     """Put one file there that a command has made, in one step: it appears when all of it has arrived.
 
@@ -144,7 +108,7 @@ def upload_file(path: Path, place: StorePath, replaces: tuple[str, ...], command
     if large:
         begin(bucket)
     if PROVENANCE in replaces:
-        uploads.remove(sidecar(place))
+        uploads.remove(bucket.path(PROVENANCE))
     if large:
         send_large(path, place)
         bucket.clear()

@@ -40,7 +40,6 @@ from loratool.stores.begun import (
     read_begun,
     read_plan,
     read_record,
-    replaceable_in,
     stray_uploads,
 )
 from loratool.stores.client import ConditionError, GoneError, connection
@@ -98,7 +97,7 @@ class Bucket:
 
     def path(self, name: str) -> StorePath:
         """The place of a file of the output."""
-        return self.place / (f"{self.single}.{name}" if self.single and name == PROVENANCE else name)
+        return file_of(self.place, self.single, name)
 
     def is_published(self) -> bool:
         """Whether its record is there, which comes last."""
@@ -112,22 +111,16 @@ class Bucket:
         self.begun = found
         return True
 
-    def settle(self, overwrite: bool, joining: bool) -> bool:
-        """Look at what is there: whether the output is complete already.
+    def settle(self, joining: bool, replaced: Callable[[], tuple[str, ...]]) -> bool:
+        """Look at what is there: whether the output is complete already. With `joining`, such an output is not in the way.
 
-        With `joining`, such an output is not in the way. Raises `UsageError` where what is there may not be replaced.
+        Of any other, `replaced` tells the names of what goes; raises what that raises.
         """
         if self.join():
             return self.is_published()
         if joining and self.is_published():
             return True
-        if self.single:
-            heads = {name: uploads.head(self.path(name)) for name in (self.single, PROVENANCE)}
-            there = {name: head[1] for name, head in heads.items() if head is not None}
-        else:
-            there = {name: each.size for name, each in listed(self.place).items() if not name.startswith(f"{FOLDER}/")}
-        names = replaceable_in(self.address, there, self.path(PROVENANCE), overwrite)
-        self.begun = replace(self.begun, replaces=names)
+        self.begun = replace(self.begun, replaces=replaced())
         return False
 
     def workers(self) -> list[Worker]:
@@ -387,6 +380,11 @@ class Bucket:
             uploads.abort(self.place / name, upload)
         ended = {*planned, *self.sweep()}
         return () if complete else sorted(ended), removed
+
+
+def file_of(place: StorePath, single: str, name: str) -> StorePath:
+    """The place of a file of an output, of which one of a single file has its record next to it."""
+    return place / (f"{single}.{name}" if single and name == PROVENANCE else name)
 
 
 def home_of(place: StorePath, single: str = "") -> StorePath:

@@ -11,7 +11,7 @@ import torch
 from checkpoints import numbers
 from diffusion_models import clip, ldm_unet, under, values
 from safetensors.torch import load, load_file, save_file
-from store_server import BUCKET, Asked, StoreServer
+from store_server import BUCKET, Asked, StoreServer, tree
 
 import loratool
 from loratool import cli
@@ -128,6 +128,24 @@ def test_what_was_not_made_here_stays(store: StoreServer, here: Path) -> None:
     with pytest.raises(UsageError, match="in the meantime"):
         loratool.rescale(here / "a.safetensors", out, scale=2)
     assert store.objects(BUCKET, f"{PLACE}/others") == {"out.safetensors": theirs}
+
+
+def test_a_model_and_an_adapter_of_ours_replace_each_other_as_files_do(
+    store: StoreServer, here: Path, tmp_path: Path
+) -> None:
+    """`--overwrite` asks who made what is there, and not what it is; what nobody of ours made stays."""
+    key = f"{PLACE}/either/out.safetensors"
+    for out in (f"s3://{BUCKET}/{key}", tmp_path / "out.safetensors"):
+        loratool.rescale(here / "a.safetensors", out, scale=2)
+        loratool.merge(here / "sd.safetensors", here / "a.safetensors", out, overwrite=True)
+        loratool.rescale(here / "b.safetensors", out, scale=2, overwrite=True)
+    there, local = store.objects(BUCKET, f"{PLACE}/either"), tree(tmp_path)
+    assert there == local
+    assert there.keys() == {"out.safetensors"}
+    store.client.put_object(Bucket=BUCKET, Key=key, Body=(here / "b.safetensors").read_bytes())
+    for each in (f"s3://{BUCKET}/{key}", here / "b.safetensors"):
+        with pytest.raises(UsageError, match="--overwrite does not replace it"):
+            loratool.merge(here / "sd.safetensors", here / "a.safetensors", each, overwrite=True)
 
 
 def test_formats_with_a_config_need_a_prefix(
