@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool import __version__
-from loratool.adapters.adapter import FACTOR_NAMES, Adapter, Flattened, StoredTensor, stored_tensors
+from loratool.adapters.adapter import FACTOR_NAMES, Flattened, StoredTensor, stored_tensors
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
 from loratool.adapters.formats.format import Format, Parts, Restated, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
+from loratool.adapters.told import as_input
 from loratool.adapters.weight_files import MODEL_CONFIG, fates, module_files
 from loratool.algebra.lowrank.products import Product
 from loratool.errors import FitError, InputError, printable
@@ -30,12 +30,12 @@ from loratool.files.outputs import MADE_HERE, as_json, check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
-from loratool.lazy import Tensor, installed, torch
+from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.options.described import dtypes, option
 from loratool.options.shared import WritingOptions
 from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
-from loratool.provenance.inputs import told_adapter
+from loratool.provenance.record import versions
 
 SPELLED = {name: dtype for dtype, name in {**FACTOR_NAMES, "I64": "int64"}.items()}  # float32 → F32
 SLACK = 1 << 16  # bytes of metadata that a copy may have besides
@@ -461,16 +461,6 @@ def told_beside(source: Contents, carried: Collection[str] | None = None) -> Ite
     return fates(source.adapter.beside, carried=files_beside(source) if carried is None else carried)
 
 
-def versions() -> dict[str, str]:
-    return {"loratool": __version__, "torch": installed("torch")}
-
-
 def described(source: Contents) -> dict[str, Any]:
     """An input, as provenance names it."""
     return as_input(source.adapter, source.name, source.adapter.digests())
-
-
-def as_input(adapter: Adapter, name: str, digests: Mapping[str, str]) -> dict[str, Any]:
-    """An adapter, as provenance names it, with the digests of its files."""
-    alone = adapter.file if adapter.alone else None
-    return told_adapter(name, adapter.folder, adapter.format, digests, alone)

@@ -18,9 +18,7 @@ from loratool.bases.decoded import weight_of
 from loratool.bases.edits import Edit
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.gguf import GgufFile
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
-from loratool.layouts.gguf import ARCHITECTURES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
 
 Edits = dict[str, list["Edit"]]  # tensor → its edits
@@ -95,14 +93,15 @@ def find_ties(base: Checkpoint, adapters: Iterable[Adapter]) -> Ties:
 
 def find_tie(module: str, base: Checkpoint) -> tuple[Tie, tuple[str, ...], str] | None:
     """The first row of the table that an embedding fits, the modules tied to it and their bias."""
+    types = model_types(base.config)
     for tie in TIES:
+        if tie.types and types.isdisjoint(tie.types):  # first, as patterns take longer
+            continue
         if (match := re.fullmatch(tie.embedding, module)) is None:
             continue
         at = match.groupdict().get("at") or ""
         beside = re.compile(tie.beside.replace("{at}", re.escape(at)))
         if tie.beside and not any(beside.match(name) for name in base.tensors):
-            continue
-        if tie.types and not model_types(base.config) & set(tie.types):
             continue
         return tie, tuple(head.replace("{at}", at) for head in tie.heads), tie.bias.replace("{at}", at)
     return None
@@ -233,11 +232,19 @@ def same_change(one: object, other: object) -> bool:
     return bool(one == other)
 
 
+def has_head(base: Checkpoint) -> bool:
+    """Whether llama.cpp loads a GGUF model of this kind with a head of its own."""
+    from loratool.files.gguf import GgufFile
+    from loratool.layouts.gguf import ARCHITECTURES
+
+    file = base.shards[0]
+    kind = ARCHITECTURES.get(file.text("general.architecture")) if isinstance(file, GgufFile) else None
+    return kind is None or kind.has_head
+
+
 def untieable(ties: Ties, untied: Sequence[Group]) -> list[str]:
     """Why what must be untied cannot be."""
-    file = ties.base.shards[0] if ties.base.shards else None
-    kind = ARCHITECTURES.get(file.text("general.architecture")) if isinstance(file, GgufFile) else None
-    if kind is not None and not kind.has_head:
+    if ties.base.is_gguf and not has_head(ties.base):
         return [
             f"the base ties {', '.join(map(printable, group.names))}; the adapter changes them differently, and "
             f"llama.cpp does not load a {ties.base.model_type} model with a head of its own"

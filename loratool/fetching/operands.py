@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -302,6 +301,8 @@ def proposals(operand: Operand) -> list[str]:
 
 def near_names(path: Path, role: Role) -> list[str]:
     """Paths in the same folder whose names are like this one's, those that hold what is due first."""
+    from difflib import get_close_matches
+
     with suppress(OSError):
         names = sorted(os.listdir(path.parent))[:MOST_ENTRIES]
         lower = {name.lower(): name for name in reversed(names)}

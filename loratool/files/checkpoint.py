@@ -85,6 +85,11 @@ class Checkpoint(Shown):
     def name(self) -> str:
         return name_of(self.root)
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a model of llama.cpp."""
+        return bool(self.shards) and self.shards[0].path.suffix == ".gguf"
+
     @cached_property
     def stored(self) -> Mapping[str, TensorInfo]:
         """Every tensor on disk by name, shard after shard."""
@@ -149,13 +154,10 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
         refuse_pickle(root)
         if root.suffix == ".gguf":
             return Checkpoint(root, read_splits(root))
-        return Checkpoint(
-            root,
-            (read_safefile(root),),
-            notes=(Note("single-file", "BASE is a single file, so only weights are written"),),
-        )
-    if (alone := gguf_alone(root)) is not None:
-        return open_files(alone, is_adapter)
+        alone = Note("single-file", "BASE is a single file, so only weights are written")
+        return Checkpoint(root, (read_safefile(root),), notes=(alone,))
+    if (inside := gguf_alone(root)) is not None:
+        return open_files(inside, is_adapter)
     return open_folder(root, None, is_adapter)
 
 

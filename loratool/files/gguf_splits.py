@@ -6,10 +6,13 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, printable
-from loratool.files.gguf import GgufFile, read_gguf
 from loratool.templates import first_few
+
+if TYPE_CHECKING:
+    from loratool.files.gguf import GgufFile
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MOST_PARTS = 10_000
@@ -20,6 +23,8 @@ def read_splits(path: Path) -> tuple[GgufFile, ...]:
 
     Raises `InputError` where one of them is missing, or is a part of another model: all of what is wrong at once.
     """
+    from loratool.files.gguf import read_gguf
+
     first = read_gguf(path)
     count = first.number("split.count")
     if count <= 1:

@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from loratool.files.gguf import read_gguf
 from loratool.files.inputs import open_regular, unreadable
 from loratool.files.safefile import MOST_TENSORS, PREFIX, header_length, read_exactly, read_safefile, start_of
 
@@ -72,6 +71,8 @@ def without_digits(names: Mapping[str, object]) -> dict[str, str]:
 def read_head(path: Path) -> Head:
     """The head of a file. Raises `InputError` where it has none; one with an odd header is read with all checks."""
     if path.suffix == ".gguf":
+        from loratool.files.gguf import read_gguf
+
         file = read_gguf(path)
         return Head(path, file.tensors, file.metadata)
     descriptor = open_regular(path)

@@ -53,6 +53,8 @@ class HubPath:
 
 def with_owner(name: str) -> str:
     """The name of a repository with its owner, where it is one of those that had none; any other as it is."""
+    if "/" in name:
+        return name
     owner = next((owner for owner, names in OWNERS.items() if re.fullmatch(names, name)), "")
     return f"{owner}/{name}" if owner else name
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
@@ -57,7 +56,9 @@ def check_names(folder: Path, names: Collection[str], all_names: Iterable[str]) 
                 problems[name] = why
     finally:
         if folder.exists():
-            shutil.rmtree(folder)
+            from shutil import rmtree  # which brings packages of archives
+
+            rmtree(folder)
     if problems:
         raise StorageError(
             f"{printable(folder.parent.parent)}: this file system cannot store some files of the output; choose an "

@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shlex
-import shutil
 import stat
 import struct
 import threading
@@ -254,6 +253,8 @@ def sync_folder(folder: Path) -> None:
 
 def free_space(folder: Path) -> int | None:
     """Bytes that the disk of a folder has left; None where the system does not tell."""
+    import shutil  # which brings packages of archives
+
     if hasattr(shutil, "disk_usage"):
         return shutil.disk_usage(folder).free
     do_without("this system does not report free disk space, so it is not checked whether the output fits")
@@ -272,7 +273,9 @@ def link_or_copy(path: Path, place: Path) -> None:
     try:
         os.symlink(path.resolve(), place)
     except OSError:
-        shutil.copyfile(path, place)
+        from shutil import copyfile
+
+        copyfile(path, place)
 
 
 def exchange(new: Path, old: Path, aside: Path) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loratool.adapters.blocks import BlockWeights
 from loratool.bases.binding.components import Component, components_of
 from loratool.bases.binding.distributing import distribute, first_word
 from loratool.errors import FitError, UsageError, printable
@@ -15,6 +14,7 @@ from loratool.templates import listed
 
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
+    from loratool.adapters.blocks import BlockWeights
     from loratool.files.checkpoint import Checkpoint
 
 
@@ -23,12 +23,13 @@ class Factors:
     """What the weights of adapters are multiplied by in each component and each block."""
 
     by_prefix: Mapping[str, float]  # of tensors' names
-    blocks: BlockWeights = field(default_factory=lambda: BlockWeights({}))
+    blocks: BlockWeights | None = None
 
     def of(self, tensor: str) -> float:
         """The factor for a tensor: that of its component times that of its block."""
         prefix = max(filter(tensor.startswith, self.by_prefix), key=len, default=None)
-        return (1.0 if prefix is None else self.by_prefix[prefix]) * self.blocks.factor(tensor)
+        component = 1.0 if prefix is None else self.by_prefix[prefix]
+        return component if self.blocks is None else component * self.blocks.factor(tensor)
 
 
 def factors_of(base: Checkpoint, pairs: Sequence[str], words: Sequence[str], notes: list[Note]) -> Factors:
@@ -36,7 +37,7 @@ def factors_of(base: Checkpoint, pairs: Sequence[str], words: Sequence[str], not
 
     Raises `UsageError` for a component that the base has not.
     """
-    blocks = BlockWeights.of(words)
+    blocks = blocks_of(words) if words else None
     if not pairs:
         return Factors({}, blocks)
     named = {word: float(number) for word, _, number in (text.rpartition("=") for text in pairs)}
@@ -49,6 +50,13 @@ def factors_of(base: Checkpoint, pairs: Sequence[str], words: Sequence[str], not
         found[part.prefix] = factor
         notes.append(Note("component-weight", f"weights are multiplied by {factor:g} in {printable(part.shown)}"))
     return Factors({part.prefix: found.get(part.prefix, 1.0) for part in parts}, blocks)
+
+
+def blocks_of(words: Sequence[str]) -> BlockWeights:
+    """What the words of --block-weights say."""
+    from loratool.adapters.blocks import BlockWeights  # with the names of blocks in all layouts
+
+    return BlockWeights.of(words)
 
 
 def component_named(word: str, parts: Sequence[Component], base: Checkpoint, flag: str) -> Component:

@@ -31,7 +31,6 @@ from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import Gains, gain_notes, hidden_updates
 from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
-from loratool.merging.output_layout import is_gguf
 from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
@@ -165,7 +164,7 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         """Raises `InputError` and `UsageError`."""
         lacking = {span.placed.dtype for span in self.spans.values() if not hasattr(torch, torch_name(span.placed))}
         if lacking:
-            way = WAYS_OF_GGUF if is_gguf(self.plan.base) else ""
+            way = WAYS_OF_GGUF if self.plan.base.is_gguf else ""
             raise InputError(
                 f"{printable(self.plan.base.name)}: torch has no dtype for {', '.join(sorted(lacking))}{way}"
             )

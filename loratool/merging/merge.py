@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter, replaceable
-from loratool.adapters.writer import as_input, versions
+from loratool.adapters.told import as_input
 from loratool.bases.extra_weights import name_beside
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
@@ -411,7 +411,7 @@ def provenance(
     return {
         "made_by": "loratool merge",
         **invoked,
-        "versions": versions(),
+        "versions": record.versions(),
         "base": {"name": plan.base.name, **told_input(plan.base.root), **named},
         "adapters": [
             {

@@ -16,7 +16,6 @@ from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, SINGLE, Checkpoint, index_text
-from loratool.files.gguf import GgufFile
 from loratool.files.pipelines import Member, identities, itself
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 from loratool.grouping import by_key
@@ -225,7 +224,7 @@ def files_of_base(base: Checkpoint, changes: OutputChanges) -> list[FileDraft]:
             for name, weight in weights
         ]
         # scales may have had a file to themselves; a split GGUF may begin with a file of metadata
-        if entries or each is base.shards[-1] or is_gguf(base):
+        if entries or each is base.shards[-1] or base.is_gguf:
             files.append(FileDraft(shard_name(base, each), entries, prefix_of(each), itself(each)))
     files[-1] = replace(files[-1], entries=[*files[-1].entries, *changes.added])
     if not files[-1].entries and len(files) > 1:
@@ -313,7 +312,7 @@ def plan_indexes(base: Checkpoint, shards: Sequence[ShardPlan]) -> list[OutputFi
 
 def plan_index(base: Checkpoint, shards: Sequence[ShardPlan], component: bool = False) -> OutputFile | None:
     """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
-    if is_gguf(base):
+    if base.is_gguf:
         return None
     weight_map = {span.placed.name[len(shard.prefix) :]: shard.name for shard in shards for span in shard.spans}
     total = sum(span.placed.nbytes for shard in shards for span in shard.spans)
@@ -337,11 +336,6 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan], component: bool = 
     if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
         raise InputError("an index cannot contain file names that are not UTF-8:", map(printable, sorted(unwritable)))
     return OutputFile(index_name(shards[0].name, component), content=index_text(weight_map, total, None))
-
-
-def is_gguf(base: Checkpoint) -> bool:
-    """Whether it is a GGUF model, whose files stay as many as they are."""
-    return isinstance(base.shards[0], GgufFile)
 
 
 def is_utf8(name: str) -> bool:

@@ -45,7 +45,6 @@ from loratool.merging.output_layout import (
     OutputChanges,
     ShardPlan,
     check_names,
-    is_gguf,
     plan_indexes,
     plan_shards,
 )
@@ -114,7 +113,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
 
 def check_container(base: Checkpoint, options: PlanOptions) -> None:
     """Raise `UsageError` for options that the format of BASE's files has no use for."""
-    if not is_gguf(base):
+    if not base.is_gguf:
         if options.gguf_type:
             raise UsageError(f"{base.name}: --gguf-type is for a GGUF BASE, and this one is not GGUF")
         return
@@ -242,7 +241,8 @@ def find_changes(
     """Every edit and every new tensor. All misfits are told in one `FitError`, and with them what would be `lost`."""
     for number, weight in enumerate(weights):
         draft.add(number, weight, as_trained(draft.adapters[number], draft.base, draft.ties, binder, new_tensors))
-    draft.factors.blocks.check(draft.meant)
+    if draft.factors.blocks is not None:
+        draft.factors.blocks.check(draft.meant)
     draft.problems += [*draft.rivals(), *torn(draft.edits)]
     if lost and draft.problems == [*lost] and not draft.unsupported:
         owners = ", ".join(dict.fromkeys(adapter.name for adapter in draft.adapters))

@@ -17,7 +17,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -225,6 +224,8 @@ class Flag(Kind):
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """The name that a word was probably meant to be; empty where none is near."""
+    from difflib import get_close_matches
+
     return next(iter(get_close_matches(word, [*names], 1)), "")
 
 

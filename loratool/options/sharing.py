@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -57,12 +56,14 @@ def deal(costs: Sequence[float], count: int) -> list[list[int]]:
 
     What takes longest goes first, to the worker who has the least to do so far.
     """
+    from heapq import heappop, heappush
+
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [(0.0, worker) for worker in range(count)]
     for number in sorted(range(len(costs)), key=lambda each: (-costs[each], each)):
-        load, worker = heapq.heappop(loads)
+        load, worker = heappop(loads)
         shares[worker].append(number)
-        heapq.heappush(loads, (load + costs[number], worker))
+        heappush(loads, (load + costs[number], worker))
     return [sorted(share) for share in shares]
 
 

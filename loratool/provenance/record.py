@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from loratool import __version__
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, record_for, walk
 from loratool.files.digests import (
@@ -23,6 +24,7 @@ from loratool.files.digests import (
 )
 from loratool.files.hub_cache import find_blob
 from loratool.files.inputs import LARGEST_RECORD, read_json
+from loratool.lazy import installed
 from loratool.notes import Note
 from loratool.templates import some
 
@@ -30,6 +32,11 @@ from loratool.templates import some
 DECISIVE = ("*.safetensors", "*.gguf", f"*{INDEX_SUFFIX}", "config.json", "adapter_config.json")
 MOST_NAMED = 5  # files that a note repeats
 WAY_OUT = f"make it again, or, if the change was intended, delete {PROVENANCE}, which no longer describes it"
+
+
+def versions() -> dict[str, str]:
+    """The releases that a record names: those on which the bytes of an output may depend."""
+    return {"loratool": __version__, "torch": installed("torch")}
 
 
 @dataclass(frozen=True)

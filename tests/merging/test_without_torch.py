@@ -37,6 +37,8 @@ print("torch" in sys.modules, report.gain, *(name for name in sys.modules if nam
 # What a merge of a plain model on this disk does without: each takes time at every start.
 NEEDLESS = {
     *("adapters.formats.named.reading", "adapters.formats.named.writing", "adapters.formats.gguf_writing"),
+    *(f"adapters.formats.{name}" for name in ("gguf", "litgpt", "loralib", "megatron", "mlx", "torchtune")),
+    *("adapters.blocks", "adapters.writer", "bases.binding.named", "files.gguf", "files.tensor_writer", "layouts.gguf"),
     *("bases.codecs.known", "fetching.client", "inspecting", "lineage", "merging.in_parts", "merging.row_blocks"),
     *("pictures", "publishing.streaming", "reworking", "results.facts", "stores.client", "verifying"),
 }

@@ -10,16 +10,19 @@ from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format
-from loratool.adapters.formats.gguf import GGUF
-from loratool.adapters.formats.litgpt import LITGPT
-from loratool.adapters.formats.loralib import LORALIB
-from loratool.adapters.formats.megatron import MEGATRON
-from loratool.adapters.formats.mlx import MLX
+from loratool.adapters.formats.known import (
+    GgufFiles,
+    LitgptFiles,
+    LoralibFiles,
+    MegatronFiles,
+    MlxFiles,
+    TorchtuneFiles,
+    waiting,
+)
 from loratool.adapters.formats.named import Named
 from loratool.adapters.formats.peft import PEFT
-from loratool.adapters.formats.torchtune import TORCHTUNE
-from loratool.adapters.formats.trainer import MODEL_CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
+from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.errors import InputError, LoratoolError, about, printable
 from loratool.files.checkpoint import MODEL_INDEX, WEIGHT_FILES
 from loratool.files.containers import foreign_file, instead_of_weights, refuse_compressed
@@ -31,6 +34,8 @@ from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
 NAMED = Named(PEFT)
+LITGPT, LORALIB, MLX = map(waiting, (LitgptFiles(), LoralibFiles(), MlxFiles()))
+TORCHTUNE, MEGATRON, GGUF = map(waiting, (TorchtuneFiles(), MegatronFiles(), GgufFiles()))
 FORMATS: tuple[Format, ...] = (NAMED, LITGPT, LORALIB, PEFT, MLX, TORCHTUNE, MEGATRON, GGUF)
 WRITTEN = PEFT  # what is made here is written in, and what a file counts as that none of them claims
 DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format

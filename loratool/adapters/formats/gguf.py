@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.format import Config, Format, Restated
+from loratool.adapters.formats.known import GgufFiles
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.unsettled import settled
-from loratool.errors import InputError, LoratoolError, Problem, printable
+from loratool.errors import InputError, Problem, printable
 from loratool.files.gguf import KEY_OF_TYPE, GgufFile, read_gguf
 from loratool.provenance.cards import Subject
 
@@ -33,13 +34,9 @@ REPOSITORY = "general.base_model.0.repo_url"
 HUB = "https://huggingface.co/"
 
 
-class GgufAdapter(Format):
+class GgufAdapter(GgufFiles, Format):
     """Adapters as llama.cpp reads them."""
 
-    name = "gguf"
-    config_name = ""  # there is none
-    weights_name = "adapter.gguf"
-    dialects = ("gguf",)
     takes_model = True
 
     def __init__(self, model: Model | None = None) -> None:
@@ -78,16 +75,6 @@ class GgufAdapter(Format):
         from loratool.adapters.formats.gguf_writing import losses
 
         return losses(adapter)
-
-    def recognises(self, path: Path) -> bool:
-        if path.suffix == ".gguf":
-            return path.is_file()
-        return path.is_dir() and self.file_in(path) is not None
-
-    def file_in(self, folder: Path) -> Path | None:
-        """The one adapter among the GGUF files of a folder."""
-        found = [path for path in sorted(folder.glob("*.gguf")) if is_adapter(path)]
-        return found[0] if len(found) == 1 else None
 
     def claims(self, file: HasNames) -> frozenset[str]:
         own = file.path.suffix == ".gguf" and file.metadata.get(KEY_OF_TYPE) == "adapter"
@@ -139,14 +126,6 @@ class GgufAdapter(Format):
             ranks=(),
             snippet=lambda base, where: [],  # noqa: ARG005
         )
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a file says of itself that it is one; an empty one, as on the Hub, says nothing."""
-    try:
-        return path.stat().st_size > 0 and read_gguf(path).text(KEY_OF_TYPE) == "adapter"
-    except (LoratoolError, OSError):
-        return False
 
 
 GGUF = GgufAdapter()

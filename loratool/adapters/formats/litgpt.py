@@ -18,6 +18,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.known import LitgptFiles
 from loratool.adapters.formats.rows import part_of
 from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
 from loratool.adapters.formats.yaml_lines import read_settings, with_number
@@ -30,7 +31,7 @@ from loratool.errors import InputError, printable
 from loratool.files.heads import HasNames
 
 A, B = ".lora_A", ".lora_B"
-SETTINGS, MODEL = "hyperparameters.yaml", "model_config.yaml"
+SETTINGS, (MODEL,) = LitgptFiles.config_name, LitgptFiles.models
 LAYER = re.compile(r"transformer\.h\.(?P<layer>\d+)\.(?P<leaf>attn\.(?:qkv|attn|proj)|mlp\.(?:\w+|experts\.\d+\.\w+))")
 FUSED, INTERLEAVED = "attn.qkv", "attn.attn"
 OLD = "in which the rows of queries, keys and values lie by other rules; merge it with that release's merge_lora.py"
@@ -81,16 +82,11 @@ class Divided:
         return [total // sum(shares) * share for share in shares]
 
 
-class Litgpt(TrainerFormat):
+class Litgpt(LitgptFiles, TrainerFormat):
     """Adapters as litgpt's finetune_lora saves them, in safetensors."""
 
-    name = "litgpt"
     title = "litgpt"
-    config_name = SETTINGS
-    weights_name = "lit_model.lora.safetensors"
-    settings = (SETTINGS,)
     alphas = (("lora_alpha",),)
-    models = (MODEL,)
 
     def claims(self, file: HasNames) -> frozenset[str]:
         modules = [module for module in modules_with(file, (A, B)) if is_own(module)]

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.known import LoralibFiles
 from loratool.adapters.formats.rows import InParts, JoinedRows, Repeated
 from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with
 from loratool.adapters.training import Training
@@ -31,7 +31,6 @@ from loratool.notes import Note
 
 A, B, BIAS = ".lora_A", ".lora_B", ".bias"
 ALPHA, ENABLED = "lora_alpha", "enable_lora"  # in the header
-PEFT_CONFIG = "adapter_config.json"  # without which such names are not PEFT's
 WAY_OUT = (
     f"save the file once more with metadata={{{ENABLED!r}: 'true,false,true'}}, one word for each part, in the order of "
     "its rows"
@@ -59,16 +58,10 @@ class Product(LowRank):
         )
 
 
-class Loralib(TrainerFormat):
+class Loralib(LoralibFiles, TrainerFormat):
     """State dicts as loralib's `lora_state_dict` gives them, in safetensors."""
 
-    name = "loralib"
     title = "loralib"
-    config_name = ""
-    weights_name = "lora.safetensors"
-
-    def recognises(self, path: Path) -> bool:
-        return super().recognises(path) and not (path.parent / PEFT_CONFIG).exists()
 
     def claims(self, file: HasNames) -> frozenset[str]:
         modules = set(modules_with(file, (A, B)))

@@ -24,8 +24,9 @@ from typing import Any
 
 from loratool.adapters.adapter import FACTOR_NAMES, Adapter, Derived, StoredTensor
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.known import MegatronFiles
 from loratool.adapters.formats.rows import OfGroups, derived, entry_of, part_of
-from loratool.adapters.formats.tensor_ranks import DIVIDER, gathered, paths_of_ranks, read_ranks
+from loratool.adapters.formats.tensor_ranks import DIVIDER, gathered, read_ranks
 from loratool.adapters.formats.trainer import (
     MISSING_PARTNER,
     Found,
@@ -48,7 +49,7 @@ from loratool.files.safefile import SafeFile
 from loratool.notes import Note
 
 A, B, M = ".linear_in.weight", ".linear_out.weight", ".weight_magnitude"
-RUN, MODEL = "run_config.yaml", "model_config.yaml"
+RUN, MODEL = MegatronFiles.settings
 INTERLEAVED = "virtual_pipeline_model_parallel_size"
 MODULE = re.compile(
     r"(?:model\.|module\.)*(?:decoder|language_model\.encoder)\.layers\.(?:(?P<layer>\d+)\.)?"
@@ -119,14 +120,10 @@ class Grouped:
         )
 
 
-class Megatron(TrainerFormat):
+class Megatron(MegatronFiles, TrainerFormat):
     """Adapters of Megatron-Core models, gathered into one file."""
 
-    name = "megatron"
     title = "Megatron or NeMo"
-    config_name = RUN
-    weights_name = "adapter.safetensors"
-    settings = (RUN, MODEL)
     alphas = ALPHAS
 
     def claims(self, file: HasNames) -> frozenset[str]:
@@ -134,9 +131,6 @@ class Megatron(TrainerFormat):
             module for module in modules_with(file, (A, B)) if MODULE.fullmatch(module) or HEAD.fullmatch(module)
         ]
         return frozenset(name for module in modules for end in (A, B, M) if (name := module + end) in file.tensors)
-
-    def weights_at(self, folder: Path) -> list[Path]:
-        return super().weights_at(folder) or paths_of_ranks(folder)
 
     def weights_in(self, folder: Path) -> SafeFile:
         paths = self.weights_at(folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, uneven_dora
+from loratool.adapters.formats.known import MlxFiles
 from loratool.adapters.formats.rows import entry_of
 from loratool.adapters.layers import EXPERT_LAYERS, Contents, Form, Kind, expert_place, is_expert
 from loratool.adapters.model_settings import model_types
@@ -30,7 +31,6 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import BAKE, FitError, InputError, Problem, printable
-from loratool.files.checkpoint import NUMBERED
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
@@ -41,9 +41,8 @@ from loratool.notes import Note
 from loratool.provenance.cards import Subject
 from loratool.results.repairs import some
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
+CONFIG, WEIGHTS = MlxFiles.config_name, MlxFiles.weights_name
 A, B, M = ".lora_a", ".lora_b", ".m"
-CHECKPOINTS = "*_adapters.safetensors"  # which training leaves every so many steps: 0000100_adapters.safetensors
 EXPERT_CONTAINERS = ("switch_mlp", "experts", "switch_glu")
 OLD_CONTAINER = "block_sparse_moe"  # whose experts transformers calls w1, w2 and w3
 # Model types whose layers of all experts are in another container than the first.
@@ -254,7 +253,7 @@ def weights_in(folder: Path, notes: list[Note]) -> Path:
     """The weights in a folder: the last ones, or those of the only checkpoint."""
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    found = sorted(folder.glob(CHECKPOINTS))
+    found = sorted(folder.glob(MlxFiles.checkpoints))
     if len(found) != 1:
         names = ", ".join(printable(path.name) for path in found)
         raise InputError(f"{printable(folder)}: {WEIGHTS} is missing; pass the path of a checkpoint ({names})")
@@ -278,18 +277,8 @@ def training_of(config: Mapping[str, Any]) -> Training:
     )
 
 
-class Mlx(Format):
+class Mlx(MlxFiles, Format):
     """Adapters as mlx-lm saves them."""
-
-    name = "mlx"
-    config_name = CONFIG
-    weights_name = WEIGHTS
-    dialects = ("mlx",)
-
-    def recognises(self, path: Path) -> bool:
-        if path.suffix == ".safetensors":
-            return path.is_file() and not NUMBERED.match(path.name)
-        return (path / WEIGHTS).is_file() or any(path.glob(CHECKPOINTS))
 
     def claims(self, file: HasNames) -> frozenset[str]:
         names = file.tensors

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.adapters.formats.known import RANK
 from loratool.algebra.updates import formulas
 from loratool.errors import InputError, printable
 from loratool.files.safefile import SafeFile, SafeFiles, Selection, read_safefile
 
-FOLDER = re.compile(r"(?:mp_rank|tp_rank)_(\d{1,4})(?:_pp_rank_(\d{1,4}))?")
 LAYER = re.compile(r"(\blayers\.)(\d{1,6})\.")
 DIVIDER = "/"  # between the folder of a rank and a tensor's name
 
@@ -35,14 +35,8 @@ class Rank:
 
     @classmethod
     def of(cls, folder: str) -> Rank | None:
-        match = FOLDER.fullmatch(folder)
+        match = RANK.fullmatch(folder)
         return Rank(folder, int(match[1]), int(match[2] or 0)) if match else None
-
-
-def paths_of_ranks(folder: Path) -> list[Path]:
-    """The file of every rank, stage by stage in their order; none in a folder without such folders."""
-    found = [(rank.stage, rank.tensor, path) for path in folder.iterdir() if (rank := Rank.of(path.name))]
-    return [file for _, _, path in sorted(found) for file in sorted(path.glob("*.safetensors"))]
 
 
 def read_ranks(folder: Path, paths: Sequence[Path], layers: int | None = None) -> SafeFile:

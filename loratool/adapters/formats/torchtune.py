@@ -19,6 +19,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import rows
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.known import TorchtuneFiles
 from loratool.adapters.formats.torchtune_writing import TorchtuneNames, ordered_file
 from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
 from loratool.adapters.layers import Kind
@@ -84,16 +85,11 @@ class Placed:
         return {self.target: Magnitude(plain, rows.derived(out, lengths, formula))}
 
 
-class Torchtune(TrainerFormat):
+class Torchtune(TorchtuneFiles, TrainerFormat):
     """Adapters as torchtune trains them, before it exports them."""
 
-    name = "torchtune"
     title = "torchtune"
-    config_name = "adapter_config.json"
-    weights_name = "adapter_model.safetensors"
-    settings = ("adapter_config.json",)
     alphas = (("lora_alpha",),)
-    dialects = ("torchtune",)
     takes_model = True
 
     def __init__(self, model: Mapping[str, Any] | None = None) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 from loratool.adapters.adapter import FACTOR_NAMES, Adapter, StoredTensor
 from loratool.adapters.formats.format import Config, Format, Restated
+from loratool.adapters.formats.known import WithSettings
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import settled
-from loratool.adapters.weight_files import weight_files
+from loratool.adapters.weight_files import MODEL_CONFIG, weight_files
 from loratool.algebra.updates.base import Update
 from loratool.errors import InputError, Problem, printable
-from loratool.files.checkpoint import NUMBERED, sort_side_files
+from loratool.files.checkpoint import sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json
@@ -28,7 +29,6 @@ from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
 
-MODEL_CONFIG = "config.json"  # of the model that was trained, where it lies in the adapter's folder
 MISSING_PARTNER, NO_ALPHA = "missing-partner", "alpha-missing"  # codes of problems
 LARGEST = 3.4e38  # of a float32
 
@@ -124,16 +124,10 @@ class Found:
         return tuple(name for name in self.file.tensors if name not in used)
 
 
-class TrainerFormat(Format):
+class TrainerFormat(WithSettings, Format):
     """A subclass names the tensors and settings of one trainer."""
 
     title: str  # of the trainer, in sentences
-    settings: tuple[str, ...] = ()  # the files that may tell how an adapter was trained, the first one first
-    models: tuple[str, ...] = ()  # those that may tell what model was trained, besides its config
-
-    @property
-    def config_names(self) -> tuple[str, ...]:
-        return (*self.settings, *self.models)
 
     @abstractmethod
     def take(self, found: Found, config: Config) -> None:
@@ -145,15 +139,6 @@ class TrainerFormat(Format):
 
     def is_config(self, config: Config) -> bool:  # noqa: ARG002 (no JSON of its own)
         return False
-
-    def recognises(self, path: Path) -> bool:
-        if path.is_dir():
-            return any((path / name).is_file() for name in self.settings) and bool(self.weights_at(path))
-        return path.suffix == ".safetensors" and path.is_file() and not NUMBERED.match(path.name)
-
-    def weights_at(self, folder: Path) -> list[Path]:
-        """The files of a folder that may hold its tensors."""
-        return sorted(folder.glob("*.safetensors"))
 
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
         weights = [path.relative_to(location).as_posix() for path in self.weights_at(location)]

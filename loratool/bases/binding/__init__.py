@@ -20,7 +20,6 @@ from loratool.bases.binding.components import Component, components_of
 from loratool.bases.binding.distributing import distribute
 from loratool.bases.binding.flattened import look_up
 from loratool.bases.binding.fusing import Misfit
-from loratool.bases.binding.named import named
 from loratool.bases.binding.orientation import Orientation, module_of
 from loratool.bases.binding.places import ALL, Bound, Match, Place, Rule
 from loratool.bases.binding.proposing import proposals
@@ -48,8 +47,11 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
     Raises:
         FitError: the adapter is of another kind of model than the base.
     """
-    if (view := named(base)) is not None:
-        return view.in_file(bind(adapter, view, maps=maps, fan_in_fan_out=fan_in_fan_out))
+    if base.is_gguf:
+        from loratool.bases.binding.named import named
+
+        if (view := named(base)) is not None:
+            return view.in_file(bind(adapter, view, maps=maps, fan_in_fan_out=fan_in_fan_out))
     renamings = read_maps(maps)
     if parts := components_of(base):
         bound = bind_components(adapter, base, parts, renamings, fan_in_fan_out)

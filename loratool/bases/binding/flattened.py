@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from loratool.adapters.adapter import Flattened
@@ -36,8 +35,10 @@ def look_up(targets: Iterable[str], names: Iterable[str]) -> tuple[dict[str, str
 
 def missing(target: str, index: dict[str, list[str]]) -> str:
     """That no name gives this when it is flattened, with those that come nearest."""
+    from difflib import get_close_matches
+
     end = target.rpartition("_")[2]
     known = [flat for flat in index if flat.rpartition("_")[2] == end] or list(index)
-    near = difflib.get_close_matches(target, known[:MOST_COMPARED], n=MOST_NEAR)
+    near = get_close_matches(target, known[:MOST_COMPARED], n=MOST_NEAR)
     nearest = f"; nearest: {', '.join(printable(index[flat][0]) for flat in near)}" if near else ""
     return f"no weight of the base has this name once dots are written as underscores{nearest}"

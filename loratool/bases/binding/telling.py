@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from loratool.errors import printable
@@ -43,12 +42,14 @@ class Nearest:
 
 def nearest(template: str, known: Sequence[str]) -> str | None:
     """The template most like another: of those with the same last components where there are any."""
+    from difflib import get_close_matches
+
     parts = template.split(".")
     for tail in (3, 2):  # the last one is empty
         if alike := [name for name in known if name.split(".")[-tail:] == parts[-tail:]]:
             known = alike
             break
-    found = difflib.get_close_matches(template, known[:MOST_COMPARED], n=1, cutoff=0.5)
+    found = get_close_matches(template, known[:MOST_COMPARED], n=1, cutoff=0.5)
     return found[0] if found else None
 
 

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from loratool.adapters.formats import FORMATS, NAMED
-from loratool.adapters.formats.tensor_ranks import Rank
-from loratool.adapters.formats.trainer import MODEL_CONFIG
+from loratool.adapters.formats.known import RANK
+from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
 from loratool.files.inputs import read_bounded
@@ -154,7 +154,7 @@ def names_in(folder: Path) -> frozenset[str]:
 
 def is_unit(names: frozenset[str]) -> bool:
     """Whether a folder with files and folders of these names is one adapter."""
-    if any(Rank.of(name) for name in names):  # each process of a run saved a part of it
+    if any(map(RANK.fullmatch, names)):  # each process of a run saved a part of it
         return True
     weights = [name for name in names if name.endswith(WEIGHT_FILES)]
     return not CONFIG_OR_FACTORS.isdisjoint(names) or (len(weights) == 1 and weights[0] in WEIGHTS)

@@ -16,7 +16,7 @@ from typing import Any
 
 from loratool.adapters.formats import DIALECTS, replaceable
 from loratool.adapters.layers import Contents, Kind
-from loratool.adapters.writer import dtype_name, factor_tensors, versions
+from loratool.adapters.writer import dtype_name, factor_tensors
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, difference, length, side_by_side, singular_values
 from loratool.algebra.lowrank.shared_bases import Fitter
@@ -33,6 +33,7 @@ from loratool.files.staging import staged
 from loratool.files.tensor_writer import tensor_file
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.provenance.record import versions
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.aligned_layers import contents_apart
 from loratool.reworking.compressing.compress import adapters_at, as_typed, file_name, stored_core

@@ -14,7 +14,7 @@ from typing import Any
 
 from loratool.adapters.formats import DIALECTS, WRITTEN, has_adapter, is_adapter, replaceable
 from loratool.adapters.layers import Contents
-from loratool.adapters.writer import kept_dtype, versions
+from loratool.adapters.writer import kept_dtype
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, inner
 from loratool.algebra.lowrank.shared_bases import Fitter, frame, shared_bases
@@ -31,6 +31,7 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.session import PathLike, Progress, session
 from loratool.notes import Note
 from loratool.provenance.cards import command
+from loratool.provenance.record import versions
 from loratool.results.compress import CompressReport
 from loratool.reworking.aligned_layers import align_layers, contents_apart
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OWN, VERSION
