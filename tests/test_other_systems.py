@@ -369,3 +369,28 @@ def test_threads_share_heaps_where_the_allocator_can_be_asked(monkeypatch: pytes
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     process.share_heaps()
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "1"),
+        ({"OPENBLAS_NUM_THREADS": "2"}, "2"),
+        ({"OMP_NUM_THREADS": "4"}, None),
+        ({"OMP_NUM_THREADS": "1"}, None),
+        ({"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "1"}, "2"),
+    ],
+)
+def test_the_command_line_multiplies_on_its_own_threads_unless_told_otherwise(
+    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenBLAS is asked for one thread, in the variable of its manual; a number that the user has set stays what it is."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    assert process.multiplies_alone() is (given == {"OMP_NUM_THREADS": "1"})
+    process.multiply_on_own_threads()
+    assert os.environ.get("OPENBLAS_NUM_THREADS") == expected
+    assert process.multiplies_alone() is (given in ({}, {"OMP_NUM_THREADS": "1"}))

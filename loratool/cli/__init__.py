@@ -25,7 +25,14 @@ from loratool.errors import (
     without_credentials,
     without_tokens,
 )
-from loratool.files.process import is_unread, on_stop, prepare_streams, silence_stdout, without_collections
+from loratool.files.process import (
+    is_unread,
+    multiply_on_own_threads,
+    on_stop,
+    prepare_streams,
+    silence_stdout,
+    without_collections,
+)
 from loratool.files.system import lacking
 
 ESTIMATED = {"--rank": "8", "--target": "all-linear"}  # what `estimate` needs, with values to begin with
@@ -162,6 +169,7 @@ def stop(terminated: bool) -> NoReturn:
 def main() -> None:
     """Run the command line and end the process with the contract's exit code."""
     prepare_streams()
+    multiply_on_own_threads()
     warnings.showwarning = show_warning
     on_stop(stop)
     code = run(sys.argv[1:])

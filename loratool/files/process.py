@@ -25,6 +25,7 @@ Found = TypeVar("Found")
 
 resource = system.optional("resource")
 
+OPENBLAS_THREADS = "OPENBLAS_NUM_THREADS"
 HEAPS = 4
 M_ARENA_MAX = -8  # the number of heaps, of glibc's `mallopt`
 STATUS = Path("/proc/self")  # where the kernel tells what it knows of this process
@@ -61,6 +62,21 @@ def share_heaps() -> None:
     if ctypes is not None and "MALLOC_ARENA_MAX" not in os.environ:
         with suppress(AttributeError, OSError, TypeError):  # another allocator, or another system
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
+
+
+def multiply_on_own_threads() -> None:
+    """Have OpenBLAS start no threads when numpy is imported, unless somebody has said how many.
+
+    As many threads as there are cores compute already. Those of OpenBLAS would wait for work on the same cores, and
+    products would have to be cut into pieces that are too small for them.
+    """
+    if not {OPENBLAS_THREADS, "OMP_NUM_THREADS"} & os.environ.keys():
+        os.environ[OPENBLAS_THREADS] = "1"
+
+
+def multiplies_alone() -> bool:
+    """Whether OpenBLAS has no threads but those that call it."""
+    return (os.environ.get(OPENBLAS_THREADS) or os.environ.get("OMP_NUM_THREADS")) == "1"
 
 
 def peak_memory() -> int:

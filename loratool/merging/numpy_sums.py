@@ -19,6 +19,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.bases.packed import Packed
 from loratool.bases.weights import WIDENED, Plain, widen
+from loratool.files.process import multiplies_alone
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
@@ -34,6 +35,7 @@ TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take
 TOGETHER = 1 << 16  # products of undecided elements that are computed at a time: more would take fresh memory each time
 MANY = 16  # where more than one of so many elements is undecided, torch finds out why
 ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already
+ALONE_ANYWAY = 1 << 20  # where it has no others: more than stay in a core's cache
 WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
 LARGEST = 2.0**120  # of weights and of what is added, so that no sum is near the largest number
 SMALLEST = 2.0**-120  # of results: both dtypes have fewer digits from 2^-126 on
@@ -127,7 +129,7 @@ class Added:
         rank, width = self.down.shape
         scaled = numpy.ones((rank + 1, width), self.down.dtype)
         numpy.multiply(self.down, self.scale, out=scaled[:rank], casting="same_kind")
-        return in_parts(scaled, rows_of_tile(width))
+        return in_parts(scaled, rows_of_tile(width), alone())
 
     @cached_property
     def turned(self) -> NDArray[Any]:
@@ -271,7 +273,7 @@ class Tiles:
         column = margins.astype(sums.dtype)[:, None]
         up = numpy.empty((count, lifted), sums.dtype)
         up[:, :-1], up[:, -1:] = added.up[own], column
-        multiply(up, added.cut, sums)
+        multiply(up, added.cut, sums, alone())
         numpy.add(sums, weight, out=sums)
         self.result.put_ends(sums, column, low, after, differ)
         return numpy.flatnonzero(differ)
@@ -323,18 +325,26 @@ class Tiles:
         return True
 
 
-def in_parts(down: NDArray[Any], rows: int) -> NDArray[Any]:
+def alone() -> int:
+    """So many multiplications of a product stay on the calling thread."""
+    return ALONE_ANYWAY if multiplies_alone() else ALONE
+
+
+def in_parts(down: NDArray[Any], rows: int, most: int = ALONE) -> NDArray[Any]:
     """(rank, width) in parts of columns, (parts, rank, columns), for `multiply` with so many rows."""
     rank, width = down.shape
-    columns = max(32, ALONE // max(1, rank * rows))
+    columns = max(32, most // max(1, rank * rows))
     columns = math.gcd(width, 1 << columns.bit_length() - 1)
     step = columns if columns >= 16 else max(1, width)  # an odd one stays whole
     return numpy.ascontiguousarray(down.reshape(rank, width // step, step).transpose(1, 0, 2))
 
 
-def multiply(left: NDArray[Any], cut: NDArray[Any], out: NDArray[Any]) -> None:
-    """Put `left`, (n, rank), times all parts, (parts, rank, columns), into `out`, (n, parts · columns), on this thread."""
-    step = max(4, ALONE // max(1, cut[0].size))  # fewer rows where a narrow or odd width leaves parts too large
+def multiply(left: NDArray[Any], cut: NDArray[Any], out: NDArray[Any], most: int = ALONE) -> None:
+    """Put `left`, (n, rank), times all parts, (parts, rank, columns), into `out`, (n, parts · columns), on this thread.
+
+    `most` multiplications are done at a time. More of them may be added up in another order.
+    """
+    step = max(4, most // max(1, cut[0].size))  # fewer rows where a narrow or odd width leaves parts too large
     for at in range(0, len(left), step):
         some = out[at : at + step]
         numpy.matmul(left[at : at + step], cut, out=some.reshape(len(some), len(cut), -1).transpose(1, 0, 2))

@@ -15,7 +15,7 @@ from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
 from loratool.merging.addends import GENEROUS, ROUNDOFF
 from loratool.merging.numpy_rounding import HALF, exactly, rounded_once
-from loratool.merging.numpy_sums import ALONE, Added, in_parts
+from loratool.merging.numpy_sums import Added, alone, in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,7 @@ class Halved:
         rank, width = added.down.shape
         scaled = numpy.zeros((rank, lanes_of(width)), numpy.float32)
         numpy.multiply(added.down, added.scale, out=scaled[:, :width], casting="same_kind")
-        return cls(added, numpy.stack([in_parts(scaled[:, each::2], rows_of(width)) for each in (0, 1)]))
+        return cls(added, numpy.stack([in_parts(scaled[:, each::2], rows_of(width), alone()) for each in (0, 1)]))
 
 
 class Tile:
@@ -135,7 +135,7 @@ class Tile:
         numpy.bitwise_and(self.stored, SECOND, out=bits[1])
         *_, rank, columns = halved.down.shape
         out = self.sums.reshape(2, self.rows, -1, columns).transpose(0, 2, 1, 3)
-        step = max(4, ALONE // max(1, rank * columns))
+        step = max(4, alone() // max(1, rank * columns))
         for at in range(0, self.rows, step):
             rows = halved.added.up[first + at : first + min(at + step, self.rows)]
             numpy.matmul(rows, halved.down, out=out[:, :, at : at + step])

@@ -348,3 +348,19 @@ def test_blocks_of_gguf_are_decoded_by_both_ways_alike(tmp_path: Path, monkeypat
     one, other = both(base, tmp_path / "adapter", tmp_path, monkeypatch)
     assert one.digests == other.digests
     assert one.relative_norms == pytest.approx(other.relative_norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("shape", [(300, 16, 4096), (70, 3, 1023), (5, 256, 64)])
+def test_products_in_pieces_are_the_product(
+    shape: tuple[int, int, int], threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However large the pieces are, the products of all of them are that of the whole, which float64 gives."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
+    rows, rank, width = shape
+    random = np.random.default_rng(0)
+    left, right = (random.standard_normal(each, np.float32) for each in ((rows, rank), (rank, width)))
+    out, most = np.empty((rows, width), np.float32), numpy_sums.alone()
+    numpy_sums.multiply(left, numpy_sums.in_parts(right, rows, most), out, most)
+    expected = left.astype(float) @ right.astype(float)
+    assert abs(out - expected).max() <= 1e-5 * rank
