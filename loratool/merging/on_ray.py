@@ -13,10 +13,10 @@ from loratool.merging.by_tasks import Task, Words, merge_by_tasks, words_of
 from loratool.merging.dealing import deal
 from loratool.merging.merge import MergeOptions, PathLike, Progress
 from loratool.merging.options import RAY, ClusterOptions
-from loratool.merging.resources import WAITING_WORKERS
+from loratool.merging.resources import GPU_WORKERS, WAITING_WORKERS
 from loratool.results.merge import MergeReport
 
-CPUS = 4  # of a task
+CPUS = 4  # of a task without a GPU
 WAIT = 1.0  # seconds until an interrupt is noticed at the latest
 RETRIES = 8  # of a task whose process or node died
 SHARES = 4  # for each task that can run at a time, so that little is lost with one that dies
@@ -80,16 +80,18 @@ class Tasks:
     def settle(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """Decide what a task gets, and how many can run at a time, by what the nodes have."""
         nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
-        cpus = self.cluster.num_cpus or min([CPUS, *(int(node["CPU"]) for node in nodes)])
         gpus = self.cluster.num_gpus
         if gpus is None:
             gpus = int(self.options.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes))
+        cpus = self.cluster.num_cpus or (cpus_beside(gpus, nodes) if gpus else cpus_alone(nodes))
         wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         self.room = sum(min(int(node.get(kind, 0) // count) for kind, count in wanted.items()) for node in nodes)
         if not self.room:
             raise UsageError(f"no node of the cluster has the {cpus} CPUs and {gpus} GPUs that a task is to get")
-        self.limits = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES}
-        within = dataclasses.replace(self.words[-1], workers=cpus + WAITING_WORKERS, device="cuda" if gpus else "cpu")
+        # a process that has prepared its GPU is there for the next task, too: Ray would start another one for each
+        self.limits = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES, "max_calls": 0}
+        workers, device = (cpus, "cuda") if gpus else (cpus + WAITING_WORKERS, "cpu")
+        within = dataclasses.replace(self.words[-1], workers=workers, device=device)
         self.shared = self.ray.put((*self.words[:-1], within))
 
     def run(self, function: Task, parts: Sequence[FilePart]) -> list[Mapping[str, Any]]:
@@ -116,6 +118,17 @@ class Tasks:
             for left in () if self.joined else pending:
                 self.ray.cancel(left, force=True)
         return found
+
+
+def cpus_alone(nodes: Sequence[Mapping[str, float]]) -> int:
+    """CPUs of a task without a GPU: numpy has little use for more."""
+    return min([CPUS, *(int(node["CPU"]) for node in nodes)])
+
+
+def cpus_beside(gpus: int, nodes: Sequence[Mapping[str, float]]) -> int:
+    """CPUs of a task with some GPUs, which divide those of a node: a GPU waits for the cores that read, hash and write."""
+    shares = [int(node["CPU"] // (node["GPU"] // gpus)) for node in nodes if node.get("GPU", 0) >= gpus]
+    return max(1, min([GPU_WORKERS * gpus, *shares]))
 
 
 def imported() -> Any:

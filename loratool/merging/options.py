@@ -162,7 +162,7 @@ class ClusterOptions(Options):
     """Of a merge by the tasks of a cluster."""
 
     num_cpus: int | None = option(
-        help="With --workers ray: cores of a task [default: 4, or those of the smallest node].",
+        help="With --workers ray: cores of a task [default: 4, or those of the smallest node; with GPUs those of a node divided by its GPUs, at most 16 for each].",
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )

@@ -71,7 +71,7 @@ def test_every_part_is_made_by_one_task_and_read_again_by_another(ray: StandIn, 
         own = [found for name, found, _ in ray.tasks if name == kind]
         assert sorted(name for found in own for name in found) == names
         assert len(own) <= 4 * (4 + 1)
-    assert ray.limits == [{"num_cpus": 2, "num_gpus": 0, "max_retries": 8}] * 2
+    assert ray.limits == [{"num_cpus": 2, "num_gpus": 0, "max_retries": 8, "max_calls": 0}] * 2
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,11 @@ def test_every_part_is_made_by_one_task_and_read_again_by_another(ray: StandIn, 
     [
         ([{"CPU": 64.0}], {}, (4, 0), 16),
         ([{"CPU": 2.0}, {"CPU": 64.0}, {"memory": 1.0}], {}, (2, 0), 33),
-        ([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0}], {}, (4, 1), 2),
+        ([{"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0}], {}, (8, 1), 2),
+        ([{"CPU": 128.0, "GPU": 2.0}, {"CPU": 30.0, "GPU": 8.0}], {}, (3, 1), 10),
+        ([{"CPU": 4.0, "GPU": 8.0}], {}, (1, 1), 4),
+        ([{"CPU": 64.0, "GPU": 4.0}], {"num_gpus": 2}, (32, 2), 2),
+        ([{"CPU": 256.0, "GPU": 2.0}], {}, (16, 1), 2),
         ([{"CPU": 16.0, "GPU": 2.0}], {"device": "cpu"}, (4, 0), 4),
         ([{"CPU": 16.0, "GPU": 8.0}], {"num_gpus": 2, "num_cpus": 1}, (1, 2), 4),
     ],
