@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from loratool.files.names import has_other_parts
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo
 from loratool.files.source import Source, expect
-from loratool.files.stand_ins import stand_in
+from loratool.files.stand_ins import hashed, stand_in
 from loratool.files.weight_formats import read_weight_file
 from loratool.templates import first_few
 
@@ -252,13 +253,18 @@ def pieces_of(source: Source) -> Iterator[bytes]:
 
 
 def digest_of(path: Path) -> Digest:
-    """The plain digest of a file, all of which is read. Raises `InputError` where it is not a regular file, or changes
-    meanwhile.
+    """The plain digest of a file, all of which is read; of what a file stands for, once.
+
+    Raises `InputError` where it is not a regular file, or changes meanwhile.
     """
+    if (there := stand_in(path)) is not None and os.fspath(path) in hashed:
+        return Digest(there.source().size, hashed[os.fspath(path)])
     state, size = hashlib.sha256(), 0
     for part in parts_of(path):
         state.update(part)
         size += len(part)
+    if there is not None:
+        hashed[os.fspath(path)] = state.hexdigest()
     return Digest(size, state.hexdigest())
 
 
@@ -312,10 +318,11 @@ def unproven(wanted: Digest, find: Finder) -> dict[str, Reference]:
     return {n: each for n, each in listed if isinstance(each, Reference) and not each.version and find(each) is None}
 
 
-def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere) -> str:
+def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere, in_order: bool = False) -> str:
     """Empty where a file holds what was written; else what is wrong. Its size is looked at first, which costs nothing.
 
-    Tensors that are listed by a reference are compared with the file that `find` gives for it, where it gives one.
+    Tensors that are listed by a reference are compared with the file that `find` gives for it, where it gives one. With
+    `in_order`, a file that stands for an object is read from its beginning to its end, for the SHA-256 of all of it too.
     """
     try:
         size = path.stat().st_size
@@ -325,11 +332,14 @@ def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere) -> str:
         return f"has {size} bytes, but {wanted.size} were written"
     if wanted.tree is None or (wanted.sha256 and any(isinstance(e, Reference) for e in wanted.tree.tensors.values())):
         return "" if sha256_of(path) == wanted.sha256 else OTHER
-    return why_other_tree(path, wanted.tree, find, wanted.copies)
+    return why_other_tree(path, wanted.tree, find, wanted.copies, in_order and stand_in(path) is not None)
 
 
-def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[CopiedRange]) -> str:
-    """Empty where a weight file has the digests of a tree; else what is wrong with it. The chunks are read in parallel."""
+def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[CopiedRange], in_order: bool) -> str:
+    """Empty where a weight file has the digests of a tree; else what is wrong with it.
+
+    Its ranges are read in parallel, or in their order, after which its SHA-256 is known too.
+    """
     begin = HASHES[wanted.function]
     os.close(open_regular(path))  # what is no regular file is said to be none, rather than no weight file
     try:
@@ -341,48 +351,83 @@ def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[Copi
     order = file.layout.in_order
     if root_of(wanted.header, (wanted.tensors[info.name] for info in order), begin) != wanted.root:
         return "does not have the root digest that is listed for it"
-    unequal = [*dict.fromkeys([*unequal_tensors(file, wanted, begin, find), *unequal_copies(file, copies)])]
-    return f"{OTHER} (tensor {first_few(unequal, 3)})" if unequal else ""
-
-
-def unequal_tensors(file: SafeFile, wanted: Tree, begin: Callable[[], State], find: Finder) -> list[str]:
-    """The tensors with a chunk that has another digest than it should, or other bytes than the file they are from."""
-    chunks: list[tuple[str, str | Reference, int, int]] = []
-    unequal: list[str] = []
-    for info in file.layout.in_order:
-        at, listed = file.position(info), wanted.tensors[info.name]
-        cuts = [0, info.nbytes] if isinstance(listed, Reference) else chunk_cuts(info)
-        each: list[str | Reference] = [listed] if isinstance(listed, Reference) else [*listed]
-        if len(cuts) - 1 != len(each):
-            unequal.append(info.name)
-            continue
-        chunks += [(info.name, one, at + a, at + b) for one, (a, b) in zip(each, pairwise(cuts), strict=True)]
-
+    ranges = [*tensor_ranges(file, wanted, begin, find), *copied_ranges(file, copies)]
     with file.open() as source:
-
-        def look(chunk: tuple[str, str | Reference, int, int]) -> str:
-            name, listed, start, stop = chunk
-            if isinstance(listed, Reference):
-                return "" if has_bytes(source, start, stop, listed, find) else name
-            return "" if digest_of_range(source, start, stop, begin) == listed else name
-
-        unequal += filter(None, on_all_cores(look, chunks))
+        if in_order:
+            whole = InOrder(source)
+            kept = {id(each): each.holds(whole) for each in sorted(ranges, key=lambda each: each.start)}
+            hashed[os.fspath(path)] = whole.sha256()
+            right = [kept[id(each)] for each in ranges]
+        else:
+            right = on_all_cores(lambda each: each.holds(source), ranges)
         file.check_unchanged(source)
         file.check_unchanged()
-    return unequal
+    unequal = dict.fromkeys(n for each, holds in zip(ranges, right, strict=True) if not holds for n in each.names)
+    return f"{OTHER} (tensor {first_few([*unequal], 3)})" if unequal else ""
 
 
-def unequal_copies(file: SafeFile, copies: Sequence[CopiedRange]) -> list[str]:
-    """The tensors with bytes in ranges that a store copied, and that do not have the MD5 that it told of them."""
-    with file.open() as source:
+@dataclass(frozen=True)
+class Compared:
+    """Bytes of a weight file, from `start` on, that are read and compared, and the tensors that are among them."""
 
-        def look(copy: CopiedRange) -> bool:
-            return digest_of_range(source, copy.start, copy.stop, md5_state) != copy.md5
+    start: int
+    holds: Callable[[Source], bool]  # whether they are what was written
+    names: Sequence[str]
 
-        checked = [copy for copy in copies if copy.md5]
-        wrong = [copy for copy, other in zip(checked, on_all_cores(look, checked), strict=True) if other]
+
+def tensor_ranges(file: SafeFile, wanted: Tree, begin: Callable[[], State], find: Finder) -> Iterator[Compared]:
+    """Each chunk of each tensor, which has a digest, or is bytes of the file that it is from."""
+    for info in file.layout.in_order:
+        at, listed = file.position(info), wanted.tensors[info.name]
+        if isinstance(listed, Reference):
+            yield Compared(
+                at, partial(has_bytes, start=at, stop=at + info.nbytes, wanted=listed, find=find), [info.name]
+            )
+            continue
+        cuts = [*pairwise(chunk_cuts(info))]
+        if len(cuts) != len(listed):
+            yield Compared(at, lambda _: False, [info.name])
+            continue
+        for digest, (a, b) in zip(listed, cuts, strict=True):
+            yield Compared(
+                at + a, partial(has_digest, start=at + a, stop=at + b, begin=begin, digest=digest), [info.name]
+            )
+
+
+def copied_ranges(file: SafeFile, copies: Sequence[CopiedRange]) -> Iterator[Compared]:
+    """Each range that a store copied, and told the MD5 of."""
     infos = [(file.position(info), info) for info in file.layout.in_order if info.nbytes]
-    return [i.name for c in wrong for at, i in infos if at < c.stop and at + i.nbytes > c.start]
+    for copy in copies:
+        if copy.md5:
+            names = [info.name for at, info in infos if at < copy.stop and at + info.nbytes > copy.start]
+            holds = partial(has_digest, start=copy.start, stop=copy.stop, begin=md5_state, digest=copy.md5)
+            yield Compared(copy.start, holds, names)
+
+
+class InOrder:
+    """A source that is read forwards, what nobody asks for too, and the SHA-256 of all of it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.size, self.at, self.state = source, source.size, 0, hashlib.sha256()
+        expect(source, 0, self.size)
+
+    def read(self, start: int, count: int, into: memoryview) -> None:
+        """As of any source; bytes that were read before do not count again."""
+        self.go_to(start)
+        self.source.read(start, count, into)
+        if start + count > self.at:
+            self.state.update(into[self.at - start : count])
+            self.at = start + count
+
+    def go_to(self, start: int) -> None:
+        """Read what lies before a byte."""
+        while (count := min(PIECE, start - self.at)) > 0:
+            self.read(self.at, count, memoryview(bytearray(count)))
+
+    def sha256(self) -> str:
+        """In hexadecimal, of all bytes."""
+        self.go_to(self.size)
+        return self.state.hexdigest()
 
 
 def md5_state() -> State:
@@ -407,6 +452,11 @@ def has_bytes(source: Source, start: int, stop: int, wanted: Reference, find: Fi
             if ours[:size] != theirs[:size]:
                 return False
     return True
+
+
+def has_digest(source: Source, start: int, stop: int, begin: Callable[[], State], digest: str) -> bool:
+    """Whether some bytes of a source have a digest."""
+    return digest_of_range(source, start, stop, begin) == digest
 
 
 def digest_of_range(source: Source, start: int, stop: int, begin: Callable[[], State]) -> str:

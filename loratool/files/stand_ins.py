@@ -47,6 +47,7 @@ class StandIn(Protocol):
 
 standing: dict[str, StandIn] = {}  # path → what it stands for
 copied: dict[str, Identity] = {}  # path of a copy of a whole object → what tells whether that is still the same
+hashed: dict[str, str] = {}  # path → the SHA-256 of what it stands for, once somebody has read all of it
 homes: list[tempfile.TemporaryDirectory[str]] = []  # the folders that they lie in
 
 
@@ -54,6 +55,7 @@ def forget() -> None:
     """Remove all of them, at the end of a process that has no use for them any more."""
     standing.clear()
     copied.clear()
+    hashed.clear()
     for home in homes:
         with suppress(OSError):
             home.cleanup()

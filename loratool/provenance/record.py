@@ -57,12 +57,14 @@ def why_other_file(folder: Path, name: str) -> str:
     return why_other(folder / name, listed_files(folder)[name], lambda reference: sound_blob(reference.sha256))
 
 
-def compare(folder: Path, only: str = "", reasons: Mapping[str, str] | None = None) -> Comparison:
+def compare(
+    folder: Path, only: str = "", reasons: Mapping[str, str] | None = None, in_order: bool = False
+) -> Comparison:
     """Every listed file of a folder, held to its digest; of a folder without a `loratool.json` there is nothing to say.
 
     A file that decides what is computed, and is missing or another than was written, is a problem; of any other it is a
     note, and so are files that the record does not list. `only` is the one file of the folder that is meant; `reasons`
-    are what `why_other_file` says of every file, where that is known.
+    are what `why_other_file` says of every file, where that is known; `in_order` is as for `why_unlike`.
     """
     record = record_for(folder, only)
     if not record.is_file():
@@ -83,7 +85,9 @@ def compare(folder: Path, only: str = "", reasons: Mapping[str, str] | None = No
     notes = list(notes_of(folder, table, listed, only))
     for name, digest in sorted(listed.items()):
         notes += [*unproven_notes(name, digest, find), *copied_notes(name, digest)]
-        if not (reason := why_other(folder / name, digest, find) if reasons is None else reasons.get(name, "")):
+        if not (
+            reason := why_other(folder / name, digest, find, in_order) if reasons is None else reasons.get(name, "")
+        ):
             continue
         if is_decisive(name):
             problems.append(f"{printable(name)}: {reason}")
@@ -92,9 +96,9 @@ def compare(folder: Path, only: str = "", reasons: Mapping[str, str] | None = No
     return Comparison(tuple(problems), tuple(notes))
 
 
-def check(folder: Path) -> tuple[Note, ...]:
+def check(folder: Path, in_order: bool = False) -> tuple[Note, ...]:
     """The notes of a comparison; raises `VerificationError` naming every file with a problem."""
-    found = compare(folder)
+    found = compare(folder, in_order=in_order)
     if found.problems:
         raise VerificationError(
             f"{printable(folder)}: differs from what {PROVENANCE} says was written; {WAY_OUT}:", found.problems
@@ -106,10 +110,10 @@ def is_decisive(name: str) -> bool:
     return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in DECISIVE)
 
 
-def why_other(path: Path, digest: Digest, find: Finder) -> str:
+def why_other(path: Path, digest: Digest, find: Finder, in_order: bool = False) -> str:
     """Empty where a file holds what was written; else what is wrong with it."""
     try:
-        return why_unlike(path, digest, find)
+        return why_unlike(path, digest, find, in_order)
     except InputError:
         return "is not a regular file, or changed while it was being read"
     except OSError as error:

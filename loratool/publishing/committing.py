@@ -15,7 +15,7 @@ from loratool.errors import HubError, UsageError, VerificationError, printable
 from loratool.fetching import answers
 from loratool.fetching.answers import RemoteFile, commit_of, wrong
 from loratool.fetching.client import api, asking, endpoint, patiently, wait_after
-from loratool.files.digests import parts_of
+from loratool.files.digests import parts_of, sha256_of
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.stand_ins import stand_in, stream_of
 from loratool.lazy import hub, hub_errors
@@ -23,6 +23,7 @@ from loratool.notes import Note
 from loratool.stores.names import is_in_store
 
 REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as a streaming merge is not complete
+SAMPLE = 512  # bytes of a file by which the Hub decides how it is uploaded
 LARGE = 1 << 20  # bytes from which a file is uploaded by itself, before the commit
 
 
@@ -48,11 +49,19 @@ class Upload:
 
     @cached_property
     def operation(self) -> hub.CommitOperationAdd:
-        """The same for the client, which hashes it; what a file stands for is read from where it is."""
+        """The same for the client, which hashes it; what a file stands for is read from where it is, and hashed here."""
         if self.path is None:
             return hub.CommitOperationAdd(self.name, self.content or b"")
-        there = stand_in(self.path)
-        return hub.CommitOperationAdd(self.name, str(self.path) if there is None else stream_of(there))
+        if (there := stand_in(self.path)) is None:
+            return hub.CommitOperationAdd(self.name, str(self.path))
+        from huggingface_hub.lfs import UploadInfo
+
+        found = hub.CommitOperationAdd(self.name, b"")
+        sample = memoryview(bytearray(min(SAMPLE, self.size)))
+        there.source().read(0, len(sample), sample)
+        found.upload_info = UploadInfo(size=self.size, sample=bytes(sample), sha256=bytes.fromhex(sha256_of(self.path)))
+        found.path_or_fileobj = stream_of(there)
+        return found
 
     def rewind(self) -> None:
         """Before another try: an earlier one may have left what is read from elsewhere at any place."""

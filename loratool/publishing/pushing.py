@@ -35,7 +35,7 @@ def push(
     check_message(options.message)
     check_name(repo)
     root = folder_at(path, options.include)
-    unlike = record.check(root)
+    unlike = record.check(root, in_order=True)
     choice = partial(
         select,
         root,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,8 +26,8 @@ from loratool.files.checkpoint import (
     leaves,
     sort_side_files,
 )
-from loratool.files.digests import digest_of_bytes
-from loratool.files.inputs import LARGEST_RECORD, json_object, read_bounded
+from loratool.files.digests import PIECE, digest_of_bytes
+from loratool.files.inputs import LARGEST_RECORD, json_object, open_regular, read_bounded
 from loratool.files.journal import MODEL, is_stage
 from loratool.files.outputs import as_json
 from loratool.files.safefile import PREFIX
@@ -337,12 +338,12 @@ def check_message(message: str | None) -> None:
 
 
 def header_parts(upload: Upload) -> Iterator[bytes]:
-    """The header of a safetensors file: its first 8 bytes tell how long it is."""
-    left = PREFIX
-    for part in upload.parts():
-        if left == PREFIX:
-            left += int.from_bytes(part[:PREFIX], "little")
-        yield part[:left]
-        left -= len(part)
-        if left <= 0:
-            return
+    """The header of a safetensors file, which one that stands for an object has: its first 8 bytes tell how long it is."""
+    content = io.BytesIO(upload.content or b"")
+    with content if upload.path is None else open(open_regular(upload.path), "rb") as stream:
+        prefix = stream.read(PREFIX)
+        yield prefix
+        left = int.from_bytes(prefix, "little")
+        while part := stream.read(min(left, PIECE)):
+            yield part
+            left -= len(part)

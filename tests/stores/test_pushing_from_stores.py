@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import faults
 import pytest
 from hub_client import Client
 from hub_server import WRITER, Fault, HubServer
+from safetensors import safe_open
 from store_server import BUCKET, StoreServer, tree
 
 import loratool
+from loratool.errors import VerificationError
 from loratool.files.stand_ins import stream_of
 from loratool.stores.names import StorePath
 from loratool.stores.objects import listed
@@ -45,6 +49,48 @@ def test_a_model_in_a_store_is_pushed_as_one_in_a_folder_is(
     assert here.keys() - there.keys() == {"optimizer.pt"}
     made = {".gitattributes", "README.md", "loratool.json"}  # with the name of the repository
     assert {name for name, content in there.items() if content != here.get(name)} <= made
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["record", "no-record"])
+def test_weights_are_read_twice_of_a_store(
+    store: StoreServer, hub: HubServer, client: Client, tmp_path: Path, recorded: bool
+) -> None:
+    """For the SHA-256 that the Hub asks for first, with the comparison with `loratool.json`, and to send them.
+
+    Besides that come the header and the 512 bytes by which the Hub decides how a file is uploaded.
+    """
+    faults.make_base(tmp_path / "base", shards=1, hidden=384)
+    faults.make_adapter(tmp_path / "adapter", layers=1, hidden=384, rank=2)
+    merged = tmp_path / "merged"
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", merged)
+    if not recorded:
+        (merged / "loratool.json").unlink()
+    place = f"pushed/{'told' if recorded else 'untold'}"
+    store.put(BUCKET, merged, place)
+    (weights,) = merged.glob("*.safetensors")
+    store.requests.clear()
+    client.works("push", f"s3://{BUCKET}/{place}", "alice/twice", cwd=None, **store.environment)
+    assert hub.files("alice/twice")[weights.name] == weights.read_bytes()
+    size = weights.stat().st_size
+    came = [each.sent for each in store.requests if each.kind == "get" and each.key.endswith(weights.name)]
+    assert sorted(came) == [512, 64 << 10, size, size]
+
+
+def test_an_object_that_is_not_what_its_record_says_is_not_pushed(
+    store: StoreServer, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensor is named, and the Hub is not asked for anything."""
+    monkeypatch.setattr("loratool.publishing.pushing.open_repo", lambda *_: pytest.fail("the Hub was asked"))
+    loratool.merge(models / "base", models / "adapter", tmp_path / "merged")
+    path = max((tmp_path / "merged").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    store.put(BUCKET, tmp_path / "merged", "pushed/damaged")
+    with safe_open(path, "pt") as file:
+        names = [re.escape(name) for name in file.keys()]  # noqa: SIM118 (no mapping)
+    with pytest.raises(VerificationError, match=rf"{path.name}: differs .* \(tensor ({'|'.join(names)})\)"):
+        loratool.push(f"{OF_STORE}/damaged", "alice/none")
 
 
 def test_an_output_in_a_store_is_pushed_from_there(
