@@ -15,7 +15,6 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
 from loratool.errors import InputError, printable
-from loratool.files.digests import sha256_of
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
 from loratool.lazy import NDArray, Tensor, numpy as np, torch
@@ -265,6 +264,8 @@ class Adapter(Shown):
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the weights and of the config, by file name."""
+        from loratool.files.digests import sha256_of  # here, as it imports `hashlib`, too
+
         paths = dict.fromkeys([*(file.path for file in self.file.files), self.config_file])
         return {path.name: sha256_of(path) for path in paths}
 

@@ -9,7 +9,7 @@ from loratool.commands.library import library_function
 from loratool.lazy import Tensor
 from loratool.merging import in_memory
 from loratool.merging.in_memory import InMemoryOptions, MergedWeights
-from loratool.merging.merge import PathLike, Progress
+from loratool.merging.inputs import PathLike, Progress
 from loratool.options.described import made_of
 
 if TYPE_CHECKING:

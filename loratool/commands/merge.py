@@ -10,7 +10,8 @@ from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
 from loratool.errors import UsageError
 from loratool.merging import merge as merging
-from loratool.merging.merge import MergeOptions, PathLike, Progress
+from loratool.merging.inputs import PathLike, Progress
+from loratool.merging.merge import MergeOptions
 from loratool.merging.options import ClusterOptions
 from loratool.options.described import made_of, option
 from loratool.options.shared import PublishOptions

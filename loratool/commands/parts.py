@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
 from loratool.merging import in_parts
-from loratool.merging.merge import MergeOptions, PathLike, Progress
+from loratool.merging.inputs import PathLike, Progress
+from loratool.merging.merge import MergeOptions
 from loratool.options.described import keyword_options, made_of
 from loratool.options.sharing import Share
 from loratool.results.parts import FinishReport, PartReport, PartsStatus

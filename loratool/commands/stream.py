@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.commands.library import library_function
-from loratool.merging.merge import PathLike, Progress
+from loratool.merging.inputs import PathLike, Progress
 from loratool.options.described import made_of
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.commands.keywords import VerifyKeywords
-    from loratool.merging.merge import PathLike, Progress
+    from loratool.merging.inputs import PathLike, Progress
 
 
 @library_function(VerifyOptions)

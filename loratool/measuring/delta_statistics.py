@@ -16,6 +16,7 @@ from loratool.bases.weights import Held, Room, Slice
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.measuring.sampling import sample
 from loratool.results.values import MeasuredOnBase
 
 if TYPE_CHECKING:
@@ -155,17 +156,3 @@ class Rounding:
             self.same += int(((applied == 0) & (delta != 0)).sum())
             self.product += float((applied * wide).sum())
             self.squared += float(wide.square().sum())
-
-
-PARTS = 16  # runs of rows that a sample is read in
-
-
-def sample(rows: int, wanted: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of evenly spread runs that are `wanted` rows together, or of all rows."""
-    if rows <= wanted:
-        yield 0, rows
-        return
-    parts = min(PARTS, wanted)
-    each = wanted // parts
-    for part in range(parts):
-        yield part * rows // parts, each

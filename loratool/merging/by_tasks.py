@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from loratool.errors import UsageError, printable
 from loratool.files.part_records import FilePart, PartRecord
 from loratool.merging.in_parts import make_parts, publish
-from loratool.merging.merge import MergeOptions, PathLike, several
+from loratool.merging.inputs import PathLike, several
+from loratool.merging.merge import MergeOptions
 from loratool.merging.parted_merge import PartedMerge, open_parts
 from loratool.results.merge import MergeReport
 from loratool.stores.names import is_in_store

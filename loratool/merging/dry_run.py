@@ -10,7 +10,8 @@ from pathlib import Path
 
 from loratool.errors import UsageError
 from loratool.merging.forecasting import with_forecast
-from loratool.merging.merge import MergeOptions, PathLike, opened_inputs, planned, prepare, several
+from loratool.merging.inputs import PathLike, opened_inputs, planned, several
+from loratool.merging.merge import MergeOptions, prepare
 from loratool.merging.one_file import as_one_file
 from loratool.merging.parted_merge import checked_place
 from loratool.merging.plan import MergePlan

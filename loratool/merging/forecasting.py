@@ -15,7 +15,7 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import numpy, torch
-from loratool.measuring.delta_statistics import sample
+from loratool.measuring.sampling import sample
 from loratool.merging.addends import Place
 from loratool.merging.gain import Gains, Pairs, gain_notes, hidden_updates, measure_kept
 from loratool.merging.loaded_edits import LoadedEdit

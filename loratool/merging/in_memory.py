@@ -29,7 +29,7 @@ from loratool.lazy import Tensor, torch
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import Gains, gain_notes, hidden_updates
-from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
+from loratool.merging.inputs import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
 from loratool.merging.resources import (
     MOST_SHELVED,

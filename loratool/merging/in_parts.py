@@ -28,13 +28,12 @@ from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage
 from loratool.merging.dealing import across_files, plan_of, share_of
+from loratool.merging.inputs import PathLike, Progress
 from loratool.merging.merge import (
     NOTHING,
     Making,
     Merged,
     MergeOptions,
-    PathLike,
-    Progress,
     Report,
     check_values,
     cost,

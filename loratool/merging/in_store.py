@@ -11,7 +11,8 @@ from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import read_recorded
 from loratool.files.part_records import PublishedError
 from loratool.merging.in_parts import IncompleteError, make, making, publish, result_of, spent
-from loratool.merging.merge import Making, MergeOptions, PathLike, Progress, cost
+from loratool.merging.inputs import PathLike, Progress
+from loratool.merging.merge import Making, MergeOptions, cost
 from loratool.merging.parted_merge import PartedMerge, open_parts
 from loratool.merging.resources import runtime_for
 from loratool.notes import Note

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter, replaceable
+from loratool.adapters.formats import replaceable
 from loratool.adapters.told import as_input
 from loratool.bases.extra_weights import name_beside
-from loratool.bases.opening import open_checkpoint
-from loratool.bases.same_base import unlike_bases
 from loratool.devices import Runtime, kind_of
 from loratool.errors import FitError, LoratoolError, VerificationError, printable
-from loratool.fetching import local
-from loratool.fetching.bases import AUTO, chosen_base
 from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import recorded
@@ -37,9 +32,9 @@ from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, hidden_updates
+from loratool.merging.inputs import PathLike, Progress, opened_inputs, planned, several
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
-from loratool.merging.planning import plan_merge
 from loratool.merging.resources import ROUNDED_BY_NUMPY, Resources, check_limit, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.totals import summed
@@ -58,14 +53,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from contextlib import ExitStack
 
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.reading import Reading
     from loratool.bases.side_files import OutputFile
-    from loratool.files.checkpoint import Checkpoint
     from loratool.merging.plan import MergePlan
 
-PathLike = str | os.PathLike[str]  # what every path argument takes
-Progress = Callable[[int, int], None]
 GAIN_DIGITS = 3  # of it in a record: it is measured on a sample, and threads add in any order
 NOTHING = "because every weight rounds back to its old value; the updates are zero or smaller than its steps"
 
@@ -281,66 +271,12 @@ def prepare(
     return as_one_file(planned(model, read, options), target), target, paths
 
 
-def opened_inputs(
-    base: PathLike, adapters: Sequence[PathLike], options: PlanOptions, stack: ExitStack | None
-) -> tuple[Checkpoint, list[Adapter], list[Path]]:
-    """The base, the adapters, and where those are on this disk; `stack` is that of `prepare`."""
-    ways = options.readings(max(1, len(adapters)))
-    base, paths = located(base, adapters)
-    if not paths or stack is None:
-        return *read_inputs(local(base, "model"), paths, ways), paths
-    import tempfile
-
-    from loratool.fetching.pieces import opened
-
-    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
-    return stack.enter_context(opened(base, lambda _name: home)).checkpoint, read_all(paths, ways), paths
-
-
-def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
-    """One adapter or several, as several."""
-    return [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-
-
-def located(base: PathLike, adapters: Sequence[PathLike]) -> tuple[PathLike, list[Path]]:
-    """The base, and the places of the adapters on this disk; an adapter alone is merged into the base that it names."""
-    if not adapters and is_adapter(local(base, "any")):
-        base, adapters = AUTO, [base]
-    paths = [local(adapter, "adapter") for adapter in adapters]
-    return chosen_base(base, paths), paths
-
-
-def read_inputs(base: Path, paths: Sequence[Path], ways: Sequence[Reading]) -> tuple[Checkpoint, list[Adapter]]:
-    """The base and the adapters at some places; without adapters, what a model that was saved unmerged holds."""
-    return (open_checkpoint(base), read_all(paths, ways)) if paths else alone(base, ways[0])
-
-
-def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:
-    return [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
-
-
 def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, stream: str = "") -> dict[str, Any]:
     """What repeats a merge, whose adapters are at `paths`; `stream` are the words that send it elsewhere than to OUT."""
     also_load = tuple(name_beside(plan.adapters, each) for each in options.also_load)
     options = dataclasses.replace(options, also_load=also_load)
     found = invocation("merge", [plan.base.root, *paths], options, out=not stream)
     return {**found, "command": found["command"] + stream}
-
-
-def alone(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
-    """A model by itself: the base and the adapter in one that was saved unmerged, or a base without any adapter."""
-    model = open_checkpoint(path, unmerged=True)
-    if not WRITTEN.unmerged_in(model.tensors):
-        return model, []
-    base, adapter = WRITTEN.taken_apart(model, reading)
-    return base, [adapter]
-
-
-def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
-    """The plan, with what is to be said of the base that it has."""
-    plan = plan_merge(base, adapters, options)
-    run = options if isinstance(options, RunOptions) else plan.run
-    return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)), run=run)
 
 
 def check_values(plan: MergePlan) -> None:

@@ -24,17 +24,8 @@ from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.in_store import making_in_store
-from loratool.merging.merge import (
-    Making,
-    MergeOptions,
-    PathLike,
-    Progress,
-    cost,
-    make_all,
-    making,
-    planned,
-    read_all,
-)
+from loratool.merging.inputs import PathLike, Progress, planned, read_all
+from loratool.merging.merge import Making, MergeOptions, cost, make_all, making
 from loratool.merging.one_file import as_one_file, target_of
 from loratool.merging.parted_merge import PartedMerge, apart_from_inputs, checked_place, stored
 from loratool.merging.plan import MergePlan

@@ -25,16 +25,8 @@ from loratool.files.sink import PAGE
 from loratool.files.weight_formats import read_weight_file
 from loratool.merging.dealing import parts_of
 from loratool.merging.fingerprints import content_fingerprint
-from loratool.merging.merge import (
-    MergeOptions,
-    PathLike,
-    located,
-    output_names,
-    planned,
-    prepare,
-    read_inputs,
-    several,
-)
+from loratool.merging.inputs import PathLike, located, planned, read_inputs, several
+from loratool.merging.merge import MergeOptions, output_names, prepare
 from loratool.merging.one_file import as_one_file, is_file
 from loratool.merging.upload_parts import upload_parts
 from loratool.stores import uploads

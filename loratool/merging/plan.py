@@ -13,9 +13,6 @@ from loratool.grouping import by_key
 from loratool.merging.options import RunOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
-from loratool.results.merge import gain_row
-from loratool.results.plan import PlanTable
-from loratool.results.simulation import Simulation, simulation_text
 from loratool.results.text import MOST_LINES, aligned, plural, size
 from loratool.templates import first_few, grouped, listed, template_of
 
@@ -28,6 +25,8 @@ if TYPE_CHECKING:
     from loratool.files.checkpoint import Checkpoint
     from loratool.merging.output_layout import ShardPlan, Span
     from loratool.notes import Note
+    from loratool.results.plan import PlanTable
+    from loratool.results.simulation import Simulation
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,6 +109,9 @@ class MergePlan(Result):
 
 def plan_text(plan: MergePlan) -> str:
     """What a merge would do, for people."""
+    from loratool.results.merge import gain_row  # here, as a merge or `verify` shows no plan
+    from loratool.results.simulation import simulation_text
+
     rows: list[tuple[str, object]] = [
         ("base", f"{plan.base.name}: {plural(len(plan.base.shards), 'file')}, {plural(len(plan.spans), 'tensor')}"),
         *(

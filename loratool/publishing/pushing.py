@@ -23,7 +23,7 @@ from loratool.results.push import PushReport
 from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
-    from loratool.merging.merge import PathLike
+    from loratool.merging.inputs import PathLike
     from loratool.publishing.options import PushOptions
 
 

@@ -39,19 +39,8 @@ from loratool.lazy import installed
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.gain import Gains
-from loratool.merging.merge import (
-    NOTHING,
-    MergeOptions,
-    PathLike,
-    Progress,
-    check_values,
-    cost,
-    describe,
-    planned,
-    read_all,
-    repeated,
-    write_small_files,
-)
+from loratool.merging.inputs import PathLike, Progress, planned, read_all
+from loratool.merging.merge import NOTHING, MergeOptions, check_values, cost, describe, repeated, write_small_files
 from loratool.merging.resources import check_limit, correcting_memory, runtime_for
 from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD

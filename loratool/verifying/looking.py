@@ -17,7 +17,7 @@ from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
-from loratool.measuring.delta_statistics import sample
+from loratool.measuring.sampling import sample
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.verifying.distances import ulp_of
 from loratool.verifying.quantised import least_rows

@@ -28,7 +28,6 @@ from loratool.merging.resources import (
     rows_of_block,
     sums_products,
 )
-from loratool.merging.row_blocks import Worker
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals
 from loratool.verifying import quick
@@ -42,7 +41,8 @@ from loratool.verifying.updates import Updates, doubt_of, rounded_twice
 from loratool.verifying.without_torch import Halved, Tile, suffices
 
 if TYPE_CHECKING:
-    from loratool.merging.merge import Progress
+    from loratool.merging.inputs import Progress
+    from loratool.merging.row_blocks import Worker
     from loratool.verifying.options import VerifyOptions
 
 PIECE = 1 << 20  # bytes that are compared at a time
@@ -78,6 +78,8 @@ class Bench:
     def computing(self) -> Worker:
         """The buffers in which a merge computes."""
         if self.worker is None:
+            from loratool.merging.row_blocks import Worker  # with all that torch computes
+
             proving = self.proving
             self.worker = Worker.of(proving.computed, proving.resources(), self.number)
             size, on_gpu = self.worker.merged.numel(), self.worker.stream is not None

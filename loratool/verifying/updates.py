@@ -15,10 +15,10 @@ from loratool.algebra.updates.experts import ExpertLowRank
 from loratool.algebra.updates.replacing import Replace
 from loratool.algebra.updates.residual import Residual
 from loratool.lazy import Tensor, torch
-from loratool.merging.loaded_edits import LoadedEdit, weight_rows
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit
+    from loratool.merging.loaded_edits import LoadedEdit
     from loratool.merging.output_layout import Span
 
 
@@ -39,6 +39,8 @@ class Updates:
         self, span: Span, device: torch.device, edits: Sequence[Edit] | None = None, dtype: torch.dtype | None = None
     ) -> None:
         """`dtype` is one to which factors are rounded first."""
+        from loratool.merging.loaded_edits import LoadedEdit, weight_rows  # with all that torch computes
+
         self.replacements: list[LoadedEdit] = []
         self.others: list[LoadedEdit] = []
         wide = torch.float64
@@ -89,6 +91,8 @@ class Updates:
 
 def doubt_of(span: Span) -> float:
     """How far elements of the formula may be off where a tool decomposes W in float32; 0 where none has to."""
+    from loratool.merging.loaded_edits import weight_rows
+
     cpu, found = torch.device("cpu"), 0.0
     for edit in span.edits:
         if isinstance(edit.update, Residual):

@@ -22,7 +22,7 @@ from loratool.fetching.bases import AUTO as AUTO_BASE
 from loratool.files.process import cores, peak_memory
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
-from loratool.merging.merge import PathLike, Progress, located, planned, read_inputs, several
+from loratool.merging.inputs import PathLike, Progress, located, planned, read_inputs, several
 from loratool.merging.options import GGUF_FLOATS, PlanOptions
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import MOST_SHELVED

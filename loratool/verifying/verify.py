@@ -6,14 +6,14 @@ import os
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError
+from loratool.files.process import without_collections
 from loratool.options.described import described_by
 from loratool.verifying.options import VerifyOptions
-from loratool.verifying.records import verify_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loratool.merging.merge import PathLike, Progress
+    from loratool.merging.inputs import PathLike, Progress
     from loratool.results.verify import Verification
 
 
@@ -26,8 +26,11 @@ def verify(
 ) -> Verification:
     """Prove `merged`; `loratool.commands.verify` says all of it."""
     if by_record(base, adapters, options):
+        from loratool.verifying.records import verify_record
+
         return verify_record(merged)
-    from loratool.verifying.verifier import prove  # most of the library, which a record needs nothing of
+    with without_collections():
+        from loratool.verifying.verifier import prove  # most of the library, which a record needs nothing of
 
     return prove(merged, base, adapters, options, progress)
 

@@ -1,0 +1,82 @@
+"""What a merge is made of, opened and planned: nothing is written, and nothing read but headers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter
+from loratool.bases.opening import open_checkpoint
+from loratool.bases.same_base import unlike_bases
+from loratool.fetching import local
+from loratool.fetching.bases import AUTO, chosen_base
+from loratool.merging.options import PlanOptions, RunOptions
+from loratool.merging.planning import plan_merge
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from loratool.adapters.adapter import Adapter
+    from loratool.adapters.reading import Reading
+    from loratool.files.checkpoint import Checkpoint
+    from loratool.merging.plan import MergePlan
+
+PathLike = str | os.PathLike[str]  # what every path argument takes
+Progress = Callable[[int, int], None]
+
+
+def opened_inputs(
+    base: PathLike, adapters: Sequence[PathLike], options: PlanOptions, stack: ExitStack | None
+) -> tuple[Checkpoint, list[Adapter], list[Path]]:
+    """The base, the adapters, and where those are on this disk; `stack` is that of `prepare`."""
+    ways = options.readings(max(1, len(adapters)))
+    base, paths = located(base, adapters)
+    if not paths or stack is None:
+        return *read_inputs(local(base, "model"), paths, ways), paths
+    import tempfile
+
+    from loratool.fetching.pieces import opened
+
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
+    return stack.enter_context(opened(base, lambda _name: home)).checkpoint, read_all(paths, ways), paths
+
+
+def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
+    """One adapter or several, as several."""
+    return [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+
+
+def located(base: PathLike, adapters: Sequence[PathLike]) -> tuple[PathLike, list[Path]]:
+    """The base, and the places of the adapters on this disk; an adapter alone is merged into the base that it names."""
+    if not adapters and is_adapter(local(base, "any")):
+        base, adapters = AUTO, [base]
+    paths = [local(adapter, "adapter") for adapter in adapters]
+    return chosen_base(base, paths), paths
+
+
+def read_inputs(base: Path, paths: Sequence[Path], ways: Sequence[Reading]) -> tuple[Checkpoint, list[Adapter]]:
+    """The base and the adapters at some places; without adapters, what a model that was saved unmerged holds."""
+    return (open_checkpoint(base), read_all(paths, ways)) if paths else alone(base, ways[0])
+
+
+def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:
+    return [read_adapter(path, way) for path, way in zip(paths, ways, strict=True)]
+
+
+def alone(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
+    """A model by itself: the base and the adapter in one that was saved unmerged, or a base without any adapter."""
+    model = open_checkpoint(path, unmerged=True)
+    if not WRITTEN.unmerged_in(model.tensors):
+        return model, []
+    base, adapter = WRITTEN.taken_apart(model, reading)
+    return base, [adapter]
+
+
+def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
+    """The plan, with what is to be said of the base that it has."""
+    plan = plan_merge(base, adapters, options)
+    run = options if isinstance(options, RunOptions) else plan.run
+    return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)), run=run)
