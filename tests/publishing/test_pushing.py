@@ -8,15 +8,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import faults
 import pytest
 import torch
 from dialect_samples import DIALECTS, gguf_of
-from hub_client import Client
 from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
 from safetensors.torch import save_file
 
@@ -24,6 +23,9 @@ import loratool
 from loratool.errors import InputError, UsageError
 from loratool.files.journal import Journal
 from loratool.publishing.selecting import select
+
+if TYPE_CHECKING:
+    from hub_client import Client
 
 SHARDS, HIDDEN = 3, 64
 SECRETS = {
@@ -84,17 +86,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / "adapter" / name).unlink()  # beside an adapter they count as trained with it, and a merge refuses them
     (home / "model" / "passwd").symlink_to("/etc/passwd")
     return home
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub: HubServer, tmp_path: Path) -> Client:
-    return Client(hub, tmp_path / "home", WRITER)
 
 
 def wanted(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import faults
@@ -167,12 +167,6 @@ CASES = [
     *(("model", name) for name in (*FILES, "config.json", "model-00002-of-00002.safetensors")),
     *(("adapter", name) for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "loratool.json")),
 ]
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import faults
 import pytest
+from hub_fixtures import client, hub
 from store_server import BUCKET, SHARDS, StoreServer
 
 from loratool.files import stand_ins
-from loratool.stores import client
+from loratool.stores import client as of_stores
 
+__all__ = ["client", "hub"]
 HIDDEN = 96
 
 
@@ -38,7 +40,7 @@ def store(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stor
     """The store as loratool finds it, with nothing counted yet, and without its patience."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(client, "WAITS", (0.01,) * len(client.WAITS))
+    monkeypatch.setattr(of_stores, "WAITS", (0.01,) * len(of_stores.WAITS))
     server.requests.clear()
     yield server
     server.fault = lambda _asked: None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import faults
 import pytest
-from hub_client import Client
-from hub_server import WRITER, Fault, HubServer
+from hub_server import Fault, HubServer
 from safetensors import safe_open
 from store_server import BUCKET, StoreServer, tree
 
@@ -20,18 +19,10 @@ from loratool.files.stand_ins import stream_of
 from loratool.stores.names import StorePath
 from loratool.stores.objects import listed
 
+if TYPE_CHECKING:
+    from hub_client import Client
+
 OF_STORE = f"s3://{BUCKET}/pushed"
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub: HubServer, tmp_path: Path) -> Client:
-    return Client(hub, tmp_path / "home", WRITER)
 
 
 def test_a_model_in_a_store_is_pushed_as_one_in_a_folder_is(
