@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loratool.algebra.updates.base import Update
     from loratool.bases.edits import Edit
 
-NOT_MERGED = "not-merged"
+NOT_MERGED, NOT_MERGED_WORDS = "not-merged", "not merged"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def known_causes(edit: Edit, rslora: bool) -> Iterator[Cause]:
 
 
 def every_cause(weight: float, update: Update, rslora: bool) -> Iterator[Cause]:
-    yield Cause(NOT_MERGED, 0.0, "not merged")
+    yield Cause(NOT_MERGED, 0.0, NOT_MERGED_WORDS)
     yield Cause("merged-twice", 2.0, "merged twice")
     yield Cause("wrong-sign", -1.0, "subtracted instead of added")
     if weight:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.errors import FitError, printable
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed
-from loratool.verifying.causes import NOT_MERGED, Cause, causes_of
+from loratool.verifying.causes import NOT_MERGED, NOT_MERGED_WORDS, Cause, causes_of, known_causes
 from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, PART, QUANTISED, UNEXPLAINED, Explained
 from loratool.verifying.looking import SURE
 from loratool.verifying.options import RESIDUAL, TWICE
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from loratool.bases.edits import Edit
     from loratool.merging.plan import MergePlan
     from loratool.verifying.distances import Distances
+    from loratool.verifying.looking import Fit
     from loratool.verifying.packed import Survived
     from loratool.verifying.pairing import Pairing
     from loratool.verifying.untouched import Changed
 
 MOST_WORDS = 6  # causes that a sentence tells
+MOST_CAUSES = 100  # more than there are
 MOST_EQUAL = 0.99  # share of elements: where more are the base's, single elements differ
 
 
@@ -37,6 +40,7 @@ class Part:
     factor: float
     error: float
     edit: Edit | None  # None where the modules of the tensor are not told apart
+    causes: tuple[str, ...] = ()  # codes of those that make the same values; empty where the error tells
 
 
 def module_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -162,23 +166,24 @@ def of_factors(plan: MergePlan, found: Mapping[str, Explained]) -> Iterator[Diag
     edits = {(s.placed.name, e.adapter, e.target): e for s in plan.edited for e in s.edits if not e.update.replaces}
     all_of: dict[int, int] = {}
     sound: set[Module] = set()
-    odd: list[tuple[str, Module, float, float]] = []
+    odd: list[tuple[str, Module, int, Fit]] = []
     for name, each in found.items():
         for number, module in enumerate(each.modules):
             all_of[module[0]] = all_of.get(module[0], 0) + 1
             if each.kind == FACTOR and each.fit is not None and not each.fit.is_one(number, 0.0):
-                odd.append((name, module, each.fit.factors[number], each.fit.errors[number]))
+                odd.append((name, module, number, each.fit))
             else:
                 sound.add(module)
     parts: dict[int, list[Part]] = {}
-    for name, (adapter, target), factor, error in odd:
+    for name, (adapter, target), number, fit in odd:
         shown = target if target and (adapter, target) not in sound else name  # one of several tensors that it changes
-        part = Part(adapter, shown, factor, error, edits.get((name, adapter, target)))
+        named, edit = fit.causes[number] if fit.causes else (), edits.get((name, adapter, target))
+        part = Part(adapter, shown, fit.factors[number], fit.errors[number], edit, named)
         parts.setdefault(adapter, []).append(part)
     for adapter, some in parts.items():
         rslora = plan.adapters[adapter].training.rslora
         groups: dict[tuple[str, ...], list[tuple[Part, ...]]] = {}
-        for cluster in clusters(some):
+        for cluster in clusters(some, rslora):
             causes = causes_in(cluster, rslora)
             groups.setdefault(tuple(dict.fromkeys(cause.code for cause in causes)), []).append(cluster)
         for codes, alike in groups.items():
@@ -187,18 +192,51 @@ def of_factors(plan: MergePlan, found: Mapping[str, Explained]) -> Iterator[Diag
             yield of_factor(plan.adapters[adapter].name, codes, [*words], alike, whole)
 
 
-def clusters(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
-    """Modules in groups of one factor, as far as their errors tell; what is known best comes first."""
+def clusters(parts: Sequence[Part], rslora: bool) -> list[tuple[Part, ...]]:
+    """Modules in groups of one cause, or of one factor as far as their errors tell; what is known best comes first."""
     found: list[list[Part]] = []
-    for part in sorted(parts, key=lambda part: part.error):
+    for part in sorted(parts, key=lambda part: (len(part.causes) or MOST_CAUSES, part.error)):
         for cluster in found:
-            factor, error = pooled(cluster)
-            if abs(part.factor - factor) <= SURE * (part.error + error) + 1e-6:
+            if belongs(part, cluster, rslora):
                 cluster.append(part)
                 break
         else:
             found.append([part])
-    return [tuple(cluster) for cluster in found]
+    return [settled(cluster, rslora) for cluster in found]
+
+
+def belongs(part: Part, cluster: Sequence[Part], rslora: bool) -> bool:
+    """Whether a module may have the factor, or one of the causes, of some others."""
+    if shared := shared_causes(cluster):
+        if part.causes:
+            return not shared.isdisjoint(part.causes)
+        return any(abs(factor - part.factor) <= SURE * part.error + 1e-6 for factor in factors_of(part, shared, rslora))
+    factor, error = pooled(cluster)
+    return not part.causes and abs(part.factor - factor) <= SURE * (part.error + error) + 1e-6
+
+
+def shared_causes(parts: Sequence[Part]) -> frozenset[str]:
+    """The codes of the causes that make the values of all those of some modules that few factors explain."""
+    sets = [frozenset(part.causes) for part in parts if part.causes]
+    return frozenset.intersection(*sets) if sets else frozenset()
+
+
+def factors_of(part: Part, codes: Collection[str], rslora: bool) -> list[float]:
+    """What some causes give for a module."""
+    every = known_causes(part.edit, rslora) if part.edit is not None else ()
+    return [cause.factor for cause in every if cause.code in codes]
+
+
+def settled(cluster: Sequence[Part], rslora: bool) -> tuple[Part, ...]:
+    """Modules whose causes are those that they share, each with the factor of one of these that is nearest to its own."""
+    if not (shared := shared_causes(cluster)):
+        return tuple(cluster)
+    found = []
+    for part in cluster:
+        factors = factors_of(part, shared, rslora)
+        nearest = min(factors, key=lambda factor: abs(factor - part.factor), default=part.factor)
+        found.append(dataclasses.replace(part, factor=nearest, causes=tuple(shared)))
+    return tuple(found)
 
 
 def pooled(parts: Sequence[Part]) -> tuple[float, float]:
@@ -210,6 +248,9 @@ def pooled(parts: Sequence[Part]) -> tuple[float, float]:
 
 def causes_in(cluster: Sequence[Part], rslora: bool) -> list[Cause]:
     """Every cause that gives the factor of some modules, for each of them."""
+    if common := shared_causes(cluster):
+        known = [known_causes(part.edit, rslora) for part in cluster if part.edit is not None]
+        return [cause for causes in known for cause in causes if cause.code in common]
     factor, error = pooled(cluster)
     error = max(error, min(part.error for part in cluster) / 4)
     every = [causes_of(factor, error, part.edit, rslora) for part in cluster if part.edit is not None]
@@ -226,9 +267,11 @@ def of_factor(
     factor, error = pooled(parts)
     numbers = {"factor": factor, "error": error, "causes": [*codes]}
     if NOT_MERGED in codes:
+        others = "".join(f", or {each}" for each in words[:MOST_WORDS] if each != NOT_MERGED_WORDS)
         if whole:
-            return Diagnosis(NOT_MERGED, f"{adapter}: not merged into any of its {counted(names)}", names, numbers)
-        return Diagnosis("left-out", f"{adapter}: left out of {counted(names)}", names, numbers)
+            text = f"{adapter}: not merged into any of its {counted(names)}{others}"
+            return Diagnosis(NOT_MERGED, text, names, numbers)
+        return Diagnosis("left-out", f"{adapter}: left out of {counted(names)}{others}", names, numbers)
     every = sorted(pooled(cluster)[0] for cluster in alike)
     shown = f"{factor:.4g}" if len(every) == 1 else f"{every[0]:.4g} to {every[-1]:.4g}"
     why = f": {', or '.join(words[:MOST_WORDS])}" if words else "; no known cause gives that"

@@ -130,17 +130,24 @@ def known_fit(look: Look, fit: Fit, best: Agreement, plan: MergePlan) -> Fit | N
         return Fit((2.0,) * len(fit.factors), fit.errors)
     found = fit if best.holds else None
     edits = {(edit.adapter, edit.target): edit for edit in look.span.edits}
+    named: list[tuple[str, ...]] = []
     for number, module in enumerate(look.modules):
         edit, factor = edits.get(module), fit.factors[number]
         numbers = known_causes(edit, plan.adapters[module[0]].training.rslora) if edit else ()
+        alike: list[str] = []
         for cause in sorted(numbers, key=lambda cause: abs(cause.factor - factor)):
-            if abs(cause.factor - factor) > max(SURE * fit.errors[number], NEAR * abs(factor)):
+            far = abs(cause.factor - factor) > max(SURE * fit.errors[number], NEAR * abs(factor))
+            if far and look.packed is None:  # values of few bits keep too little of an update for least squares
                 continue
-            snapped = Fit((*fit.factors[:number], cause.factor, *fit.factors[number + 1 :]), fit.errors)
+            snapped = fit.having(number, cause.factor)
             agreement = look.agreement(look.once(look.weight, look.scaled(snapped)))
-            if agreement.holds and (found is None or agreement.equal >= best.equal):
-                fit, best, found = snapped, agreement, snapped
-    return found
+            if not agreement.holds or (found is not None and agreement.equal < best.equal):
+                continue
+            if agreement.equal > best.equal or not alike or look.packed is None:
+                fit, best, found, alike = snapped, agreement, snapped, []
+            alike.append(cause.code)
+        named.append(tuple(alike))
+    return dataclasses.replace(found, causes=tuple(named)) if found and look.packed is not None else found
 
 
 def residual(look: Look, scaled: list[Tensor]) -> float:

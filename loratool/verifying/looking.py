@@ -63,6 +63,12 @@ class Fit:
 
     factors: tuple[float, ...]
     errors: tuple[float, ...]  # standard errors
+    # of each update, the codes of the causes that make the same values; empty where its error tells
+    causes: tuple[tuple[str, ...], ...] = ()
+
+    def having(self, number: int, factor: float) -> Fit:
+        """The same with another factor for one update."""
+        return dataclasses.replace(self, factors=(*self.factors[:number], factor, *self.factors[number + 1 :]))
 
     def is_one(self, number: int, slack: float = SLACK) -> bool:
         """Whether an update is in it once, as far as the rows tell."""

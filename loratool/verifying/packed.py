@@ -102,7 +102,7 @@ def surely(fit: Fit) -> Fit:
         min(error, abs(factor - 1) / (2 * SURE)) if abs(factor - 1) > SLACK else error
         for factor, error in zip(fit.factors, fit.errors, strict=True)
     ]
-    return Fit(fit.factors, tuple(errors))
+    return dataclasses.replace(fit, errors=tuple(errors))
 
 
 def best_in_noise(look: Look, plan: MergePlan, noise: float) -> Guess | None:

@@ -137,7 +137,6 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "another module": ("merged-besides", merged_besides),
     "another base": ("another-base", another_base),
 }
-FAINT = ("α forgotten",)  # ΔW / 15 is a tenth of a step, of which a base on the same values keeps little
 
 
 def assert_found(found: loratool.Verification, cause: str, names: set[str]) -> None:
@@ -148,7 +147,7 @@ def assert_found(found: loratool.Verification, cause: str, names: set[str]) -> N
     assert {*told.modules} == {name.removesuffix(".weight") for name in names}, str(found)
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in FAINT])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_requantised_model_is_found_by_its_cause(fault: str, anew: Bench, tmp_path: Path) -> None:
     cause, plant = FAULTS[fault]
     tensors = anew.merged()
@@ -164,6 +163,15 @@ def test_a_fault_in_a_model_that_was_quantised_after_the_merge_is_found(
     tensors = quantised.merged()
     names = plant(quantised, tensors)
     assert_found(quantised.verified(tensors, tmp_path / "merged"), cause, names)
+
+
+def test_factors_that_make_the_same_values_are_all_told(tmp_path: Path) -> None:
+    """ΔW / 15 is a fiftieth of a step of nf4: it changes no more of the base's own values than nothing at all does."""
+    of = bench("nf4", True, scene(tmp_path / "plain", size=0.1, seed=1), tmp_path)
+    found = of.verified(of.merged(1 / ALPHA), tmp_path / "merged")
+    (told,) = (each for each in found.diagnoses if not each.passes)
+    assert (told.code, told.numbers["causes"]) == ("not-merged", ["not-merged", "alpha-forgotten"]), str(found)
+    assert told.text.endswith(", or α = 15 was left out of the scaling")
 
 
 def test_the_nearest_values_to_the_formula_are_proven(anew: Bench, tmp_path: Path) -> None:
