@@ -41,6 +41,7 @@ class Part:
     error: float
     edit: Edit | None  # None where the modules of the tensor are not told apart
     causes: tuple[str, ...] = ()  # codes of those that make the same values; empty where the error tells
+    trained: bool = False  # whether it is the factor of what was trained alone
 
 
 def module_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -166,27 +167,28 @@ def of_factors(plan: MergePlan, found: Mapping[str, Explained]) -> Iterator[Diag
     edits = {(s.placed.name, e.adapter, e.target): e for s in plan.edited for e in s.edits if not e.update.replaces}
     all_of: dict[int, int] = {}
     sound: set[Module] = set()
-    odd: list[tuple[str, Module, int, Fit]] = []
+    odd: list[tuple[str, Module, int, Fit, bool]] = []
     for name, each in found.items():
         for number, module in enumerate(each.modules):
             all_of[module[0]] = all_of.get(module[0], 0) + 1
             if each.kind == FACTOR and each.fit is not None and not each.fit.is_one(number, 0.0):
-                odd.append((name, module, number, each.fit))
+                odd.append((name, module, number, each.fit, each.trained))
             else:
                 sound.add(module)
     parts: dict[int, list[Part]] = {}
-    for name, (adapter, target), number, fit in odd:
+    for name, (adapter, target), number, fit, trained in odd:
         shown = target if target and (adapter, target) not in sound else name  # one of several tensors that it changes
         named, edit = fit.causes[number] if fit.causes else (), edits.get((name, adapter, target))
-        part = Part(adapter, shown, fit.factors[number], fit.errors[number], edit, named)
+        part = Part(adapter, shown, fit.factors[number], fit.errors[number], edit, named, trained)
         parts.setdefault(adapter, []).append(part)
     for adapter, some in parts.items():
         rslora = plan.adapters[adapter].training.rslora
-        groups: dict[tuple[str, ...], list[tuple[Part, ...]]] = {}
+        groups: dict[tuple[bool, tuple[str, ...]], list[tuple[Part, ...]]] = {}
         for cluster in clusters(some, rslora):
             causes = causes_in(cluster, rslora)
-            groups.setdefault(tuple(dict.fromkeys(cause.code for cause in causes)), []).append(cluster)
-        for codes, alike in groups.items():
+            codes = tuple(dict.fromkeys(cause.code for cause in causes))
+            groups.setdefault((cluster[0].trained, codes), []).append(cluster)
+        for (_, codes), alike in groups.items():
             words = dict.fromkeys(cause.words for cluster in alike for cause in causes_in(cluster, rslora))
             whole = sum(map(len, alike)) == all_of[adapter]
             yield of_factor(plan.adapters[adapter].name, codes, [*words], alike, whole)
@@ -207,6 +209,8 @@ def clusters(parts: Sequence[Part], rslora: bool) -> list[tuple[Part, ...]]:
 
 def belongs(part: Part, cluster: Sequence[Part], rslora: bool) -> bool:
     """Whether a module may have the factor, or one of the causes, of some others."""
+    if part.trained != cluster[0].trained:
+        return False
     if shared := shared_causes(cluster):
         if part.causes:
             return not shared.isdisjoint(part.causes)
@@ -275,7 +279,12 @@ def of_factor(
     every = sorted(pooled(cluster)[0] for cluster in alike)
     shown = f"{factor:.4g}" if len(every) == 1 else f"{every[0]:.4g} to {every[-1]:.4g}"
     why = f": {', or '.join(words[:MOST_WORDS])}" if words else "; no known cause gives that"
-    text = f"{adapter}: {counted(names)} contain{'s' * (len(names) == 1)} {shown} times the update{why}"
+    of = (
+        "update that was trained, and once the part that its initialisation took from W"
+        if parts[0].trained
+        else "update"
+    )
+    text = f"{adapter}: {counted(names)} contain{'s' * (len(names) == 1)} {shown} times the {of}{why}"
     return Diagnosis("factor", text, names, numbers)
 
 

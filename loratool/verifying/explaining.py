@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratool.lazy import Tensor, torch
 from loratool.results.verify import TensorProof
 from loratool.verifying.causes import known_causes
-from loratool.verifying.guesses import Guess, guesses
+from loratool.verifying.guesses import Guess, all_turned, guesses, part_alone
 from loratool.verifying.halves import in_halves, off_in_part, takes_part
 from loratool.verifying.looking import SURE, Agreement, Fit, Look
 from loratool.verifying.options import AUTO, RESIDUAL, TWICE
@@ -42,6 +42,9 @@ class Explained:
     fit: Fit | None = None
     guess: Guess | None = None
     packed: bool = False  # whether it is quantised
+    trained: bool = (
+        False  # whether the factors are those of what was trained, and the part that was taken is there once
+    )
     # ‖W' − W − Σ f ΔW‖ / ‖W‖, or, of a part that was taken from W, by how much of its size that is another one
     residual: float = 0.0
 
@@ -93,6 +96,8 @@ def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, sh
         return Explained("different", GUESS, "", modules, fit, guess)
     if fit is not None and (known := known_fit(look, fit, best, plan)) is not None:
         return Explained("different", FACTOR, "", modules, known)
+    if (known := trained_fit(look, plan)) is not None:
+        return Explained("different", FACTOR, "", modules, known, trained=True)
     return Explained("different", UNEXPLAINED, "", modules, fit, residual=residual(look, scaled))
 
 
@@ -148,6 +153,21 @@ def known_fit(look: Look, fit: Fit, best: Agreement, plan: MergePlan) -> Fit | N
             alike.append(cause.code)
         named.append(tuple(alike))
     return dataclasses.replace(found, causes=tuple(named)) if found and look.packed is not None else found
+
+
+def trained_fit(look: Look, plan: MergePlan) -> Fit | None:
+    """The factors of what was trained alone, where updates also take a part of W away; None where none explain the rows.
+
+    Least squares on W' − (W − part), of which that part is no matter.
+    """
+    taken = all_turned(look.edits, part_alone)
+    if not taken:
+        return None
+    weight, parts = look.rows_with(taken)
+    trained = [change - part for change, part in zip(look.changes, parts, strict=True)]
+    own = look.seen_as(sum(parts, weight), trained)
+    fit = own.fit()
+    return known_fit(own, fit, own.agreement(own.once(own.weight, own.scaled(fit))), plan)
 
 
 def residual(look: Look, scaled: list[Tensor]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -129,6 +130,12 @@ class Look:
             changes.append(updates.changes(weights[-1], first))
             at += count
         return torch.cat(weights), [torch.cat(each) for each in zip(*changes, strict=True)]
+
+    def seen_as(self, weight: Tensor, changes: list[Tensor]) -> Look:
+        """The same rows of the merged model, seen as other changes of another weight."""
+        other = copy(self)
+        other.weight, other.changes = weight, changes
+        return other
 
     def once(self, weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
         """W' rounded once, in float64."""

@@ -24,6 +24,7 @@ from loratool.verifying.explaining import (
     as_it_should,
     best_guess,
     known_fit,
+    trained_fit,
 )
 from loratool.verifying.guesses import guesses
 from loratool.verifying.looking import MOST_NOISE, SLACK, SURE, Fit, Look
@@ -93,7 +94,10 @@ def exactly(look: Look, fit: Fit | None, plan: MergePlan, distances: Distances) 
         if not distances.beyond:
             return Explained("rounded-twice", rounding=TWICE, modules=modules, fit=fit)
         return Explained("different", ELEMENTS, "", modules, fit)
-    return Explained("different", FACTOR, "", modules, surely(known)) if known is not None else None
+    if known is not None:
+        return Explained("different", FACTOR, "", modules, surely(known))
+    alone = trained_fit(look, plan)
+    return Explained("different", FACTOR, "", modules, surely(alone), trained=True) if alone is not None else None
 
 
 def surely(fit: Fit) -> Fit:

@@ -144,8 +144,12 @@ def test_a_fault_in_one_module_is_found_in_it_alone(trained: Trained, fault: str
     assert found.exit_code == 5
     failed = [each for each in found.diagnoses if not each.passes]
     assert [each.modules for each in failed] == [(name.removesuffix(".weight"),)], str(found)
-    told = {"update left out": "left-out", "scaled": "unexplained", "element": "elements-differ"}
+    told = {"update left out": "left-out", "scaled": "factor", "element": "elements-differ"}
     assert [each.code for each in failed] == [told[fault]]
+    if fault == "scaled":
+        assert failed[0].numbers["factor"] == pytest.approx(1.5, rel=1e-3)
+        assert failed[0].numbers["causes"] == ["scaled-twice"]  # by α/r
+        assert "1.5 times the update that was trained, and once the part" in failed[0].text
 
 
 def test_float32_may_lose_what_a_small_gap_between_singular_values_makes_of_its_roundings(tmp_path: Path) -> None:
