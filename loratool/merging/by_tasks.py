@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -74,11 +75,11 @@ def merge_by_tasks(words: Words, scheduler: Callable[[int], AbstractContextManag
 
 
 def opened(job: str, words: Words) -> PartedMerge:
-    """The merge that a job is about, planned once in each process."""
+    """The merge that a job is about, planned once in each process; the time of each task counts from now on."""
     if job not in OPENED:
         OPENED.clear()
         OPENED[job] = open_parts(*words)
-    return OPENED[job]
+    return dataclasses.replace(OPENED[job], started=time.monotonic())
 
 
 def make_share(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,16 @@ def test_an_output_that_another_run_publishes_in_the_meantime_is_left_alone(
         merged(home, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(home / "alone")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_time_of_a_task_is_its_own(home: Path, tmp_path: Path) -> None:
+    """The merge is planned once in a process, for its first task."""
+    words = by_tasks.words_of(home / "demo/base", home / "demo/adapter", tmp_path / "out", MergeAndPushOptions())
+    one, before = by_tasks.opened("a job", words), time.monotonic()
+    other = by_tasks.opened("a job", words)
+    assert (other.plan, other.parts) == (one.plan, one.parts)
+    assert other.plan is one.plan
+    assert one.started <= before <= other.started
 
 
 @pytest.mark.parametrize("joined", [True, False], ids=["joined by the merge", "joined by the caller"])
