@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,6 +77,33 @@ def test_adapters_of_two_dialects_are_combined_in_that_of_the_first(tmp_path: Pa
     before = load_file(one)
     close(delta(after, f"lora_unet_{Q}"), delta(before, f"lora_unet_{Q}") + 0.5 * b.double() @ a.double())
     close(delta(after, TE), delta(before, TE))
+
+
+@pytest.mark.parametrize("command", ["combine", "resize"])
+def test_a_header_says_what_all_inputs_agree_on(command: str, tmp_path: Path) -> None:
+    """An entry of one input alone, or with another value in another, is not true of a combination; of one adapter it is."""
+    told = {
+        "a": {"modelspec.trigger_phrase": "sks cat", "ss_steps": "100", "modelspec.author": "me", "ss_v2": "False"},
+        "b": {"modelspec.trigger_phrase": "ohwx dog", "ss_epoch": "7", "modelspec.author": "me", "ss_v2": "False"},
+    }
+    paths = []
+    for seed, (name, entries) in enumerate(told.items()):
+        tensors = load_file(kohya(tmp_path / f"{name}.safetensors", seed=seed))
+        entries |= {"ss_base_model_version": f"sdxl_{name}", "sshs_model_hash": "old", "ss_network_dim": "9"}
+        save_file(tensors, tmp_path / f"{name}.safetensors", entries)
+        paths.append(tmp_path / f"{name}.safetensors")
+    out = tmp_path / "out.safetensors"
+    if command == "combine":
+        loratool.combine(paths, out)
+        kept = {"modelspec.author": "me", "ss_v2": "False"}
+    else:
+        loratool.resize(paths[0], out, rank=1)
+        kept = {**told["a"], "ss_network_dim": "1"}
+    found = header(out)
+    own = ("sshs_model_hash", "loratool", "ss_network_module", "ss_network_dim", "ss_network_alpha", "format")
+    assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in kept.items() if k not in own}
+    made = json.loads(found["loratool"])
+    assert all(path.name in json.dumps(made) for path in paths[: 2 if command == "combine" else 1])
 
 
 @pytest.mark.parametrize("first", ["kohya", "diffusers"])

@@ -128,7 +128,8 @@ class GgufNames(FactorsOnly):
 
     def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:
         rank, scale = max(parts.ranks.values(), default=1), most_common(parts.scales.values())
-        base = next((source.training.base for source in sources if source.training.base), "")
+        bases = {source.training.base for source in sources} - {""}
+        base = bases.pop() if len(bases) == 1 else ""  # of adapters of several bases, none is that of the result
         place = {REPOSITORY: f"{HUB}{base}"} if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) else {}
         return {ALPHA: repr(scale * rank), **place}
 

@@ -184,9 +184,11 @@ class NamedNames(FactorsOnly):
         return {f"{self.module(target)}.alpha": alpha for target, alpha in alphas.items()}
 
     def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:
-        """What the header of the first source says, as far as it is still true, and what kohya's tools want to know."""
-        own = sources[0].config if sources and sources[0].format == self.form.name else {}
-        kept = {key: value for key, value in own.items() if key not in OF_ONE_FILE}
+        """What the headers of all sources agree on, as far as it is still true, and what kohya's tools want to know.
+
+        What only one of them says, such as its trigger phrase, would be taken for a fact of the whole.
+        """
+        kept = self.agreed(sources)
         if not self.dialect.network:
             return kept
         alphas = [rank * parts.scales.get(target, 1.0) for target, rank in parts.ranks.items()]
@@ -198,12 +200,16 @@ class NamedNames(FactorsOnly):
             "sshs_model_hash": OF_DATA,
         }
         if model := MODELS.get(parts.architecture):
-            told |= {"ss_base_model_version": own.get("ss_base_model_version", model)}
+            told |= {"ss_base_model_version": kept.get("ss_base_model_version", model)}
             told |= {"ss_v2": str(parts.architecture == "sd2")}
         return {**kept, **told}
 
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (it has no config)
         """What the headers of all sources say, for the card."""
+        return self.agreed(sources)
+
+    def agreed(self, sources: Sequence[Adapter]) -> dict[str, str]:
+        """What the headers of all sources say alike, and may be true of another file."""
         own = [source.config if source.format == self.form.name else {} for source in sources]
         return {key: value for key, value in common(own).items() if key not in OF_ONE_FILE}
 
