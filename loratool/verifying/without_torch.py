@@ -80,11 +80,14 @@ class Tile:
         words = self.rows, self.lanes // 2
         if whole is None:
             self.stored, self.theirs = (numpy.zeros(words, numpy.uint32) for _ in range(2))  # no element: stays 0
-            self.weight, self.sums = (numpy.empty((2, *words), numpy.float32) for _ in range(2))
+            self.weight = numpy.empty(
+                words, numpy.float32
+            )  # of one half after the other: less memory is in caches longer
+            self.sums = numpy.empty((2, *words), numpy.float32)
             self.differ = numpy.empty(self.stored.size // 2, numpy.bool_)
         else:
             self.stored, self.theirs = whole.stored[: self.rows], whole.theirs[: self.rows]
-            self.weight, self.sums = whole.weight[:, : self.rows], whole.sums[:, : self.rows]
+            self.weight, self.sums = whole.weight[: self.rows], whole.sums[:, : self.rows]
             self.differ = whole.differ[: self.stored.size // 2]
         self.bits = self.sums.view(numpy.uint32)
         self.groups = [each.reshape(-1).view(numpy.uint64) for each in (self.stored, self.bits[1], self.theirs)]
@@ -130,20 +133,25 @@ class Tile:
 
         They are in the second half of `bits`.
         """
-        bits, (low, high) = self.weight.view(numpy.uint32), self.bits
-        numpy.left_shift(self.stored, 16, out=bits[0])
-        numpy.bitwise_and(self.stored, SECOND, out=bits[1])
         *_, rank, columns = halved.down.shape
         out = self.sums.reshape(2, self.rows, -1, columns).transpose(0, 2, 1, 3)
         step = max(4, alone() // max(1, rank * columns))
         for at in range(0, self.rows, step):
             rows = halved.added.up[first + at : first + min(at + step, self.rows)]
             numpy.matmul(rows, halved.down, out=out[:, :, at : at + step])
-        numpy.add(self.sums, self.weight, out=self.sums)
-        numpy.add(self.bits, HALF, out=self.bits)
-        numpy.right_shift(low, 16, out=low)
-        numpy.bitwise_and(high, SECOND, out=high)
+        weights, (low, high) = self.weight.view(numpy.uint32), self.bits
+        numpy.left_shift(self.stored, 16, out=weights)
+        numpy.right_shift(self.lifted(0), 16, out=low)
+        numpy.bitwise_and(self.stored, SECOND, out=weights)
+        numpy.bitwise_and(self.lifted(1), SECOND, out=high)
         numpy.bitwise_or(high, low, out=high)
+
+    def lifted(self, half: int) -> NDArray[Any]:
+        """The bits of W + ΔW of one half, which are rounded once the last 16 are cut off."""
+        bits: NDArray[Any] = self.bits[half]
+        numpy.add(self.sums[half], self.weight, out=self.sums[half])
+        numpy.add(bits, HALF, out=bits)
+        return bits
 
     def unequal(self) -> NDArray[Any]:
         """The numbers of groups of elements in which W + ΔW is not W'."""
