@@ -17,7 +17,6 @@ import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +38,7 @@ from loratool.files.journal import (
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.part_records import FilePart, PartRecord, PublishedError
 from loratool.files.presence import Presence, Worker, alone, draft_of, put_new, workers_in
-from loratool.files.process import cores
+from loratool.files.process import on_all_cores
 from loratool.files.safefile import LocalSource, read_exactly, write_fully
 from loratool.files.shard_writer import OpenFile
 from loratool.files.sink import PAGE, Memory
@@ -224,9 +223,8 @@ class SharedFolder:
                     progress(done[0], total)
             return reason
 
-        with ThreadPoolExecutor(cores()) as pool:
-            found = dict(zip((part.name for part in parts), pool.map(look_at, parts), strict=True))
-        return {name: reason for name, reason in found.items() if reason}
+        found = zip(parts, on_all_cores(look_at, parts), strict=True)
+        return {part.name: reason for part, reason in found if reason}
 
     def problem(self, part: FilePart, record: PartRecord) -> str:
         """Empty where a part is what its record has the digests of; else what is wrong. All of its bytes are read."""

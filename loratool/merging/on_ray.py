@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
@@ -34,11 +35,11 @@ def merge_on_ray(
 ) -> MergeReport:
     """Merge by tasks of the cluster that `options.workers` names. Raises as `merge` does, and what ended a task."""
     words = words_of(base, adapters, out, options)
-    return merge_by_tasks(words, lambda total: Tasks(words, options, cluster, progress, total))
+    return merge_by_tasks(words, lambda total: Tasks(words, options, cluster, progress, total).connected())
 
 
 class Tasks:
-    """The tasks of one merge, on a cluster that is connected to for as long as they run."""
+    """The tasks of one merge, on a cluster."""
 
     def __init__(
         self, words: Words, options: MergeOptions, cluster: ClusterOptions, progress: Progress | None, total: int
@@ -47,7 +48,9 @@ class Tasks:
         self.words, self.options, self.cluster = words, options, cluster
         self.progress, self.done, self.total = progress, 0, total
 
-    def __enter__(self) -> Tasks:
+    @contextmanager
+    def connected(self) -> Iterator[Tasks]:
+        """The same, connected to the cluster, which stays so afterwards if it was before."""
         address = "auto" if self.options.workers == RAY else str(self.options.workers)
         self.joined = not self.ray.is_initialized()
         try:
@@ -61,10 +64,10 @@ class Tasks:
             ) from None
         try:
             self.settle([node["Resources"] for node in self.ray.nodes() if node["Alive"]])
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+            yield self
+        finally:
+            if self.joined:
+                self.ray.shutdown()
 
     def connect(self, address: str) -> None:
         """Join the cluster, at the second attempt where a client's own server took longer to start than Ray waits."""
@@ -73,10 +76,6 @@ class Tasks:
             self.ray.init(address, **settings)
         except ConnectionAbortedError:  # a cluster that is not there is another error
             self.ray.init(address, **settings)
-
-    def __exit__(self, *_: object) -> None:
-        if self.joined:
-            self.ray.shutdown()
 
     def settle(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """Decide what a task gets, and how many can run at a time, by what the nodes have."""

@@ -101,7 +101,7 @@ def test_what_a_task_gets_fits_the_nodes(
     monkeypatch.setitem(sys.modules, "ray", StandIn(*nodes))
     chosen = MergeAndPushOptions(workers="ray", **options)
     words = (str(home / "demo/base"), (str(home / "demo/adapter"),), str(tmp_path / "out"), chosen)
-    with on_ray.Tasks(words, chosen, chosen, None, 0) as tasks:
+    with on_ray.Tasks(words, chosen, chosen, None, 0).connected() as tasks:
         assert (tasks.limits["num_cpus"], tasks.limits["num_gpus"], tasks.room) == (*limits, room)
 
 
