@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
@@ -39,7 +40,11 @@ if TYPE_CHECKING:
 # for Python's lock
 WRITERS = 2
 RESERVED = 64 << 20  # bytes whose pages are taken at a time
+MOST_KEPT = 1024  # pages that wait for the rest of their bytes
 SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent to the disk
+
+
+Pieces = list[tuple[int, bytes]]  # of a page, each with its place in the file
 
 
 class LocalFolder:
@@ -83,23 +88,61 @@ class OpenFile:
         self.cached = 0  # bytes that went into the page cache; about right is enough
         self.turns: AbstractContextManager[object] = threading.Semaphore(WRITERS) if self.in_memory else nullcontext()
         self.written = Arrived(stop)
+        self.keeping = threading.Lock()
+        self.kept: dict[int, Pieces] = {}  # page → its pieces so far
 
     def part(self, at: int, count: int) -> LocalPart:
         return LocalPart(self, at, at + count)
 
     def write(self, memory: memoryview, at: int) -> None:
         """Write bytes, of which pages as a whole go straight to the disk if `memory` is aligned as the file is."""
-        first, last = -(-at // PAGE) * PAGE, (at + len(memory)) // PAGE * PAGE
-        if self.opened is None or first >= last:
+        if self.opened is None:
             self.write_cached(memory, at)
             return
-        # a page that is shared with another part goes through the page cache, where both put their bytes together
-        self.write_cached(memory[: first - at], at)
+        end = at + len(memory)
+        first = min(-(-at // PAGE) * PAGE, end)
+        last = max(first, end // PAGE * PAGE)
+        self.keep(memory[: first - at], at)
         self.write_pages(memory[first - at : last - at], first)
-        self.write_cached(memory[last - at :], last)
+        self.keep(memory[last - at :], last)
+
+    def keep(self, piece: memoryview, at: int) -> None:
+        """Keep what fills no page until the rest of its page is there, for whoever sees the file to its end.
+
+        Through the page cache it would hold up all direct writes: a file takes one or the others at a time.
+        """
+        if not piece:
+            return
+        with self.keeping:
+            pieces = self.kept.setdefault(at // PAGE, [])
+            pieces.append((at, bytes(piece)))
+            full = len(self.kept) > MOST_KEPT and self.kept.pop(at // PAGE)
+        if full:
+            self.write_together(full)
+
+    def write_kept(self, all_of_it: bool) -> None:
+        """Write the pages of which every byte has come, or all that was kept."""
+        with self.keeping:
+            ready = [page for page, pieces in self.kept.items() if all_of_it or is_page(pieces)]
+            taken = [self.kept.pop(page) for page in ready]
+        for pieces in taken:
+            self.write_together(pieces)
+
+    def write_together(self, pieces: Pieces) -> None:
+        """Write pieces of one page, as a page if they are all of it."""
+        if not is_page(pieces):
+            for at, piece in pieces:
+                self.write_cached(memoryview(piece), at)
+            return
+        page = memoryview(mmap.mmap(-1, PAGE))
+        for at, piece in pieces:
+            page[at % PAGE : at % PAGE + len(piece)] = piece
+        self.write_pages(page, pieces[0][0] // PAGE * PAGE)
 
     def write_pages(self, pages: memoryview, at: int) -> None:
         """Write straight to the disk, or through the page cache once the file system has refused that."""
+        if not pages:
+            return
         direct = self.direct  # another worker may drop it meanwhile
         if direct is not None:
             try:
@@ -145,12 +188,15 @@ class OpenFile:
         while seen < size and self.written.wait_for(min(seen + SYNC_CHUNK, size)):
             seen, cached = self.written.count, self.cached
             lap("wait")
+            self.write_kept(all_of_it=False)
+            lap("write")
             if seen < size and cached - synced >= SYNC_CHUNK:
                 sync_bytes(self.descriptor)
                 synced = cached
                 lap("sync")
         if seen < size:
             return False
+        self.write_kept(all_of_it=True)  # the page with the end of the header, too, and the last one
         sync_file(self.descriptor)
         lap("sync")
         if self.stop.is_set():
@@ -168,6 +214,11 @@ class OpenFile:
         for descriptor in descriptors:
             if descriptor is not None and descriptor >= 0:
                 os.close(descriptor)
+
+
+def is_page(pieces: Pieces) -> bool:
+    """Whether these are all bytes of a page."""
+    return sum(len(piece) for _, piece in pieces) == PAGE
 
 
 class LocalFile(OpenFile):

@@ -215,7 +215,7 @@ class Engine:
                     while not self.slots.acquire(timeout=0.02):
                         yield ()
                     outputs += self.opened(job, plan)
-                lanes.append(tasks_on(outputs))
+                lanes.append(tasks_on(outputs, self.runtime.done))
             if not lanes:
                 return
             lane = lanes.popleft()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -251,10 +251,11 @@ def bytes_in(plan: ShardPlan) -> int:
     return sum(chunk.size for span in plan.spans for chunk in chunks_in(plan, span))
 
 
-def tasks_on(outputs: Sequence[Output]) -> Iterator[tuple[Task, ...]]:
+def tasks_on(outputs: Sequence[Output], ready: Callable[[], bool]) -> Iterator[tuple[Task, ...]]:
     """All tasks of some output files; those on the same bytes of an input come together, for one worker.
 
-    What needs no arithmetic comes first, for torch may still be on its way.
+    Until it is `ready`, for torch may still be on its way, only what needs no arithmetic comes; then that and the rest come
+    in turns, so that processors and disk are busy at the same time.
     """
     cells: dict[Hashable, Cell] = {}
     for output in outputs:
@@ -262,15 +263,22 @@ def tasks_on(outputs: Sequence[Output]) -> Iterator[tuple[Task, ...]]:
             for chunk in () if span.packed else chunks_in(output.plan, span):
                 cells.setdefault(chunk.origin, []).append((output, chunk))
     copied = {key: all(chunk.span.carried for _, chunk in cell) for key, cell in cells.items()}
+    others = computed(outputs, [cell for key, cell in cells.items() if not copied[key]])
     for run in runs(cell for key, cell in cells.items() if copied[key]):
         yield tuple(copy_of(column) for column in zip(*run, strict=True))
+        if ready() and (other := next(others, None)) is not None:
+            yield other
+    yield from others
+
+
+def computed(outputs: Sequence[Output], cells: Iterable[Cell]) -> Iterator[tuple[Task, ...]]:
+    """The tasks that need arithmetic."""
     for output in outputs:
         for task in repacks_of(output):
             yield (task,)
     begun: dict[tuple[int, int], EditedSpan] = {}  # by output and span
-    for key, cell in cells.items():
-        if not copied[key]:
-            yield tuple(copy_of([each]) if each[1].span.carried else compute_of(*each, begun) for each in cell)
+    for cell in cells:
+        yield tuple(copy_of([each]) if each[1].span.carried else compute_of(*each, begun) for each in cell)
 
 
 def repacks_of(output: Output) -> Iterator[Repack]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import faults
 import pytest
 
 import loratool
-from loratool.merging import engine
+from loratool.merging import engine, tasks
 from loratool.merging.engine import Engine
 from loratool.merging.resources import Resources, choose_resources
+from loratool.merging.tasks import Output, Task
 
 
 @pytest.mark.parametrize("shards", [1, 12])
@@ -53,3 +55,29 @@ def test_what_a_thread_takes_and_may_not_compute_is_computed_by_another(
     monkeypatch.undo()
     loratool.merge(base, adapter, tmp_path / "plain", device="cpu")
     assert faults.picture(tmp_path / "late") == faults.picture(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_copies_come_first_until_something_can_compute_and_then_both_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ready: bool
+) -> None:
+    """So that disks and processors are busy at the same time; which comes when is nothing that the bytes depend on."""
+    kinds: list[str] = []
+    tasks_on = tasks.tasks_on
+
+    def seen(outputs: Sequence[Output], _ready: Callable[[], bool]) -> Iterator[tuple[Task, ...]]:
+        for some in tasks_on(outputs, lambda: ready):
+            kinds.append(type(some[0]).__name__)
+            yield some
+
+    monkeypatch.setattr(engine, "tasks_on", seen)
+    monkeypatch.setattr(tasks, "RUN", 1)  # each tensor is a task
+    base, adapter = faults.make_base(tmp_path / "base", 1, 32), faults.make_adapter(tmp_path / "adapter", 1, 32)
+    loratool.merge(base, adapter, tmp_path / "out", device="cpu", workers=1)
+    copies, computed = kinds.count("Copy"), kinds.count("Compute")
+    assert copies > 1
+    assert computed > 1
+    in_turns = ["Copy", "Compute"] * min(copies, computed)
+    assert (
+        kinds[: len(in_turns)] == (in_turns if ready else ["Copy"] * copies + ["Compute"] * computed)[: len(in_turns)]
+    )
