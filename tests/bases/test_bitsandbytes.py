@@ -119,6 +119,21 @@ def test_layers_that_vllm_fuses_are_listed_by_its_names_where_all_their_parts_ar
     assert f"{LAYER}mlp.gate_up_proj" in listed(folder, "mlp.gate_proj", "mlp.up_proj")
 
 
+@pytest.mark.parametrize("listed", [None, ["lm_head"]])
+def test_a_plain_weight_that_no_list_names_is_refused_where_others_of_its_name_are_packed(
+    tmp_path: Path, listed: list[str] | None
+) -> None:
+    """transformers makes a packed layer of it, which then finds no statistics."""
+    other = "model.layers.1.self_attn.q_proj"
+    tensors = {**projections("self_attn.q_proj"), f"{other}.weight": np.ones((4, 32), np.float32), **PLAIN}
+    with pytest.raises(loratool.InputError) as caught:
+        open_packed(save_packed(tmp_path / "base", tensors, {**NF4, "llm_int8_skip_modules": listed}))
+    assert f"{other}.weight: is F32 [4, 32], but the config says that it is packed (nf4" in str(caught.value)
+    assert "it is missing from llm_int8_skip_modules" in str(caught.value)
+    named = save_packed(tmp_path / "named", tensors, {**NF4, "llm_int8_skip_modules": ["lm_head", other]})
+    assert [*open_packed(named).weights] == [NAME]
+
+
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 
 

@@ -88,6 +88,19 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, name: str, value: 
     assert f"{OTHER}.weight._scale: must be F64" in str(caught.value)
 
 
+def test_a_plain_weight_that_the_map_calls_packed_is_refused(tmp_path: Path) -> None:
+    """`requantize` of quanto would look for its packed values; one that is mapped for its inputs alone is plain."""
+    tensors = {**tensors_of(MODULE, (6, 1)), f"{OTHER}.weight": np.zeros((6, 32), np.float32)}
+    folder = save_map(save_packed(tmp_path / "base", tensors, None), MODULE, OTHER)
+    with pytest.raises(loratool.InputError) as caught:
+        open_packed(folder)
+    assert f"{OTHER}.weight: is F32 [6, 32], but quanto_qmap.json says that it is packed" in str(caught.value)
+    said = json.loads((folder / "quanto_qmap.json").read_text())
+    said[OTHER] = {"weights": "none", "activations": "qint8"}
+    (folder / "quanto_qmap.json").write_text(json.dumps(said))
+    assert [*open_packed(folder).weights] == [NAME]
+
+
 def broken() -> dict[str, Array]:
     tensors = tensors_of(OTHER, (6, 1))
     tensors.pop(f"{OTHER}.weight._scale")

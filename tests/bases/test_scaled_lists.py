@@ -13,6 +13,8 @@ from packed_models import open_packed, save_packed
 from quantised_models import FAMILIES, STACKS, Quantised
 from torch import Tensor
 
+import loratool
+
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -120,6 +122,16 @@ def test_experts_of_gpt_oss_are_named_by_their_module(tmp_path: Path) -> None:
     assert found["modules_to_not_convert"] == [*before, *stacks, EXPERTS]
     [found] = settings(tmp_path / "none", made, [*stacks], modules_to_not_convert=None)
     assert found["modules_to_not_convert"] == ["lm_head", *stacks, EXPERTS]
+
+
+def test_experts_of_gpt_oss_that_are_plain_have_to_be_listed(tmp_path: Path) -> None:
+    stacks = {f"{EXPERTS}.gate_up_proj": plain(1, 2, 64, 20)}
+    made, other = STACKS["gpt-oss"](stacks), EXPERTS.replace("layers.1", "layers.2")
+    tensors = {**made.tensors, f"{other}.gate_up_proj": plain(2, 2, 64, 20)}
+    with pytest.raises(loratool.InputError, match="it is missing from modules_to_not_convert"):
+        open_packed(save_packed(tmp_path / "base", tensors, made.config))
+    config = {**made.config, "modules_to_not_convert": [*made.config["modules_to_not_convert"], other]}
+    assert open_packed(save_packed(tmp_path / "listed", tensors, config)).weights.keys() == stacks.keys()
 
 
 def test_scales_of_inputs_go_and_those_of_the_cache_stay(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapters.patterns import search_names
 from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.bit_fields import packed, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules
 from loratool.bases.codecs.grouped import Grouped, rows_of
-from loratool.bases.codecs.mixed import note_unlisted
+from loratool.bases.codecs.mixed import note_unlisted, skipped_by
 from loratool.bases.codecs.parts import Finder, is_count, shown, told
 from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices, texts_in
 from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
@@ -125,17 +124,6 @@ def said_by(settings: Settings) -> Mapping[str, Any] | None:
     if method is None:  # the files of AutoAWQ and llm-awq name none
         return values if "w_bit" in values and "q_group_size" in values else None
     return values if isinstance(method, str) and method.lower() == "awq" else None
-
-
-def skipped_by(entries: object, modules: Collection[str], base: Checkpoint) -> Collection[str]:
-    """Those of some modules that a list names by any loader's rule, on disk or in memory.
-
-    An entry is found anywhere in a name, or is a regular expression from its start.
-    """
-    given = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
-    names = {module: [module, *in_memory([module], base)] for module in modules}
-    found = search_names(given, [name for each in names.values() for name in each], "^(?:{})")
-    return {module for module, own in names.items() if any(found[n] or any(e in n for e in given) for n in own)}
 
 
 def group_of(said: Mapping[str, Any]) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs import numpy_values
+from loratool.bases.codecs.mixed import note_unlisted, skipped_by
 from loratool.bases.codecs.parts import (
     Finder,
     bytes_of,
@@ -39,7 +40,7 @@ from loratool.bases.codecs.parts import (
     told,
     wrong_scales,
 )
-from loratool.bases.codecs.plain_modules import grown, last_name, matched_in_diffusers
+from loratool.bases.codecs.plain_modules import grown, is_of_diffusers, last_name, matched_in_diffusers
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Memory, Plain, Room
@@ -262,6 +263,9 @@ class BitsAndBytes(Codec):
             found: dict[str, Requantizable] = {**dict(four_bit(finder, room)), **dict(int8(finder, room))}
         if settings.method:
             note_incomplete(finder, found)
+        if settings.method and not is_of_diffusers(base):
+            entries = settings.values.get(SKIPPED)
+            note_unlisted(finder, found, lambda modules: skipped_by(entries, modules, base), SKIPPED)
         finder.refuse(self.title, WAY_OUT)
         turned = CONV1D_TYPES.get(base.model_type, frozenset())
         for name, weight in found.items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+from loratool.adapters.patterns import search_names
 from loratool.bases.codecs.parts import Finder, told
-from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.plain_modules import in_memory, modules_of
 from loratool.bases.packed import Packed, Packing
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
@@ -42,6 +43,17 @@ def note_unlisted(
             finder.note(
                 name, f"is {said}, but the config says that it is packed ({scheme}): it is missing from {where}"
             )
+
+
+def skipped_by(entries: object, modules: Collection[str], base: Checkpoint) -> Collection[str]:
+    """Those of some modules that a list names by any loader's rule, on disk or in memory.
+
+    An entry is found anywhere in a name, or is a regular expression from its start.
+    """
+    given = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
+    names = {module: [module, *in_memory([module], base)] for module in modules}
+    found = search_names(given, [name for each in names.values() for name in each], "^(?:{})")
+    return {module for module, own in names.items() if any(found[n] or any(e in n for e in given) for n in own)}
 
 
 def complete(finder: Finder, found: Mapping[str, Packed], endings: Sequence[str], title: str, way_out: str) -> Packing:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.bases.codecs.byte_values import by_columns, by_rows, e8m0
-from loratool.bases.codecs.mixed import stacks_left, with_entries
+from loratool.bases.codecs.mixed import note_unlisted, skipped_by, stacks_left, with_entries
 from loratool.bases.codecs.new_scales import stored_powers
 from loratool.bases.codecs.numbers import FP4
 from loratool.bases.codecs.parameters import as_stored
@@ -148,6 +148,7 @@ class Mxfp4(Codec):
                 finder.note(f"{whole}_blocks", f"is missing, but {printable(name)} exists")
             if info.dtype in FLOAT_NAMES and name in found:
                 finder.note_both(name, f"{name}_blocks")
+        note_unlisted(finder, found, lambda names: skipped_by(settings.values.get(LIST), names, base), LIST)
         finder.refuse(self.title, WAY_OUT)
         return Packing(found)
 

@@ -7,7 +7,7 @@ tensor says what shape the weight has, so these are refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from loratool.bases.codecs.affine import Affine
@@ -54,6 +54,9 @@ class Quanto(Codec):
                 leftovers[f"{module}.weight"] = [scale for scale in scales if scale in base.tensors]
             elif name.endswith(VALUES + GROUPED):
                 unread[name] = "quanto's groups of 4 or 2 bits"
+        for module in mapped(settings):
+            if (info := base.tensors.get(f"{module}.weight")) is not None and f"{module}{VALUES}" not in base.tensors:
+                finder.note(info.name, f"is {told(info)}, but {MAP} says that it is packed")
         finder.refuse(self.title, WAY_OUT)
         return Packing(found, leftovers, unread) if found or unread else None
 
@@ -71,6 +74,14 @@ class Quanto(Codec):
     def named_too(self, packing: Packing, plain: Collection[str], base: Checkpoint) -> Collection[str]:
         """In diffusers an entry is matched with the last part of a name, and for nothing else (`_replace_with_quanto_layers`)."""
         return matched_in_diffusers(packing, plain, base, lambda entry, module: last_name(entry) == last_name(module))
+
+
+def mapped(settings: Settings) -> Iterator[str]:
+    """The modules whose weights are packed by the map; other entries are for activations alone."""
+    for place in settings.places:
+        for module, said in place.values.items() if place.file == MAP else ():
+            if isinstance(said, Mapping) and said.get("weights") not in (None, "none"):
+                yield module
 
 
 def weight_of(finder: Finder, module: str) -> Affine | None:
