@@ -11,8 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from packed_models import check_rows, open_packed, save_packed
+from peft_files import save_peft
+from safetensors.torch import load_file
 
 import loratool
+from loratool.bases.codecs.quanto import MAP
 from loratool.bases.weights import Room
 
 Array = NDArray[Any]
@@ -99,6 +102,33 @@ def test_a_plain_weight_that_the_map_calls_packed_is_refused(tmp_path: Path) -> 
     said[OTHER] = {"weights": "none", "activations": "qint8"}
     (folder / "quanto_qmap.json").write_text(json.dumps(said))
     assert [*open_packed(folder).weights] == [NAME]
+
+
+@pytest.mark.parametrize("options", [{}, {"requantize": True}])
+def test_quanto_itself_loads_a_merged_model_and_computes_what_the_base_does_with_the_adapter(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """By its `requantize`, which packs the layers of the map and takes the values that the file has for them."""
+    library: Any = pytest.importorskip("optimum.quanto")
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"first": torch.nn.Linear(17, 9), "second": torch.nn.Linear(9, 5)})
+    library.quantize(net, weights=library.qint8)
+    library.freeze(net)
+    base = save_packed(tmp_path / "base", {k: v.detach() for k, v in net.state_dict().items()}, None)
+    (base / MAP).write_text(json.dumps(library.quantization_map(net)))
+    up, down = torch.randn(5, 2), torch.randn(2, 9)
+    factors = {"base_model.model.second.lora_A.weight": down, "base_model.model.second.lora_B.weight": up}
+    adapter = save_peft(tmp_path / "adapter", factors, r=2, lora_alpha=2)
+    loratool.merge(base, adapter, tmp_path / "out", device="cpu", dtype="float32", **options)
+    merged = torch.nn.ModuleDict({"first": torch.nn.Linear(17, 9), "second": torch.nn.Linear(9, 5)})
+    state, table = load_file(tmp_path / "out" / "model.safetensors"), json.loads((tmp_path / "out" / MAP).read_text())
+    library.requantize(merged, state, table)
+    assert table.keys() == {"first", *(["second"] if options else [])}
+    inputs = torch.randn(4, 9)
+    wanted = net["second"](inputs) + inputs @ down.T @ up.T
+    assert torch.equal(merged["first"](torch.ones(2, 17)), net["first"](torch.ones(2, 17)))
+    step = float(merged["second"].weight._scale.max()) if options else 1e-6
+    assert (merged["second"](inputs) - wanted).abs().max() <= step / 2 * float(inputs.abs().sum(1).max()) + 1e-5
 
 
 def broken() -> dict[str, Array]:

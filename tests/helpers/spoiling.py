@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packed_affine import quanto, torchao
 from packed_bnb import FourBit, int8
 from packed_hqq import Hqq
 from packed_models import save_packed
@@ -26,7 +27,7 @@ from torch import Tensor
 
 MODULE = "model.layers.0.self_attn.q_proj"
 ROWS, COLUMNS, RANK = 32, 96, 2
-VALUES = ("weight", "weight_packed", "qweight", "W_q")  # tensors that any bytes are values of
+VALUES = ("weight", "weight_packed", "qweight", "W_q", "_weight_qdata", "_data")  # tensors that any bytes are values of
 SIZES = ("group_size", "weight_block_size", "block_structure", "bits")  # in a config, however deep
 
 
@@ -42,7 +43,11 @@ def taken(config: dict[str, Any], arrays: Any) -> Quantised:
 def every() -> dict[str, Quantised]:
     """One model of each family."""
     drawn = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1))
-    made = {name: make({f"{MODULE}.weight": drawn}) for name, make in {**FAMILIES, **MATRICES}.items()}
+    by_libraries: dict[str, Callable[..., Quantised]] = {
+        "torchao": partial(torchao, kind="Int8Tensor", columns=32),
+        "quanto": partial(quanto, axis=0),
+    }
+    made = {name: make({f"{MODULE}.weight": drawn}) for name, make in {**FAMILIES, **MATRICES, **by_libraries}.items()}
     load_in_8bit = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     return made | {
         "nf4": bitsandbytes(0),
@@ -86,7 +91,7 @@ def of_tensor(name: str, tensor: Tensor) -> Iterator[Spoiling]:
     if name.rsplit(".", 1)[-1] in VALUES:
         return
     if tensor.is_floating_point():
-        if "scale" in name:
+        if "scale" in name and not name.endswith("._scale"):  # in quanto a row of zeros has the scale 0
             yield put(name, "has a zero", first_is(0))
         yield put(name, "has a NaN", first_is(float("nan")))
         if tensor.dtype != torch.float8_e4m3fn:
@@ -140,7 +145,7 @@ def write_spoilt(folder: Path, model: Quantised, spoiling: Spoiling | None) -> P
     tensors, config = dict(model.tensors), copy.deepcopy(model.config)
     if spoiling:
         spoiling.do(tensors, config)
-    save_packed(folder, tensors, config)
+    save_packed(folder, tensors, config, model.metadata)
     for name, content in model.files.items():
         (folder / name).write_text(json.dumps(content))
     return folder

@@ -293,6 +293,48 @@ def test_dora_takes_the_lengths_of_the_decoded_rows(tmp_path: Path) -> None:
     assert same_bytes(found, nearest(wanted, torch.bfloat16))
 
 
+CODECS = ("fp8 blocks", "int4 groups", "modelopt NVFP4", "GPTQ 4 bits", "AWQ", "nf4", "bitsandbytes int8", "HQQ")
+
+
+@pytest.mark.parametrize("kind", [*CODECS, "torchao int8", "quanto int8"])
+def test_an_update_of_all_experts_goes_to_those_that_are_packed_one_by_one(kind: str, tmp_path: Path) -> None:
+    """PEFT's factors of a stack: of expert e, rows e·r … of A and every E-th column of B from e on; gate is the upper half."""
+    experts, middle, rank = 2, 32, 2
+    layer, numbers = f"{BLOCK}.mlp.experts", torch.Generator().manual_seed(4)
+    names = [f"{layer}.{e}.{part}_proj.weight" for e in range(experts) for part in ("gate", "up")]
+    made = KINDS[kind]({name: torch.randn(middle, COLUMNS, generator=numbers) * 0.05 for name in names})
+    model = {"model_type": "qwen3_moe", "num_experts": experts, "tie_word_embeddings": False}
+    save_packed(tmp_path / "base", made.tensors, made.config, made.metadata, **model)
+    for name, content in made.files.items():
+        (tmp_path / "base" / name).write_text(json.dumps(content))
+    down = torch.randn(experts * rank, COLUMNS, generator=numbers) / 4
+    up = torch.randn(2 * middle, experts * rank, generator=numbers) / 4
+    factors = {f"base_model.model.{layer}.lora_A.weight": down, f"base_model.model.{layer}.lora_B.weight": up}
+    targets = ["mlp.experts.gate_up_proj"]
+    save_peft(tmp_path / "adapter", factors, r=rank, lora_alpha=rank, target_parameters=targets)
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", device="cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == {*names}
+    for number, name in enumerate(names):
+        e, half = number // 2, slice(middle * (number % 2), middle * (number % 2 + 1))
+        change = up.double()[half, e::experts] @ down.double()[e * rank : (e + 1) * rank]
+        assert same_bytes(found[name], nearest(made.values[name].double() + change, torch.bfloat16))
+
+
+def test_an_update_of_an_embedding_makes_a_packed_one_plain(tmp_path: Path) -> None:
+    """Its factors are the other way round: W + (B·A)ᵀ."""
+    name = "model.embed_tokens.weight"
+    made = save_base(tmp_path / "base", "torchao int8", name, EDITED)
+    numbers = torch.Generator().manual_seed(5)
+    down, up = torch.randn(2, ROWS, generator=numbers) / 4, torch.randn(COLUMNS, 2, generator=numbers) / 4
+    module = "base_model.model.model.embed_tokens.lora_embedding_"
+    save_peft(tmp_path / "adapter", {f"{module}A": down, f"{module}B": up}, r=2, lora_alpha=2)
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", device="cpu")
+    found = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert same_bytes(found, nearest(made.values[name].double() + (up.double() @ down.double()).T, torch.bfloat16))
+    assert {*open_packed(tmp_path / "out").weights} == {EDITED}
+
+
 @pytest.mark.parametrize("requantize", [False, True])
 def test_a_saved_head_takes_the_place_of_a_quantised_one(requantize: bool, tmp_path: Path) -> None:
     """It is written as it was saved, or goes into the format as whatever else is edited."""
