@@ -111,7 +111,7 @@ def test_quanto_itself_loads_a_merged_model_and_computes_what_the_base_does_with
     """By its `requantize`, which packs the layers of the map and takes the values that the file has for them."""
     library: Any = pytest.importorskip("optimum.quanto")
     torch.manual_seed(0)
-    net = torch.nn.ModuleDict({"first": torch.nn.Linear(17, 9), "second": torch.nn.Linear(9, 5)})
+    net: Any = torch.nn.ModuleDict({"first": torch.nn.Linear(17, 9), "second": torch.nn.Linear(9, 5)})
     library.quantize(net, weights=library.qint8)
     library.freeze(net)
     base = save_packed(tmp_path / "base", {k: v.detach() for k, v in net.state_dict().items()}, None)
@@ -120,7 +120,7 @@ def test_quanto_itself_loads_a_merged_model_and_computes_what_the_base_does_with
     factors = {"base_model.model.second.lora_A.weight": down, "base_model.model.second.lora_B.weight": up}
     adapter = save_peft(tmp_path / "adapter", factors, r=2, lora_alpha=2)
     loratool.merge(base, adapter, tmp_path / "out", device="cpu", dtype="float32", **options)
-    merged = torch.nn.ModuleDict({"first": torch.nn.Linear(17, 9), "second": torch.nn.Linear(9, 5)})
+    merged: Any = torch.nn.ModuleDict({"first": torch.nn.Linear(17, 9), "second": torch.nn.Linear(9, 5)})
     state, table = load_file(tmp_path / "out" / "model.safetensors"), json.loads((tmp_path / "out" / MAP).read_text())
     library.requantize(merged, state, table)
     assert table.keys() == {"first", *(["second"] if options else [])}

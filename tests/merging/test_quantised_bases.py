@@ -299,7 +299,7 @@ CODECS = ("fp8 blocks", "int4 groups", "modelopt NVFP4", "GPTQ 4 bits", "AWQ", "
 @pytest.mark.parametrize("kind", [*CODECS, "torchao int8", "quanto int8"])
 def test_an_update_of_all_experts_goes_to_those_that_are_packed_one_by_one(kind: str, tmp_path: Path) -> None:
     """PEFT's factors of a stack: of expert e, rows e·r … of A and every E-th column of B from e on; gate is the upper half."""
-    experts, middle, rank = 2, 32, 2
+    experts, middle, rank = 2, 24, 2
     layer, numbers = f"{BLOCK}.mlp.experts", torch.Generator().manual_seed(4)
     names = [f"{layer}.{e}.{part}_proj.weight" for e in range(experts) for part in ("gate", "up")]
     made = KINDS[kind]({name: torch.randn(middle, COLUMNS, generator=numbers) * 0.05 for name in names})
