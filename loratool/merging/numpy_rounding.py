@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
-from loratool.algebra.rounding import FEW, Accumulator, has_exact_products, sums_of_few, two_sum
+from loratool.algebra.rounding import FEW, MIDDLING, Accumulator, has_exact_products, sums_of_few, two_sum
 from loratool.lazy import NDArray, numpy
 
 HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
+ZEROS = 29  # at the end of a float32 as a float64
 LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
 
 
@@ -43,7 +45,7 @@ class Result(ABC):
     def put_ends(
         self,
         upper: NDArray[Any],
-        margins: NDArray[Any],
+        lengths: NDArray[Any],
         memory: NDArray[Any],
         after: NDArray[Any],
         differ: NDArray[Any],
@@ -52,7 +54,7 @@ class Result(ABC):
 
         Args:
             upper: (n, width) upper ends in the working dtype, which are overwritten.
-            margins: (n, 1) half the lengths of the intervals.
+            lengths: (n, 1) of the intervals.
             memory: (n, width) of the working dtype.
             after: (n, width) of bits.
             differ: (n · width,) of bool.
@@ -74,13 +76,13 @@ class Bfloat16(Result):
     def put_ends(
         self,
         upper: NDArray[Any],
-        margins: NDArray[Any],
+        lengths: NDArray[Any],
         memory: NDArray[Any],
         after: NDArray[Any],
         differ: NDArray[Any],
     ) -> None:
         """A tie goes away from zero: it is an end, beyond which the exact value is."""
-        numpy.subtract(upper, 2 * margins, out=memory)
+        numpy.subtract(upper, lengths, out=memory)
         high, low = (each.reshape(-1).view(numpy.uint32) for each in (upper, memory))
         numpy.add(high, HALF, out=high)
         numpy.add(low, HALF, out=low)
@@ -106,14 +108,14 @@ class Float32(Result):
     def put_ends(
         self,
         upper: NDArray[Any],
-        margins: NDArray[Any],
+        lengths: NDArray[Any],
         memory: NDArray[Any],
         after: NDArray[Any],
         differ: NDArray[Any],
     ) -> None:
         high = memory.reshape(-1).view(numpy.float32)[: after.size].reshape(after.shape)
         numpy.copyto(high, upper, casting="same_kind")
-        numpy.subtract(upper, 2 * margins, out=upper)
+        numpy.subtract(upper, lengths, out=upper)
         numpy.copyto(after.view(numpy.float32), upper, casting="same_kind")
         numpy.not_equal(high.view(numpy.uint32), after, out=differ.reshape(after.shape))
 
@@ -145,21 +147,59 @@ def exactly(
 
     Args:
         weights: (count,) of W.
-        left: (count, rank) of float64.
-        right: (count, rank) of float64.
+        left: (count, rank) of float32 or float64.
+        right: (count, rank) of the same.
         scale: of the product.
         last: as `rounded_once` takes it.
     """
-    start, term = weights.astype(numpy.float64), (left.T, right.T, scale)
-    if len(start) <= FEW and has_exact_products(term):
-        (near, rest), lost = sums_of_few(start, [term]), numpy.zeros_like(start)
-    else:
-        sums = Accumulator(start)
-        for one, other in zip(left.T, right.T, strict=True):
-            sums.add_products(one, other, scale)
-        (near, rest), lost = two_sum(sums.high, sums.low), sums.rest
+    start, left, right = (each.astype(numpy.float64, copy=False) for each in (weights, left, right))
+    near = sums_of_few_digits(start, left, right, scale)
+    rest, lost = numpy.zeros_like(near), numpy.zeros_like(near)
+    others = numpy.flatnonzero(numpy.isnan(near))
+    if len(others):
+        near[others], rest[others], lost[others] = error_free_sums(start[others], left[others], right[others], scale)
     tie = near.view(numpy.int64) & (last - 1) == last // 2
     beyond = numpy.nextafter(near, numpy.copysign(numpy.inf, rest))
     rounded = rounded_once(numpy.where(tie & (rest != 0), beyond, near), last)
     zero = numpy.copysign(0.0, numpy.where(weights == 0, weights, 0.0))  # but where W is −0, an exact zero is +0
     return numpy.where(lost == 0, numpy.where(near == 0, zero, rounded), numpy.nan)
+
+
+def sums_of_few_digits(start: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float) -> NDArray[Any]:
+    """Each `start` + scale · left · right where float64 holds it and all sums on the way; a NaN for any other.
+
+    All that is added ends in `ZEROS` binary zeros, as float32 does, and as products of bfloat16 or of float16 do. The
+    least is then a whole number of steps of float64 at its size times 2^ZEROS, and so is each of the others. What is
+    less than 2^ZEROS times as large as the least has few enough of these steps for float64.
+    """
+    if not is_power_of_two(scale):
+        return numpy.full_like(start, numpy.nan)
+    terms = numpy.concatenate([(left * right * scale).T, start[None]])
+    digits = numpy.bitwise_or.reduce(terms.view(numpy.int64))
+    for factors in (left, right):  # or a product might be rounded to one of few digits
+        digits |= numpy.bitwise_or.reduce(factors.T.view(numpy.int64))
+    sizes = numpy.abs(terms)
+    largest = sizes.sum(0)
+    sizes[sizes == 0] = numpy.inf
+    few = (digits & ((1 << ZEROS) - 1) == 0) & (largest <= sizes.min(0) * 2.0**ZEROS)
+    found: NDArray[Any] = numpy.where(few, terms.sum(0), numpy.nan)
+    return found
+
+
+def error_free_sums(
+    start: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The same as the next float64, what that is off by, and how far that may be wrong, which is 0 where it is exact."""
+    term = left.T, right.T, scale
+    if len(start) <= FEW and has_exact_products(term):
+        return *sums_of_few(start, [term]), numpy.zeros_like(start)
+    sums = Accumulator(start)
+    for one, other in zip(left.T, right.T, strict=True):
+        sums.add_products(one, other, scale)
+    near, rest = two_sum(sums.high, sums.low)
+    return near, rest, sums.rest
+
+
+def is_power_of_two(number: float) -> bool:
+    """Or its negative; such that float64 scales products of float32 by it without rounding."""
+    return abs(math.frexp(number)[0]) == 0.5 and MIDDLING[0] < abs(number) < MIDDLING[1]

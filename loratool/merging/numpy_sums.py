@@ -23,7 +23,7 @@ from loratool.files.process import multiplies_alone
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
-from loratool.merging.numpy_rounding import RESULTS, Result, exactly, rounded_once
+from loratool.merging.numpy_rounding import RESULTS, Result, exactly, is_power_of_two
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Read = Callable[["NDArray[Any]", int], None]
 TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
-TOGETHER = 1 << 16  # products of undecided elements that are computed at a time: more would take fresh memory each time
+TOGETHER = 1 << 17  # numbers of undecided elements that are computed at a time: more would take fresh memory each time
+SINGLE = 16  # such numbers besides the products of an element
 MANY = 16  # where more than one of so many elements is undecided, torch finds out why
 ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already
 ALONE_ANYWAY = 1 << 20  # where it has no others: more than stay in a core's cache
@@ -108,7 +109,7 @@ class Added:
         """Whether float32 computes with its numbers."""
         sizes = abs(self.scale), *self.sizes
         within = all(size == 0 or WORKABLE[0] < size < WORKABLE[1] for size in sizes) and len(self.down) < MOST_TERMS
-        return self.scale != 0 and within and float(self.lengths.max(initial=0)) < LARGEST
+        return self.scale != 0 and within and self.length < LARGEST
 
     @cached_property
     def sizes(self) -> tuple[float, float]:
@@ -122,6 +123,11 @@ class Added:
         up, down = self.up.astype(numpy.float64), self.down.astype(numpy.float64)
         squared = float(((up.T @ up) * (down @ down.T)).sum())
         return abs(self.scale) * math.sqrt(max(squared, 0.0))
+
+    @cached_property
+    def length(self) -> float:
+        """The largest of `lengths`."""
+        return float(self.lengths.max(initial=0))
 
     @cached_property
     def cut(self) -> NDArray[Any]:
@@ -148,8 +154,12 @@ class Added:
 
     @cached_property
     def margins(self) -> NDArray[Any]:
-        """(rows,) of float64: how far a computed element of ΔW may be from the exact value."""
-        terms = len(self.down) + 4  # roundings: of factors, products, sums, scaling, and a constant added
+        """(rows,) of float64: how far a computed element of ΔW, with a constant added, may be from the exact value.
+
+        In whatever order r products and a constant are added, none of them is part of more than r sums: with its own
+        rounding a product has r + 1. A power of two as the scale adds none, any other is rounded, and so is what it scales.
+        """
+        terms = len(self.down) + (1 if is_power_of_two(self.scale) else 3)
         up, down = self.sizes
         size = self.up.itemsize
         # some machines take the smallest factors for 0
@@ -164,8 +174,8 @@ class Added:
         return change
 
     def elements(self, rows: NDArray[Any], columns: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The factors of single elements, (count, rank) of float64 each."""
-        return self.up.take(rows, 0).astype(numpy.float64), self.turned.take(columns, 0).astype(numpy.float64)
+        """The factors of single elements, (count, rank) each."""
+        return self.up.take(rows, 0), self.turned.take(columns, 0)
 
 
 @dataclass
@@ -238,7 +248,7 @@ class Tiles:
                     seen.changed = bool(differ.any())
                     lap("look")
             places, weights = (numpy.concatenate(some) for some in zip(*odd, strict=True))
-            step = max(1, TOGETHER // max(1, len(added.down)))
+            step = TOGETHER // (len(added.down) + SINGLE)
             for at in range(0, len(places), step):
                 if not self.settle(added, places[at : at + step], weights[at : at + step], first, after):
                     return None
@@ -264,18 +274,23 @@ class Tiles:
         return True
 
     def sum(self, added: Added, weight: NDArray[Any], first: int, largest: float, after: NDArray[Any]) -> NDArray[Any]:
-        """Put W + ΔW of some rows into `after`; the flat places at which another result is possible."""
+        """Put W + ΔW of some rows into `after`; the flat places at which another result is possible.
+
+        With ε for the error of a computed ΔW and ρ for that of one more rounding, W + (ΔW + ε + ρ) is computed with an
+        error of at most ε + ρ, so that it is no less than the exact value x and no more than x + 2 (ε + ρ). What is
+        2 (ε + ρ) + ρ less is therefore no more than x once it is rounded.
+        """
         count, lifted = len(weight), added.cut.shape[1]
         sums, low, differ = self.sums[:count], self.low[:count], self.differ[: weight.size]
-        own, unit = slice(first, first + count), ROUNDOFF[sums.itemsize]
-        # the sum's rounding, and that of an end
-        margins = (added.margins[own] + (largest + added.lengths[own]) * (2 * unit)) * GENEROUS
-        column = margins.astype(sums.dtype)[:, None]
+        own = slice(first, first + count)
+        rounding = (largest + added.lengths[own]) * (ROUNDOFF[sums.itemsize] * GENEROUS)
+        margins = added.margins[own] * GENEROUS + rounding
+        column, lengths = (each.astype(sums.dtype)[:, None] for each in (margins, 2 * margins + rounding))
         up = numpy.empty((count, lifted), sums.dtype)
         up[:, :-1], up[:, -1:] = added.up[own], column
         multiply(up, added.cut, sums, alone())
         numpy.add(sums, weight, out=sums)
-        self.result.put_ends(sums, column, low, after, differ)
+        self.result.put_ends(sums, lengths, low, after, differ)
         return numpy.flatnonzero(differ)
 
     def keep_unchanged(
@@ -309,19 +324,20 @@ class Tiles:
 
         `places` are those in the flat rows, (count,), and `weights` their W.
         """
-        rows, columns = numpy.divmod(places, self.width)
-        left, right = added.elements(rows + first, columns)
-        values = numpy.einsum("ij,ij->i", left, right) * added.scale + weights
-        reach = added.lengths[rows + first]
-        margins = (abs(weights) + abs(values) + reach) * ((len(added.down) + 8) * ROUNDOFF[8] * GENEROUS)
-        last = self.result.last
-        low, high = (rounded_once(each, last) for each in (values - margins, values + margins))
-        left_open = numpy.flatnonzero((low != high) | (abs(low) < SMALLEST))
+        rows, last = places // self.width, self.result.last
+        left, right = added.elements(rows + first, places - rows * self.width)
+        values = numpy.einsum("ij,ij->i", left, right, dtype=numpy.float64) * added.scale + weights
+        size = float(abs(weights).max()) + added.length
+        margin = size * (2 * (len(added.down) + 8) * ROUNDOFF[8] * GENEROUS)
+        low, high = ((values + each).view(numpy.uint64) + last // 2 for each in (-margin, margin))
+        left_open = numpy.flatnonzero((low ^ high >= last) | (abs(values) < 2 * SMALLEST))
+        found = (low & numpy.uint64((1 << 64) - last)).view(numpy.float64)
         if len(left_open):
-            low[left_open] = exactly(weights[left_open], left[left_open], right[left_open], added.scale, last)
-            if not ((abs(low) >= SMALLEST) | (low == 0)).all():
+            exact = exactly(weights[left_open], left[left_open], right[left_open], added.scale, last)
+            if not ((abs(exact) >= SMALLEST) | (exact == 0)).all():
                 return False
-        after.reshape(-1)[places] = self.result.of_rounded(low)
+            found[left_open] = exact
+        after.reshape(-1)[places] = self.result.of_rounded(found)
         return True
 
 

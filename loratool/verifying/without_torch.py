@@ -193,7 +193,7 @@ def are_sums(added: Added, places: tuple[Any, Any], weights: NDArray[Any], their
     """
     rows, columns = places
     left, right = added.elements(rows, columns)
-    values = numpy.einsum("ij,ij->i", left, right) * added.scale + weights
+    values = numpy.einsum("ij,ij->i", left, right, dtype=numpy.float64) * added.scale + weights
     terms = len(added.down) + 8
     margins = (abs(weights) + abs(values) + added.lengths[rows]) * (terms * ROUNDOFF[8] * GENEROUS)
     low, high = (rounded_once(each) for each in (values - margins, values + margins))
