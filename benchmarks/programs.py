@@ -185,9 +185,10 @@ def sum_in_float32(
     """What `Tiles.sum` would do without exactness: no element is left undecided."""
     import numpy
 
-    count, parts = len(weight), len(added.cut)
-    sums, up = self.sums[:count], added.up[first : first + count]
-    numpy.matmul(up, added.cut[:, :-1], out=sums.reshape(count, parts, -1).transpose(1, 0, 2))
+    from loratool.merging.numpy_sums import alone, multiply
+
+    sums = self.sums[: len(weight)]
+    multiply(added.up[first : first + len(weight)], added.cut[:, :-1], sums, alone())
     numpy.add(sums, weight, out=sums)
     after[...] = self.result.nearest(sums)
     return numpy.empty(0, numpy.int64)

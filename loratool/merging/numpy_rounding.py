@@ -10,6 +10,7 @@ from loratool.algebra.rounding import FEW, MIDDLING, Accumulator, has_exact_prod
 from loratool.lazy import NDArray, numpy
 
 HALF = 0x8000  # of the last bit of a bfloat16, in the bits of a float32
+SHORTEST = 16  # elements of the buffers of numpy
 ZEROS = 29  # at the end of a float32 as a float64
 LAST = 1 << 45  # the last bit of a bfloat16, in the bits of a float64
 
@@ -82,7 +83,7 @@ class Bfloat16(Result):
         differ: NDArray[Any],
     ) -> None:
         """A tie goes away from zero: it is an end, beyond which the exact value is."""
-        numpy.subtract(upper, lengths, out=memory)
+        subtract_by_rows(upper, lengths, memory)
         high, low = (each.reshape(-1).view(numpy.uint32) for each in (upper, memory))
         numpy.add(high, HALF, out=high)
         numpy.add(low, HALF, out=low)
@@ -115,12 +116,24 @@ class Float32(Result):
     ) -> None:
         high = memory.reshape(-1).view(numpy.float32)[: after.size].reshape(after.shape)
         numpy.copyto(high, upper, casting="same_kind")
-        numpy.subtract(upper, lengths, out=upper)
+        subtract_by_rows(upper, lengths, upper)
         numpy.copyto(after.view(numpy.float32), upper, casting="same_kind")
         numpy.not_equal(high.view(numpy.uint32), after, out=differ.reshape(after.shape))
 
 
 RESULTS: dict[str, Result] = {each.dtype: each for each in (Bfloat16(), Float32())}
+
+
+def subtract_by_rows(values: NDArray[Any], column: NDArray[Any], out: NDArray[Any]) -> None:
+    """Put `values` − `column`, (n, width) and (n, 1), into `out`.
+
+    Numpy fills a buffer with copies of a column's numbers, but for rows that are longer than its buffers.
+    """
+    before = numpy.setbufsize(SHORTEST)
+    try:
+        numpy.subtract(values, column, out=out)
+    finally:
+        numpy.setbufsize(before)
 
 
 def nearest_bits(values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:

@@ -37,6 +37,7 @@ SINGLE = 16  # such numbers besides the products of an element
 MANY = 16  # where more than one of so many elements is undecided, torch finds out why
 ALONE = 1 << 18  # multiplications of a product that OpenBLAS does on the calling thread: more threads are there already
 ALONE_ANYWAY = 1 << 20  # where it has no others: more than stay in a core's cache
+NEAR = 1 << 15  # bytes of a factor that a core has in its nearest cache
 WORKABLE = 2.0**-60, 2.0**60  # sizes of factors and scales that float32 computes with
 LARGEST = 2.0**120  # of weights and of what is added, so that no sum is near the largest number
 SMALLEST = 2.0**-120  # of results: both dtypes have fewer digits from 2^-126 on
@@ -135,7 +136,7 @@ class Added:
         rank, width = self.down.shape
         scaled = numpy.ones((rank + 1, width), self.down.dtype)
         numpy.multiply(self.down, self.scale, out=scaled[:rank], casting="same_kind")
-        return in_parts(scaled, rows_of_tile(width), alone())
+        return parts_of(scaled, NEAR // max(1, scaled[:, :1].nbytes))
 
     @cached_property
     def turned(self) -> NDArray[Any]:
@@ -291,7 +292,7 @@ class Tiles:
         multiply(up, added.cut, sums, alone())
         numpy.add(sums, weight, out=sums)
         self.result.put_ends(sums, lengths, low, after, differ)
-        return numpy.flatnonzero(differ)
+        return places_of(differ)
 
     def keep_unchanged(
         self, added: Added, weight: NDArray[Any], first: int, after: NDArray[Any], places: NDArray[Any]
@@ -346,11 +347,15 @@ def alone() -> int:
     return ALONE_ANYWAY if multiplies_alone() else ALONE
 
 
-def in_parts(down: NDArray[Any], rows: int, most: int = ALONE) -> NDArray[Any]:
+def in_parts(down: NDArray[Any], rows: int) -> NDArray[Any]:
     """(rank, width) in parts of columns, (parts, rank, columns), for `multiply` with so many rows."""
+    return parts_of(down, ALONE // max(1, len(down) * rows))
+
+
+def parts_of(down: NDArray[Any], columns: int) -> NDArray[Any]:
+    """(rank, width) in parts of up to so many columns, 32 at least, (parts, rank, columns)."""
     rank, width = down.shape
-    columns = max(32, most // max(1, rank * rows))
-    columns = math.gcd(width, 1 << columns.bit_length() - 1)
+    columns = math.gcd(width, 1 << max(32, columns).bit_length() - 1)
     step = columns if columns >= 16 else max(1, width)  # an odd one stays whole
     return numpy.ascontiguousarray(down.reshape(rank, width // step, step).transpose(1, 0, 2))
 
@@ -364,6 +369,15 @@ def multiply(left: NDArray[Any], cut: NDArray[Any], out: NDArray[Any], most: int
     for at in range(0, len(left), step):
         some = out[at : at + step]
         numpy.matmul(left[at : at + step], cut, out=some.reshape(len(some), len(cut), -1).transpose(1, 0, 2))
+
+
+def places_of(found: NDArray[Any]) -> NDArray[Any]:
+    """`flatnonzero` of flags, few of which are set: those are looked for among eight at a time."""
+    if len(found) % 8:
+        return numpy.flatnonzero(found)
+    eights = numpy.flatnonzero(found.view(numpy.uint64) != 0)
+    places = numpy.flatnonzero(found.reshape(-1, 8).take(eights, 0))
+    return eights.take(places >> 3) * 8 + (places & 7)
 
 
 def rows_of_tile(width: int) -> int:
