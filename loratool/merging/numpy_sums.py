@@ -347,9 +347,9 @@ def alone() -> int:
     return ALONE_ANYWAY if multiplies_alone() else ALONE
 
 
-def in_parts(down: NDArray[Any], rows: int) -> NDArray[Any]:
+def in_parts(down: NDArray[Any], rows: int, most: int = ALONE) -> NDArray[Any]:
     """(rank, width) in parts of columns, (parts, rank, columns), for `multiply` with so many rows."""
-    return parts_of(down, ALONE // max(1, len(down) * rows))
+    return parts_of(down, most // max(1, len(down) * rows))
 
 
 def parts_of(down: NDArray[Any], columns: int) -> NDArray[Any]:
