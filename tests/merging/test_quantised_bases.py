@@ -237,6 +237,60 @@ def test_siblings_that_servers_fuse_become_plain_together(tmp_path: Path) -> Non
     assert "v_proj" in str(note)
 
 
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A base like Kimi-K2-Thinking: int4 experts in groups of 32, two in each of two layers, and plain attention."""
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+        for layer in (0, 1)
+        for expert in (0, 1)
+        for part in ("gate", "up", "down")
+    ]
+    made = KINDS["int4 groups"](plain_weights(*names))
+    attention = {name: value.bfloat16() for name, value in plain_weights(f"{BLOCK}.self_attn.o_proj.weight").items()}
+    return save_packed(tmp_path / "base", {**attention, **made.tensors}, made.config, model_type="deepseek_v3")
+
+
+def test_an_adapter_on_plain_attention_leaves_packed_experts_as_they_are(mixture: Path, tmp_path: Path) -> None:
+    name = f"{BLOCK}.self_attn.o_proj.weight"
+    change = save_adapter(tmp_path / "adapter", name)[name]
+    for way in ("touched", "requantize"):
+        loratool.merge(mixture, tmp_path / "adapter", tmp_path / way, device="cpu", requantize=way == "requantize")
+        before, after = (load_file(folder / "model.safetensors") for folder in (mixture, tmp_path / way))
+        assert same_bytes(after.pop(name), nearest(before.pop(name).double() + change, torch.bfloat16))
+        assert after.keys() == before.keys()
+        assert all(same_bytes(after[other], before[other]) for other in before)
+        assert config_in(tmp_path / way) == config_in(mixture)
+
+
+def test_one_edited_expert_makes_those_of_its_layer_plain_unless_it_is_packed_anew(
+    mixture: Path, tmp_path: Path
+) -> None:
+    """Servers hold the experts of a layer as one weight."""
+    edited = f"{BLOCK}.mlp.experts.1.down_proj.weight"
+    save_adapter(tmp_path / "adapter", edited)
+    every = {*open_packed(mixture).weights}
+    report = loratool.merge(mixture, tmp_path / "adapter", tmp_path / "out", device="cpu")
+    assert {*open_packed(tmp_path / "out").weights} == {name for name in every if "layers.1" in name}
+    (note,) = (note for note in report.notes if note.code == "siblings-plain")
+    assert "experts.0" in str(note)
+    assert loratool.verify(tmp_path / "out", mixture, tmp_path / "adapter", device="cpu").verdict == "proven"
+    anew: dict[str, Any] = {"requantize": True, "accept_loss": True}
+    loratool.merge(mixture, tmp_path / "adapter", tmp_path / "anew", device="cpu", **anew)
+    assert {*open_packed(tmp_path / "anew").weights} == every
+
+
+def test_the_weights_that_lose_most_by_packing_come_first(tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "int4 groups", EDITED, *OTHERS)
+    save_adapter(tmp_path / "adapter", EDITED, *OTHERS)
+    anew: dict[str, Any] = {"requantize": True, "accept_loss": True, "weights": [STRONG]}
+    report = loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", device="cpu", **anew)
+    worst = sorted(report.errors_added, key=lambda name: -report.errors_added[name])
+    places = [str(report).index(f"{report.errors_added[name]:.3f}  {name}") for name in worst]
+    assert len(places) == 3
+    assert places == sorted(places)
+
+
 def test_scales_of_what_stays_packed_keep_their_dtype(tmp_path: Path) -> None:
     save_base(tmp_path / "base", "GPTQ 4 bits", EDITED, *OTHERS)
     save_adapter(tmp_path / "adapter", EDITED)
