@@ -66,7 +66,7 @@ class Bench:
     def tile_of(self, width: int) -> Tile:
         """Memory in which numpy computes."""
         if self.tile is None or self.tile.width != width:
-            self.tile = Tile(width)
+            self.tile = Tile(width, memory=self.tile.memory if self.tile else None)
         return self.tile
 
     def pieces(self) -> tuple[memoryview, memoryview]:

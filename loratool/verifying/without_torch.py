@@ -66,6 +66,17 @@ class Halved:
         return cls(added, numpy.stack([in_parts(scaled[:, each::2], rows_of(width), alone()) for each in (0, 1)]))
 
 
+class Words:
+    """Memory of tiles of any width, for one thread: fresh memory for each would take as long as reading into it."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.stored, self.theirs = (numpy.empty(count, numpy.uint32) for _ in range(2))
+        self.weight = numpy.empty(count, numpy.float32)  # of one half after the other: less memory is in caches longer
+        self.sums = numpy.empty(2 * count, numpy.float32)  # of both halves
+        self.differ = numpy.empty(count // 2, numpy.bool_)  # by groups of elements
+
+
 class Tile:
     """Memory for some rows of a width: W and W' are read into it, and W + ΔW is computed there.
 
@@ -74,21 +85,17 @@ class Tile:
     which the product gives them. Numpy is slow with 16 bits in every other place, and fast with words.
     """
 
-    def __init__(self, width: int, rows: int = 0, whole: Tile | None = None) -> None:
-        """All of the memory, or the first rows of that of another one. Views are made once: others wait for each."""
+    def __init__(self, width: int, rows: int = 0, memory: Words | None = None) -> None:
+        """As many rows as are computed at a time, or fewer. Views are made once: other threads wait for each."""
         self.rows, self.width, self.lanes = rows or rows_of(width), width, lanes_of(width)
-        words = self.rows, self.lanes // 2
-        if whole is None:
-            self.stored, self.theirs = (numpy.zeros(words, numpy.uint32) for _ in range(2))  # no element: stays 0
-            self.weight = numpy.empty(
-                words, numpy.float32
-            )  # of one half after the other: less memory is in caches longer
-            self.sums = numpy.empty((2, *words), numpy.float32)
-            self.differ = numpy.empty(self.stored.size // 2, numpy.bool_)
-        else:
-            self.stored, self.theirs = whole.stored[: self.rows], whole.theirs[: self.rows]
-            self.weight, self.sums = whole.weight[: self.rows], whole.sums[:, : self.rows]
-            self.differ = whole.differ[: self.stored.size // 2]
+        shape = self.rows, self.lanes // 2
+        count = self.rows * self.lanes // 2
+        self.memory = memory if memory is not None and memory.count >= count else Words(max(count, TILE // 2))
+        flat = self.memory
+        self.stored, self.theirs, self.weight = (
+            each[:count].reshape(shape) for each in (flat.stored, flat.theirs, flat.weight)
+        )
+        self.sums, self.differ = flat.sums[: 2 * count].reshape(2, *shape), flat.differ[: count // 2]
         self.bits = self.sums.view(numpy.uint32)
         self.groups = [each.reshape(-1).view(numpy.uint64) for each in (self.stored, self.bits[1], self.theirs)]
         self.parts: dict[int, Tile] = {}
@@ -98,7 +105,7 @@ class Tile:
         if rows == self.rows:
             return self
         if rows not in self.parts:
-            self.parts[rows] = Tile(self.width, rows, self)
+            self.parts[rows] = Tile(self.width, rows, self.memory)
         return self.parts[rows]
 
     def settled(self, pair: Pair, halved: Halved, first: int, count: int, sources: OpenSources) -> bool:
@@ -126,7 +133,8 @@ class Tile:
             return
         narrow = numpy.empty((self.rows, self.width), numpy.uint16)
         weight.read(at, narrow.data.cast("B"), sources)
-        into.view(numpy.uint16)[:, : self.width] = narrow
+        elements = into.view(numpy.uint16)
+        elements[:, : self.width], elements[:, self.width :] = narrow, 0
 
     def compute(self, halved: Halved, first: int) -> None:
         """Put sums of the rows that have been read, as they are rounded, into words; a tie goes away from zero.
