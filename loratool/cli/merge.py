@@ -213,7 +213,7 @@ def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...]) -> 
 def merge_several(
     base: Path, outputs: dict[Path, list[Path]], options: MergeWords, screen: Screen, pictures: Pictures
 ) -> None:
-    """`--also`: all outputs, or their plans; ends with the highest exit code of those that fail."""
+    """`--also`: all outputs, or their plans; ends with the worst exit code of those that fail."""
     from loratool.merging.merge_many import merge_many, plan_many
 
     if options.weights:

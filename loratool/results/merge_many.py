@@ -33,8 +33,8 @@ class ResultsOfOutputs(Result, Generic[Each]):
 
     @property
     def exit_code(self) -> int:
-        """The highest exit code of the errors; 0 if there are none."""
-        return max((error.exit_code for error in self.errors.values()), default=0)
+        """The worst exit code of the errors, which is the smallest; 0 if there are none."""
+        return min((error.exit_code for error in self.errors.values()), default=0)
 
     @property
     def notes(self) -> tuple[Note, ...]:
