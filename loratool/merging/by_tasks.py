@@ -31,6 +31,13 @@ OPENED: dict[str, PartedMerge] = {}  # in a process of the scheduler: the plan o
 class Scheduler(Protocol):
     """What runs tasks."""
 
+    total: int  # bytes that all of them have, to make and to read, for progress
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one machine may have run some of them."""
+        ...
+
     def run(self, task: Task, parts: Sequence[FilePart]) -> list[Mapping[str, Any]]:
         """What tasks return that have some parts among them; raises what one of them raised."""
         ...
@@ -53,20 +60,24 @@ def seen_by_all(word: PathLike) -> str:
     return os.path.abspath(path) if os.path.lexists(path) else os.fspath(word)
 
 
-def merge_by_tasks(words: Words, scheduler: Callable[[int], AbstractContextManager[Scheduler]]) -> MergeReport:
-    """Merge by the tasks of a scheduler, which is told how many bytes its tasks have, to make and to read.
+def merge_by_tasks(words: Words, scheduler: Callable[[], AbstractContextManager[Scheduler]]) -> MergeReport:
+    """Merge by the tasks of a scheduler; raises as `merge` does, and what ended a task.
 
-    Raises as `merge` does, and what ended a task.
+    What several machines wrote to a file system is read once more: their page caches need not know of each other.
     """
     merge = open_parts(*words)
     shown, shared = printable(words[2]), merge.output.read_to_check
     if merge.published:
         raise UsageError(f"{shown} is complete already; pass another -o, or remove it first")
-    with scheduler(merge.size * (2 if shared else 1)) as tasks:
+    with scheduler() as tasks:
 
         def check(parts: Sequence[FilePart], *_: object) -> Mapping[str, str]:
+            if not tasks.several:
+                return {}
+            tasks.total = 2 * merge.size  # a machine may have joined
             return {name: reason for found in tasks.run(check_share, parts) for name, reason in found.items()}
 
+        tasks.total = merge.size * (2 if shared and tasks.several else 1)
         tasks.run(make_share, merge.parts)
         finished = publish(merge, None, check if shared else None)
     if finished.merge is None:

@@ -35,18 +35,16 @@ def merge_on_ray(
 ) -> MergeReport:
     """Merge by tasks of the cluster that `options.workers` names. Raises as `merge` does, and what ended a task."""
     words = words_of(base, adapters, out, options)
-    return merge_by_tasks(words, lambda total: Tasks(words, options, cluster, progress, total).connected())
+    return merge_by_tasks(words, lambda: Tasks(words, options, cluster, progress).connected())
 
 
 class Tasks:
     """The tasks of one merge, on a cluster."""
 
-    def __init__(
-        self, words: Words, options: MergeOptions, cluster: ClusterOptions, progress: Progress | None, total: int
-    ) -> None:
+    def __init__(self, words: Words, options: MergeOptions, cluster: ClusterOptions, progress: Progress | None) -> None:
         self.ray, self.job = imported(), os.urandom(16).hex()
         self.words, self.options, self.cluster = words, options, cluster
-        self.progress, self.done, self.total = progress, 0, total
+        self.progress, self.done, self.total = progress, 0, 0
 
     @contextmanager
     def connected(self) -> Iterator[Tasks]:
@@ -84,8 +82,8 @@ class Tasks:
         if gpus is None:
             gpus = int(self.options.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes))
         cpus = self.cluster.num_cpus or (cpus_beside(gpus, nodes) if gpus else cpus_alone(nodes))
-        wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-        self.room = sum(min(int(node.get(kind, 0) // count) for kind, count in wanted.items()) for node in nodes)
+        self.wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+        self.room = sum(map(self.room_on, nodes))
         if not self.room:
             raise UsageError(f"no node of the cluster has the {cpus} CPUs and {gpus} GPUs that a task is to get")
         # a process that has prepared its GPU is there for the next task, too: Ray would start another one for each
@@ -93,6 +91,15 @@ class Tasks:
         workers, device = (cpus, "cuda") if gpus else (cpus + WAITING_WORKERS, "cpu")
         within = dataclasses.replace(self.words[-1], workers=workers, device=device)
         self.shared = self.ray.put((*self.words[:-1], within))
+
+    def room_on(self, node: Mapping[str, float]) -> int:
+        """How many tasks fit on a node."""
+        return min(int(node.get(kind, 0) // count) for kind, count in self.wanted.items())
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one node has room, or may have had it before it was gone."""
+        return sum(not node["Alive"] or bool(self.room_on(node["Resources"])) for node in self.ray.nodes()) > 1
 
     def run(self, function: Task, parts: Sequence[FilePart]) -> list[Mapping[str, Any]]:
         """What tasks return that have some parts among them. Raises what one of them raised; then none is left."""

@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -401,8 +402,15 @@ def why_unlike(part: UploadPart, record: PartRecord, there: Mapping[int, uploads
 
 
 def each_of(call: Callable[[Any], Any], things: Iterable[Any]) -> list[Any]:
-    """What `call` returns for each of some things, several at a time."""
-    return list(connection().pool.map(call, list(things)))
+    """What `call` returns for each of some things, several at a time; where one raises, no other is left at work."""
+    futures = [connection().pool.submit(call, each) for each in things]
+    try:
+        return [each.result() for each in futures]
+    except Exception:
+        for each in futures:
+            each.cancel()
+        wait(futures)
+        raise
 
 
 def changed(source: StoredObject) -> InputError:

@@ -101,7 +101,7 @@ def test_what_a_task_gets_fits_the_nodes(
     monkeypatch.setitem(sys.modules, "ray", StandIn(*nodes))
     chosen = MergeAndPushOptions(workers="ray", **options)
     words = (str(home / "demo/base"), (str(home / "demo/adapter"),), str(tmp_path / "out"), chosen)
-    with on_ray.Tasks(words, chosen, chosen, None, 0).connected() as tasks:
+    with on_ray.Tasks(words, chosen, chosen, None).connected() as tasks:
         assert (tasks.limits["num_cpus"], tasks.limits["num_gpus"], tasks.room) == (*limits, room)
 
 
@@ -110,6 +110,25 @@ def test_a_task_that_no_node_has_room_for_is_refused(ray: StandIn, home: Path, t
         merged(home, tmp_path / "out", num_cpus=9)
     assert not ray.open
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(("joins", "rounds"), [(False, ["make_share"]), (True, ["make_share", "check_share"])])
+def test_one_machine_reads_nothing_again(
+    ray: StandIn, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joins: bool, rounds: list[str]
+) -> None:
+    """Unless another one joins the cluster meanwhile."""
+    ray.resources, get, seen = ({"CPU": 8.0}, {"memory": 1.0}), ray.get, list[tuple[int, int]]()
+
+    def joined(task: int) -> Any:
+        if joins:
+            ray.resources = ({"CPU": 8.0}, {"CPU": 8.0})
+        return get(task)
+
+    monkeypatch.setattr(ray, "get", joined)
+    merged(home, tmp_path / "out", progress=lambda *at: seen.append(at))
+    assert [*dict.fromkeys(name for name, _, _ in ray.tasks)] == rounds
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert contents(tmp_path / "out") == contents(home / "alone")
 
 
 def test_a_damaged_part_is_found_and_made_again(

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from loratool.merging import resources
 from loratool.merging.in_parts import make_parts, publish
 from loratool.merging.merge import MergeOptions
 from loratool.merging.parted_merge import open_parts
-from loratool.stores.bucket import Bucket
+from loratool.stores.bucket import Bucket, each_of
 from loratool.stores.names import FOLDER
 
 if TYPE_CHECKING:
@@ -140,6 +141,22 @@ def interrupted(store: StoreServer, kind: str, number: int, out: str) -> None:
     with pytest.raises((StoreError, InputError)):
         loratool.merge(BASE, [ADAPTER], out)
     store.fault = lambda _asked: None
+
+
+def test_a_request_that_fails_leaves_no_other_under_way(store: StoreServer) -> None:
+    begun, ended = list[int](), list[int]()
+
+    def call(number: int) -> None:
+        begun.append(number)
+        if not number:
+            raise StoreError("refused")
+        time.sleep(0.05)
+        ended.append(number)
+
+    with pytest.raises(StoreError, match="refused"):
+        each_of(call, range(100))
+    assert sorted(begun) == sorted([0, *ended])
+    assert len(begun) < 100
 
 
 STOPS = [("create", 2), ("part", 2), ("copy part", 1), ("complete", 1), ("complete", 2), ("put", 9), ("delete", 1)]
