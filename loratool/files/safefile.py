@@ -21,7 +21,7 @@ from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import foreign_start, is_text
 from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
 from loratool.files.stand_ins import stand_in, told_identity
-from loratool.files.system import copy_in_kernel, read_at, write_at
+from loratool.files.system import copy_in_kernel, read_ahead, read_at, write_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -63,6 +63,7 @@ MOST_TENSORS = 200_000  # of one file: a merge of more takes minutes and gigabyt
 FIELDS = ("dtype", "shape", "data_offsets")
 LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian
+AHEAD = 192 << 20  # bytes after those that are expected, which other threads, or the same one, will soon read
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -180,6 +181,9 @@ class LocalSource:
 
     def read(self, start: int, count: int, into: memoryview) -> None:
         read_exactly(self.descriptor, into[:count], start, self.path)
+
+    def expect(self, start: int, count: int) -> None:
+        read_ahead(self.descriptor, start, count + AHEAD)
 
     def copy_to(self, descriptor: int, start: int, count: int, at: int) -> None:
         """Copy a range to byte `at` of another open file, inside the kernel where it can."""

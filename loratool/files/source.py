@@ -21,7 +21,8 @@ class Source(Protocol):
 def expect(source: Source, start: int, count: int) -> None:
     """Say that this thread is about to read `count` bytes from byte `start` on, in their order, in pieces.
 
-    A source that is far away asks for many of them at a time, and for none that were not expected.
+    A source that is far away asks for many of them at a time, and for none that were not expected; a disk is asked for them
+    now.
     """
     if (told := getattr(source, "expect", None)) is not None:
         told(start, count)

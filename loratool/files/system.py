@@ -161,6 +161,13 @@ def read_at(descriptor: int, buffer: memoryview, position: int) -> int:
         return stream.readinto(buffer) or 0
 
 
+def read_ahead(descriptor: int, start: int, count: int) -> None:
+    """Have the system bring bytes of an open file into memory, so that nobody waits for them later, where it can."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_WILLNEED)
+
+
 def write_at(descriptor: int, buffer: memoryview, position: int) -> int:
     """Write `buffer` at byte `position` of a file; the bytes that went, which may be fewer."""
     if hasattr(os, "pwrite"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import faults
 import pytest
 
 import loratool
+from loratool.files import safefile
 from loratool.merging import engine, tasks
 from loratool.merging.engine import Engine
 from loratool.merging.resources import Resources, choose_resources
@@ -81,3 +83,30 @@ def test_copies_come_first_until_something_can_compute_and_then_both_in_turns(
     assert (
         kinds[: len(in_turns)] == (in_turns if ready else ["Copy"] * copies + ["Compute"] * computed)[: len(in_turns)]
     )
+
+
+def test_a_disk_is_asked_for_the_bytes_of_a_task_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All bytes of the tensors of a base, so that threads that compute need not wait for them."""
+    base, adapter = faults.make_base(tmp_path / "base", 1, 32), faults.make_adapter(tmp_path / "adapter", 1, 32)
+    file = next(base.glob("*.safetensors"))
+    begin = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    asked, early = set[int](), list[int]()
+    advise, read = os.posix_fadvise, os.preadv
+
+    def advising(descriptor: int, start: int, count: int, advice: int) -> None:
+        asked.update(range(start, min(start + count, file.stat().st_size)))
+        advise(descriptor, start, count, advice)
+
+    def reading(descriptor: int, buffers: Sequence[memoryview], at: int, *more: Any) -> int:
+        if os.path.samestat(os.fstat(descriptor), file.stat()) and asked:
+            early.extend(set(range(max(at, begin), at + len(buffers[0]))) - asked)
+        return read(descriptor, buffers, at, *more)
+
+    monkeypatch.setattr(safefile, "AHEAD", 0)
+    monkeypatch.setattr(os, "posix_fadvise", advising)
+    monkeypatch.setattr(os, "preadv", reading)
+    loratool.merge(base, adapter, tmp_path / "out", device="cpu", workers=1)
+    assert asked >= set(range(begin, file.stat().st_size))
+    assert not early
