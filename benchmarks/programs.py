@@ -1,6 +1,7 @@
 """What benchmarks run next to loratool itself, each as a process of its own.
 
 python benchmarks/programs.py peft-merge BASE ADAPTER OUT [DEVICE]
+python benchmarks/programs.py peft-merge-packed BASE ADAPTER OUT
 python benchmarks/programs.py peft-combine CONFIG.json OUT RANK full|reduced ADAPTER...
 python benchmarks/programs.py altered [--float32] [--block BYTES] [--numpy] merge BASE ADAPTER -o OUT ...
 python benchmarks/programs.py in-parts DEVICE,DEVICE... merge BASE ADAPTER -o OUT ...
@@ -34,6 +35,25 @@ def peft_merge(base: str, adapter: str, out: str, device: str = "cpu") -> None:
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": device})
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+
+
+def peft_merge_packed(base: str, adapter: str, out: str) -> None:
+    """The same into a base that bitsandbytes has packed, whose weights PEFT packs anew.
+
+    transformers 5.23 cannot save a model that it has loaded so (`Bnb4bitDeserialize` has no reverse), so the tensors are
+    written as they are.
+    """
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map={"": "cpu"})
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    tied = {"lm_head.weight"} if merged.config.tie_word_embeddings else set()
+    tensors = {name: value.contiguous() for name, value in merged.state_dict().items() if name not in tied}
+    Path(out).mkdir()
+    save_file(tensors, Path(out) / "model.safetensors")
 
 
 def peft_combine(config: str, out: str, rank: str, kind: str, *adapters: str) -> None:
@@ -197,6 +217,7 @@ def sum_in_float32(
 def main(words: Sequence[str]) -> None:
     programs: dict[str, Callable[..., None]] = {
         "peft-merge": peft_merge,
+        "peft-merge-packed": peft_merge_packed,
         "peft-combine": peft_combine,
         "altered": altered,
         "in-parts": in_parts,

@@ -3,6 +3,9 @@
     python benchmarks/quantised.py                            1B shape: nf4, GPTQ, AWQ, FP8
     python benchmarks/quantised.py --families nf4 --json result.json
 
+Where bitsandbytes, peft and transformers are installed, as in the environment of `make acceptance`, PEFT's merge into the
+nf4 base runs too. It packs what it merges anew, as `--requantize` does.
+
 Bases, and an adapter on all of their linear layers, are made in a real model's shape, outside the repository. All
 contenders run turn by turn as whole processes that end in `sync`. All that was made is removed, after Ctrl-C too.
 """
@@ -15,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -24,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from findings import Finding, aligned, at_most, finding_table, megabytes, ratio, seconds, write_result
 from machine import describe
 from packed_shapes import FAMILIES, make_packed
-from running import Run, apart, loratool_run, say, scratch, set_cache
+from running import HERE, Run, apart, loratool_run, say, scratch, set_cache
 from shapes import SHAPES, Shape, make
 
-PLAIN = "bf16"
+PLAIN, PEFT = "bf16", "nf4, PEFT"
 MORE_MEMORY = 60e6  # bytes
 LIMITS = {"nf4": (1.3, 2.0)}  # of touched-only and of --dequantize, over the merge into a plain base
 OTHERS = (1.5, 2.2)
@@ -49,6 +53,10 @@ def prepare(folder: Path, shape: Shape, families: Sequence[str]) -> dict[str, li
         apart(make_packed, shape, family, folder / family)
         contenders[f"{family}, touched only"] = command(folder, family)
         contenders[f"{family}, --dequantize"] = command(folder, family, "--dequantize")
+    if "nf4" in families and all(find_spec(name) for name in ("bitsandbytes", "peft", "transformers")):
+        contenders["nf4, --requantize"] = command(folder, "nf4", "--requantize", "--accept-loss")
+        places = (folder / "nf4", folder / PLAIN / "adapter", folder / "out")
+        contenders[PEFT] = [sys.executable, str(HERE / "programs.py"), "peft-merge-packed", *map(str, places)]
     return contenders
 
 
@@ -109,7 +117,10 @@ def judge(runs: dict[str, list[Run]]) -> list[Finding]:
 
     found = [Finding("merge into the plain base", seconds(wall(PLAIN)), wall(PLAIN))]
     for name in runs:
-        if name != PLAIN:
+        if name.endswith(("PEFT", "--requantize")):
+            found.append(Finding(f"{name}: time over it", ratio(wall(name) / wall(PLAIN)), wall(name) / wall(PLAIN)))
+            found.append(Finding(f"{name}: peak memory", megabytes(peak(name)), peak(name)))
+        elif name != PLAIN:
             family, _, way = name.partition(", ")
             limit = LIMITS.get(family, OTHERS)[way == "--dequantize"]
             found.append(at_most(f"{name}: time over it", wall(name) / wall(PLAIN), limit, ratio))
