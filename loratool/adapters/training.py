@@ -42,7 +42,7 @@ class Training:
 
     base: str = ""  # name or path of the model that was trained
     revision: str = ""  # of that model
-    quantised: str = ""  # how that model was quantised, where its own name need not tell
+    quantised: str = ""  # how that model was quantised, and which file says so, where its own name need not tell
     task: str = ""  # CAUSAL_LM say
     model_class: str = ""  # of the model that was trained
     method: str = "LORA"  # the type of adapter

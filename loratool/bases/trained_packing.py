@@ -49,7 +49,7 @@ def unlike_packing(base: Checkpoint, known: str, adapter: Adapter, named: Mappin
     if packed == trained_packed or (name and last_part(name) == last_part(known)):
         return None
     if trained_packed:
-        what = f"{printable(said)}, as its README.md says" if said else printable(name)
+        what = printable(said or name)
         return Note(
             "trained-quantised",
             f"was trained on quantised weights ({what}), but BASE is plain; unless BASE is a dequantised copy of them, "

@@ -24,7 +24,7 @@ MOST_ANCESTORS = 400
 LONGEST_TEXT = 8000  # characters of a text that is taken over
 KEPT = ("made_by", "command", "versions", "gain", "dtype")  # of an earlier record, besides its inputs
 KEPT_OF_FILE = ("size", "sha256", "function", "root", "header")
-KEPT_OF_INPUT = ("name", "hub", "id", *LICENCE, "format", "weight", "rank", "sha256")
+KEPT_OF_INPUT = ("name", "hub", "id", "quantised", *LICENCE, "format", "weight", "rank", "sha256")
 
 
 def record_at(place: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -70,6 +70,20 @@ def ancestors_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     """(role, entry) of everything that a record names as what its output was made of."""
     yield from inputs_of(record)
     yield from models_of(record)
+
+
+def quantised_base(record: Mapping[str, Any], generations: int = MOST_GENERATIONS) -> str:
+    """How the base was quantised whose decoded weights an adapter is a difference from; empty where it was not.
+
+    Where the record is that of a copy, such as by `resize`, that of what it was made of tells.
+    """
+    for role, entry in inputs_of(record):
+        if role == "base" and isinstance(said := entry.get("quantised"), str):
+            return said
+        made = entry.get("made")
+        if generations and isinstance(made, Mapping) and (found := quantised_base(made, generations - 1)):
+            return found
+    return ""
 
 
 def made_of(place: Path, files: Mapping[str, str], metadata: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,6 +88,23 @@ def test_a_touched_only_merge_of_a_quantised_base_gives_its_adapter_back(tmp_pat
     found = products(tmp_path / "out")
     assert found.keys() == {DOWN}
     assert relative(found[DOWN], delta(name)) < 1e-5
+
+
+def test_the_record_of_an_adapter_tells_that_its_base_was_quantised(tmp_path: Path) -> None:
+    """Of a copy too, and wherever that base is by then: a merge into a plain base has the note, one into its like has not."""
+    name = f"{QUERY}.weight"
+    base = save(tmp_path / "base", packed())
+    tuned = save(tmp_path / "tuned", {**VALUES, name: VALUES[name] + delta(name)})
+    loratool.extract(base, tuned, tmp_path / "out", rank=2, device="cpu")
+    loratool.resize(tmp_path / "out", tmp_path / "copy", rank=1, device="cpu")
+    plain, again = save(tmp_path / "plain", VALUES), save(tmp_path / "other" / "packed", packed())
+    rmtree(base)
+    for adapter in ("out", "copy"):
+        plan = loratool.plan(plain, tmp_path / adapter, tmp_path / "merged", device="cpu")
+        (note,) = (str(note) for note in plan.notes if note.code == "trained-quantised")
+        assert "bitsandbytes, as its loratool.json says" in note
+        plan = loratool.plan(again, tmp_path / adapter, tmp_path / "merged", device="cpu")
+        assert not {"trained-quantised", "trained-plain"} & {note.code for note in plan.notes}
 
 
 def test_tuned_may_be_the_quantised_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from loratool.adapters.weight_files import weight_files
 from loratool.adapters.writer import Output, Rounded, called, check_adapter_target, factor_name
 from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
 from loratool.bases.binding.orientation import module_of
+from loratool.bases.decoded import Decoded
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Slice
 from loratool.errors import FitError, InputError, printable
@@ -249,7 +250,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         return Rest(
             config=config_of(self.pairing, kinds, self.ranks, self.release(draft.forms), self.manner),
             facts={
-                "base": told_model(before),
+                "base": {**told_model(before), **({"quantised": before.title} if isinstance(before, Decoded) else {})},
                 "tuned": told_model(after),
                 "rule": self.rule.told,
                 "exact": self.exact,

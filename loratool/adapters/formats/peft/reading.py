@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from loratool.adapters.formats.peft.remarks import remark
 from loratool.adapters.formats.peft.training import quantised_in, training_of
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import weight_files
-from loratool.errors import InputError, Problem, printable
+from loratool.errors import InputError, LoratoolError, Problem, printable
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS
 from loratool.notes import Note
+from loratool.provenance.recorded import quantised_base, record_at
 
 # Fields of a config that say what model was trained, not how.
 OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
@@ -77,7 +79,7 @@ def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter
         file=draft.file,
         config=draft.config,
         config_file=config_file,
-        training=replace(training_of(draft.config), quantised=quantised_in(packing.card(draft))),
+        training=replace(training_of(draft.config), quantised=how_quantised(draft)),
         updates=draft.updates,
         bases=draft.bases,
         sources=draft.sources,
@@ -88,6 +90,16 @@ def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter
         notes=tuple(draft.notes),
     )
     return adapter, tuple(draft.problems)
+
+
+def how_quantised(draft: Draft) -> str:
+    """How the base was quantised in training, and which file says so; empty where none does."""
+    if said := quantised_in(packing.card(draft)):
+        return f"{said}, as its README.md says"
+    with suppress(LoratoolError):
+        if said := quantised_base(record_at(draft.file.path.parent)):
+            return f"{said}, as its loratool.json says"
+    return ""
 
 
 def read_updates(draft: Draft) -> None:
