@@ -26,7 +26,8 @@ from loratool.files.digests import recorded
 from loratool.files.gguf import GgufFile
 from loratool.files.gguf_writer import copy_with_values
 from loratool.files.journal import Journal
-from loratool.files.outputs import MADE_HERE, as_json, check_target
+from loratool.files.model_files import MADE_HERE
+from loratool.files.outputs import as_json, check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file

@@ -15,6 +15,7 @@ from loratool.files.hub_names import slashed
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
 from loratool.files.locks import is_locked
+from loratool.files.model_files import MADE_HERE
 from loratool.files.names import check_separators, is_unusual, refused_name
 from loratool.files.system import create_file, shell_line, sync_file
 from loratool.files.weight_formats import read_weight_file
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from loratool.files.model_files import FileNames
 
 BUSY = "another run is writing this output; wait for it to end"
-
-
-MADE_HERE = "loratool"  # the key of a file's metadata that says how it was made, where it stands alone
 
 
 def check_local(out: Path, flag: str = "") -> None:

@@ -35,7 +35,6 @@ from loratool.options.described import FLAG, Number, PathKind, PlaceKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.provenance import record
 from loratool.provenance.history import history_of
-from loratool.provenance.inputs import weights_of
 from loratool.results.base import Cost
 from loratool.results.facts import (
     AdapterFacts,
@@ -368,6 +367,8 @@ def kind_of(update: Update, layer: Layer | None) -> str:
 
 
 def look_at_checkpoint(place: Located, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
+    from loratool.provenance.inputs import weights_of
+
     try:
         checkpoint = place.checkpoint(unmerged=True)
         facts = replace(

@@ -18,7 +18,7 @@ from loratool.fetching import local
 from loratool.fetching.stores import brought
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.journal import Journal
-from loratool.files.outputs import MADE_HERE
+from loratool.files.model_files import MADE_HERE
 from loratool.files.part_records import FilePart, SharedOutput
 from loratool.files.shared_folder import SharedFolder
 from loratool.files.sink import PAGE

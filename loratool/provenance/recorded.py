@@ -14,7 +14,7 @@ from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.checkpoint import PROVENANCE, record_for
 from loratool.files.digests import Digest, is_plain, read_recorded
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_json
-from loratool.files.outputs import MADE_HERE
+from loratool.files.model_files import MADE_HERE
 from loratool.files.weight_formats import read_weight_file
 
 ROLES = ("base", "tuned", "shared", "adapter", "adapters", "inputs")  # of a record's entries about operands

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from loratool.grouping import by_key
 from loratool.layouts.diffusion import blocks
 from loratool.layouts.diffusion.blocks import BASE, MID
-from loratool.layouts.diffusion.components import TEXT_WORDS
+from loratool.layouts.diffusion.words import TEXT_WORDS
 from loratool.results.text import columns
 
 TEXT = re.compile(rf"({'|'.join(sorted(TEXT_WORDS, key=len, reverse=True))})[._]")

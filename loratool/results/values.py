@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Cost
-from loratool.results.blocks import bars, is_of_images
 from loratool.results.text import columns, cost_rows, figure, fill, percentage, size, wrapped
 from loratool.templates import common_start
 
@@ -101,6 +100,8 @@ class Values:
         rows += [*cost_rows(self.cost), *(("note", note) for note in self.notes)]
         parts = [wrapped(rows)]
         if self.modules:
+            from loratool.results.blocks import bars, is_of_images  # which knows the blocks of all layouts
+
             parts += [by_name(self.modules), largest(self.modules)]
             if is_of_images(m.target for m in self.modules):
                 parts.append(bars({m.target: m.norm or 0.0 for m in self.modules}))

@@ -20,7 +20,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import Form
 from loratool.adapters.writer import Carried, Copied, FactorOptions, Output, Rounded, adapter_output
-from loratool.files.outputs import MADE_HERE
+from loratool.files.model_files import MADE_HERE
 from loratool.measuring.session import PathLike, Progress, Session
 from loratool.notes import Note, as_records
 from loratool.options.described import Options

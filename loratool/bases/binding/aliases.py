@@ -15,8 +15,8 @@ from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.places import Match, Place, Rule
 from loratool.errors import printable
 from loratool.files.safefile import TensorInfo
-from loratool.layouts.diffusion.components import OPTIONAL
 from loratool.layouts.diffusion.rows import Family, Row
+from loratool.layouts.diffusion.words import OPTIONAL
 from loratool.templates import template_of
 
 Tensors = Mapping[str, TensorInfo]

@@ -13,20 +13,11 @@ from loratool.adapters.adapter import Flattened
 from loratool.bases.binding.aliases import Aliases, Pieces, aliases_of, family_of
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import TensorInfo
-from loratool.layouts.diffusion.components import (
-    CLIP_G,
-    CLIP_L,
-    DENOISER,
-    DENOISERS,
-    SECOND_DENOISERS,
-    STORED,
-    T5_WORDS,
-    TEXT_ENCODERS,
-    TEXT_WORDS,
-)
+from loratool.layouts.diffusion.components import DENOISERS, TEXT_ENCODERS
 from loratool.layouts.diffusion.rows import Family
 from loratool.layouts.diffusion.unet import UNET
 from loratool.layouts.diffusion.vae import VAE
+from loratool.layouts.diffusion.words import CLIP_G, CLIP_L, DENOISER, SECOND_DENOISERS, STORED, T5_WORDS, TEXT_WORDS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from loratool.adapters.adapter import Flattened
 from loratool.bases.binding.components import Component
 from loratool.bases.binding.flattened import missing
 from loratool.errors import printable
-from loratool.layouts.diffusion.components import DENOISER, DIFFUSERS_WORDS, SECOND_DENOISERS, TEXT_WORDS
+from loratool.layouts.diffusion.words import DENOISER, DIFFUSERS_WORDS, SECOND_DENOISERS, TEXT_WORDS
 
 WORDS = (*DENOISER, *SECOND_DENOISERS, *sorted(TEXT_WORDS), "vae")
 

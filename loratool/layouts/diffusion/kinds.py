@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from loratool.layouts.diffusion.components import DENOISER
+from loratool.layouts.diffusion.words import DENOISER
 
 SD1, SD2, SDXL = "Stable Diffusion 1", "Stable Diffusion 2", "SDXL"
 UNETS = frozenset({SD1, SD2, SDXL})

@@ -20,9 +20,9 @@ from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.model_settings import model_types
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS
 from loratool.layouts.diffusion.known import ARCHITECTURES, links
 from loratool.layouts.diffusion.rows import Row
+from loratool.layouts.diffusion.words import DENOISER, SECOND_DENOISERS, TEXT_WORDS
 from loratool.notes import Note
 from loratool.reworking.converting.fusing import fused, split, stacked
 from loratool.reworking.converting.rows import Rows, Sized, Target

@@ -16,7 +16,7 @@ from loratool.bases.renamed import Renamed
 from loratool.bases.weights import Slice, Stacked, StoredWeight
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.layouts.diffusion.components import TEXT_WORDS
+from loratool.layouts.diffusion.words import TEXT_WORDS
 from loratool.lazy import Tensor
 from loratool.reworking.converting.naming import LAYOUTS, respelled
 from loratool.reworking.converting.rows import Target

@@ -11,7 +11,7 @@ from loratool.adapters.formats.named.writing import only
 from loratool.adapters.formats.roles.names import ALPHA, DOWN, UP, UP_BIAS, canonical, split
 from loratool.adapters.layers import Contents
 from loratool.errors import BAKE, InputError, printable
-from loratool.files.outputs import MADE_HERE
+from loratool.files.model_files import MADE_HERE
 from loratool.files.tensor_writer import OF_DATA
 
 HASHES = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", MADE_HERE)  # of one file alone

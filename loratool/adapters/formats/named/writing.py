@@ -25,7 +25,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.replacing import Replace
 from loratool.errors import FitError, printable
-from loratool.files.outputs import MADE_HERE
+from loratool.files.model_files import MADE_HERE
 from loratool.files.tensor_writer import OF_DATA
 from loratool.lazy import Tensor
 from loratool.notes import Note

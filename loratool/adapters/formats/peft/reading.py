@@ -20,7 +20,7 @@ from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, LoratoolError, Problem, printable
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import SafeFile, read_safefile
-from loratool.layouts.diffusion.components import DENOISER, SECOND_DENOISERS, TEXT_WORDS
+from loratool.layouts.diffusion.words import DENOISER, SECOND_DENOISERS, TEXT_WORDS
 from loratool.notes import Note
 from loratool.provenance.recorded import quantised_base, record_at
 
