@@ -167,15 +167,11 @@ def exactly(
     """
     start, left, right = (each.astype(numpy.float64, copy=False) for each in (weights, left, right))
     near = sums_of_few_digits(start, left, right, scale)
-    rest, lost = numpy.zeros_like(near), numpy.zeros_like(near)
     others = numpy.flatnonzero(numpy.isnan(near))
     if len(others):
-        near[others], rest[others], lost[others] = error_free_sums(start[others], left[others], right[others], scale)
-    tie = near.view(numpy.int64) & (last - 1) == last // 2
-    beyond = numpy.nextafter(near, numpy.copysign(numpy.inf, rest))
-    rounded = rounded_once(numpy.where(tie & (rest != 0), beyond, near), last)
+        near[others] = error_free_sums(start[others], left[others], right[others], scale, last)
     zero = numpy.copysign(0.0, numpy.where(weights == 0, weights, 0.0))  # but where W is −0, an exact zero is +0
-    return numpy.where(lost == 0, numpy.where(near == 0, zero, rounded), numpy.nan)
+    return numpy.where(near == 0, zero, rounded_once(near, last))
 
 
 def sums_of_few_digits(start: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float) -> NDArray[Any]:
@@ -200,17 +196,20 @@ def sums_of_few_digits(start: NDArray[Any], left: NDArray[Any], right: NDArray[A
 
 
 def error_free_sums(
-    start: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """The same as the next float64, what that is off by, and how far that may be wrong, which is 0 where it is exact."""
+    start: NDArray[Any], left: NDArray[Any], right: NDArray[Any], scale: float, last: int
+) -> NDArray[Any]:
+    """Float64 that is rounded to the `last` bit as such sums are, which it may not hold; a NaN for what is not known."""
     term = left.T, right.T, scale
     if len(start) <= FEW and has_exact_products(term):
-        return *sums_of_few(start, [term]), numpy.zeros_like(start)
-    sums = Accumulator(start)
-    for one, other in zip(left.T, right.T, strict=True):
-        sums.add_products(one, other, scale)
-    near, rest = two_sum(sums.high, sums.low)
-    return near, rest, sums.rest
+        (near, rest), lost = sums_of_few(start, [term]), numpy.zeros_like(start)
+    else:
+        sums = Accumulator(start)
+        for one, other in zip(left.T, right.T, strict=True):
+            sums.add_products(one, other, scale)
+        (near, rest), lost = two_sum(sums.high, sums.low), sums.rest
+    tie = near.view(numpy.int64) & (last - 1) == last // 2
+    beyond = numpy.nextafter(near, numpy.copysign(numpy.inf, rest))
+    return numpy.where(lost == 0, numpy.where(tie & (rest != 0), beyond, near), numpy.nan)
 
 
 def is_power_of_two(number: float) -> bool:
