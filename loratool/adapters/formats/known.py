@@ -156,6 +156,8 @@ class Waiting:
         return found
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of Python, which asks for some before there are any files
+            raise AttributeError(name)
         return getattr(self.files if hasattr(self.files, name) else self.format, name)
 
 
