@@ -4,7 +4,7 @@
     python benchmarks/quantised.py --families nf4 --json result.json
 
 Where bitsandbytes, peft and transformers are installed, as in the environment of `make acceptance`, PEFT's merge into the
-nf4 base runs too. It packs what it merges anew, as `--requantize` does.
+nf4 base runs too. It packs what it merges anew, as `--requantize` does. On a GPU, decoding is measured next to copying.
 
 Bases, and an adapter on all of their linear layers, are made in a real model's shape, outside the repository. All
 contenders run turn by turn as whole processes that end in `sync`. All that was made is removed, after Ctrl-C too.
@@ -25,8 +25,9 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from decoding import times_of
 from findings import Finding, aligned, at_most, finding_table, megabytes, ratio, seconds, write_result
-from machine import describe
+from machine import describe, gpus
 from packed_shapes import FAMILIES, make_packed
 from running import HERE, Run, apart, loratool_run, say, scratch, set_cache
 from shapes import SHAPES, Shape, make
@@ -106,6 +107,21 @@ def verified(folder: Path, turns: int) -> list[Finding]:
     return found
 
 
+def decoded_on(device: str, folder: Path, families: Sequence[str]) -> list[Finding]:
+    """Weights that are decoded on a device, over plain ones that are read and copied there."""
+    places = {PLAIN: folder / PLAIN / "base", **{family: folder / family for family in families}}
+    taken = apart(times_of, places, device)
+    plain = taken.pop(PLAIN)
+    found = [Finding(f"weights of a block to {device}: read and copied", f"{1000 * plain:.1f} ms", plain)]
+    for family, time in taken.items():
+        found.append(
+            at_most(
+                f"weights of a block to {device}: {family}, read and decoded there, over it", time / plain, 1.0, ratio
+            )
+        )
+    return found
+
+
 def judge(runs: dict[str, list[Run]]) -> list[Finding]:
     """Times and memory over those of the merge into a plain base."""
 
@@ -148,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         findings = judge(runs)
         if not options.no_verify:
             findings += verified(folder, options.turns)
+        if gpus():
+            findings += decoded_on("cuda:0", folder, families)
         size = SHAPES[options.shape].base_bytes
         every = {name: [shown(one, size) for one in each] for name, each in runs.items()}
         rows = {"merge into": {"shape": options.shape, "bytes": size, "runs": every}}
