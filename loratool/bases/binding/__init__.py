@@ -41,7 +41,7 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         adapter: its updates are fitted here to how the base stores its weights.
         base: only its headers and its config are looked at.
         maps: `REGEX=TEMPLATE` each; the first whose pattern is found in a target's name gives it another name.
-        fan_in_fan_out: whether square --layer-weights that may be Conv1D are stored (in, out); by default the class of
+        fan_in_fan_out: whether square weights that may be Conv1D are stored (in, out); by default the class of
             the model decides, then the config of the adapter.
 
     Raises:
