@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.checkpoint import PROVENANCE, record_for
-from loratool.files.digests import Digest, is_plain, read_recorded
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_json
 from loratool.files.model_files import MADE_HERE
 from loratool.files.weight_formats import read_weight_file
+
+if TYPE_CHECKING:
+    from loratool.files.digests import Digest
 
 ROLES = ("base", "tuned", "shared", "adapter", "adapters", "inputs")  # of a record's entries about operands
 LICENCE = ("license", "license_name", "license_link")  # as cards have it
@@ -95,6 +97,8 @@ def made_of(place: Path, files: Mapping[str, str], metadata: Mapping[str, str] |
             for them is not about what is there.
         metadata: of the header of its file of weights, which may hold the record.
     """
+    from loratool.files.digests import read_recorded  # with hashlib, which who only looks at a record does without
+
     folder = place if place.is_dir() else place.parent
     try:
         record = record_at(place, metadata)
@@ -142,6 +146,8 @@ def shortened(record: Mapping[str, Any], budget: Budget, generation: int = 1) ->
 
 def entry_of(entry: Mapping[str, Any], budget: Budget, generation: int) -> dict[str, Any]:
     """An input of an earlier record, with how it was made."""
+    from loratool.files.digests import is_plain
+
     found = {key: bounded(entry[key]) for key in KEPT_OF_INPUT if key in entry}
     files = entry.get("files")
     if isinstance(files, Mapping):
