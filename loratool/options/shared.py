@@ -112,8 +112,7 @@ class OrientationOption(Options):
 
     fan_in_fan_out: bool | None = option(
         "--fan-in-fan-out/--no-fan-in-fan-out",
-        help="Whether square weights that may be Conv1D are stored (in, out) [default: decided by the model "
-        "class].",
+        help="Whether square weights that may be Conv1D are stored (in, out) [default: decided by the model class].",
         kind=FLAG,
     )
 

@@ -20,7 +20,7 @@ from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.resources import (
     MOST_SHELVED,
-    MOST_WORKERS,
+    NUMPY_WORKERS,
     Resources,
     choose_resources,
     correcting_memory,
@@ -154,7 +154,7 @@ class Proving:
         if computed and not self.by_numpy:
             runtime.start()
         # of those that compute by numpy, more than there are cores wait for the interpreter's lock
-        self.workers = options.threads or (min(cores(), MOST_WORKERS) if self.by_numpy else most_workers())
+        self.workers = options.threads or (min(cores(), NUMPY_WORKERS) if self.by_numpy else most_workers())
         self.totals, self.shared = Totals(), SharedUpdates(MOST_SHELVED)
         self.sources = OpenSources()
         self.lock, self.choosing, self.stop = threading.Lock(), threading.Lock(), threading.Event()
