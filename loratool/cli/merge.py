@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.operands import Output, Place, UnlessGiven, complain_of, without_output
+from loratool.cli.operands import Output, Place, UnlessGiven, complain_of, read_adapters, without_output
 from loratool.cli.options import A_MODEL, AN_ADAPTER, BYTES, PATH, click_options, output_options, with_pictures
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
@@ -146,7 +146,7 @@ def merge(
         screen.show(abort_merge(out))
         return
     if also:
-        merge_several(base, outputs_of(out, adapters, also), options, screen, pictures)
+        merge_several(base, outputs_of(out, adapters, also, screen.quiet), options, screen, pictures)
         return
     if options.part or options.finish or options.status:
         merge_in_parts(base, adapters, out, options, screen, pictures)
@@ -196,17 +196,18 @@ def merge_in_parts(
             pictures.write(report.merge)
 
 
-def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...]) -> dict[Path, list[Path]]:
-    """The adapters of every output, from the words of `--also`."""
+def outputs_of(out: Path, adapters: tuple[Path, ...], also: tuple[str, ...], quiet: bool) -> dict[Path, list[Path]]:
+    """The adapters of every output, from the words of `--also`; what they are read as is said unless `quiet`."""
     outputs = {out: [*adapters]}  # by the folder's name; one that is named twice gets both adapters
-    for word in also:
-        name, sign, adapter = word.partition("=")
+    pairs = [word.partition("=") for word in also]
+    for word, (name, sign, adapter) in zip(also, pairs, strict=True):
         if not (name and sign and adapter):
             raise UsageError(f"--also takes OUT=ADAPTER (got {printable(repr(word))})")
-        other = Path(name)
-        if os.path.realpath(other) == os.path.realpath(out):
+        if os.path.realpath(name) == os.path.realpath(out):
             raise UsageError(f"--also {printable(word)}: OUT is the same as that of -o; pass its ADAPTERs as arguments")
-        outputs.setdefault(other, []).append(AN_ADAPTER.convert(adapter, None, None))
+    others = read_adapters([adapter for _, _, adapter in pairs], quiet)
+    for (name, _, _), other in zip(pairs, others, strict=True):
+        outputs.setdefault(Path(name), []).append(other)
     return outputs
 
 
@@ -232,7 +233,7 @@ def merge_several(
         if error := result.errors.get(os.fspath(out)):
             complain_of(error, os.fspath(out), adapters)
     if result.reports or screen.as_json:
-        screen.show(result, "\n\n".join(map(str, result.reports.values())))
+        screen.show(result, result.made)
     if result.reports:
         pictures.write(result)
     click.get_current_context().exit(result.exit_code)

@@ -22,6 +22,7 @@ from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
     from loratool.fetching.operands import Operand, Role
+    from loratool.notes import Note
 
 OPERANDS = "loratool.operands"  # key of a context's `meta`: the operands as they are meant
 # What an output is called that was not named, from the names of the operands.
@@ -122,21 +123,42 @@ def forgiving(command: click.Command) -> click.Command:
 
 def complain_of(error: LoratoolError, out: str | None = None, adapters: Sequence[Path] = ()) -> None:
     """Say on stderr what went wrong with one of several paths, or outputs with adapters of their own; it goes on."""
-    from loratool.fetching.next_steps import next_step
+    from loratool.fetching.next_steps import alone, next_step
     from loratool.fetching.operands import Operand
 
     context = click.get_current_context()
-    operands = meant_in(context)
+    operands, arguments = meant_in(context), context.find_root().obj or ()
     if out is not None:
+        first = [each.word for each in operands if each.role == "adapter"]
+        arguments = alone(arguments, out, [*map(str, adapters)], first)
         operands = [
             *(each for each in operands if each.role == "model"),
             *(Operand(str(each), "adapter") for each in adapters),
         ]
     if error.own_hint == ANOTHER_OUT:  # which of several it is, `-o` does not say
         error.hint = f"loratool {context.info_name} --help"
-    error.hint = next_step(error, context.find_root().obj or (), operands)
-    whose = "" if out is None else f"{printable(out)}: "
+    error.hint = next_step(error, arguments, operands)
+    whose = "" if out is None or error.about == out else f"{printable(out)}: "  # an error about it names it
     click.echo(escaped(f"Error: {whose}{error}\nhint: {error.hint}", keep="\n"), err=True)
+
+
+def read_adapters(words: Sequence[str], quiet: bool) -> list[Path]:
+    """Adapters that an option names, as they are meant; what was typed otherwise is said unless `quiet`."""
+    from loratool.fetching.operands import Operand, understood
+
+    meant, notes = understood(
+        [Operand(slashed(Place("adapter").convert(word, None, None)), "adapter") for word in words]
+    )
+    context = click.get_current_context()
+    context.meta[NOTES] = [*context.meta.get(NOTES, ()), *notes]
+    say(notes, quiet)
+    return [Path(each.word) for each in meant]
+
+
+def say(notes: Sequence[Note], quiet: bool) -> None:
+    """Tell on stderr which operands were not read as they were typed."""
+    for note in () if quiet else notes:
+        click.echo(escaped(f"note: {note}"), err=True)
 
 
 def read_operands(context: click.Context, words: dict[str, Any]) -> None:
@@ -159,8 +181,7 @@ def read_operands(context: click.Context, words: dict[str, Any]) -> None:
             ]
             many = isinstance(words[str(parameter.name)], tuple)
             words[str(parameter.name)] = tuple(own) if many else own[0]
-    for note in () if words.get("quiet") else notes:
-        click.echo(escaped(f"note: {note}"), err=True)
+    say(notes, bool(words.get("quiet")))
 
 
 def meant_in(context: click.Context) -> Sequence[Operand]:

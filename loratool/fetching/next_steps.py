@@ -41,6 +41,28 @@ def without_option(arguments: Sequence[str], flags: Collection[str]) -> list[str
     return [*arguments[:at], *arguments[at + (1 if "=" in "".join(arguments[at : at + 1]) else 2) :]]
 
 
+def alone(arguments: Sequence[str], out: str, adapters: Sequence[str], first: Sequence[str]) -> list[str]:
+    """The words of a merge of several outputs for one of them alone.
+
+    Args:
+        arguments: as they were typed, `--also` among them.
+        out: the output.
+        adapters: its own.
+        first: those of the output that `-o` names, whose place the own ones take.
+
+    Returns:
+        The words; `arguments` where the adapters of `-o` are not found in them.
+    """
+    words = without_option(arguments, {"-o", "--output"})
+    while len(fewer := without_option(words, {"--also"})) < len(words):
+        words = fewer
+    places = [at for at, word in enumerate(words) if any(same_path(word, each) for each in first)]
+    if not places:
+        return [*arguments]
+    rest = [word for at, word in enumerate(words) if at not in places]
+    return [*rest[: places[0]], *adapters, *rest[places[0] :], "-o", out]
+
+
 def next_step(error: LoratoolError, arguments: Sequence[str], operands: Sequence[Operand] = ()) -> str:
     """The command to type after an error: its own hint in full, a proposal for an operand, or what shows more."""
     if error.own_hint:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
 from loratool.bases.opening import open_checkpoint
-from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.errors import LoratoolError, StorageError, UsageError, about, printable
 from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
 from loratool.files import stopwatch
@@ -189,7 +189,8 @@ def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, Lor
     places: dict[str, list[Path]] = {}
     for each in wanted:
         with attempt(each, errors):
-            real_target(each, inputs)  # before anything is downloaded
+            with about(each.key):
+                real_target(each, inputs)  # before anything is downloaded
             places[each.key] = [local(adapter, "adapter") for adapter in each.adapters]
     if not places:
         return []
@@ -233,7 +234,7 @@ def check_space(ready: Iterable[Prepared], errors: dict[str, LoratoolError]) -> 
     for each in ready:
         if each.wanted.stored:
             continue
-        with attempt(each.wanted, errors):
+        with attempt(each.wanted, errors), about(each.wanted.key):
             disk, free = each.target.parent.stat().st_dev, free_space(each.target.parent)
             found = check_stage(stage_of(each.target))
             kept = sum(shard.size for shard in found.finished.values()) if found else 0

@@ -130,16 +130,17 @@ def check_container(base: Checkpoint, options: PlanOptions) -> None:
 
 
 def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:
-    """A note on updates that are no products of factors, where rounding is to make up for what it takes from those."""
+    """A note where another way to round than to the nearest value changes nothing, or nothing of some updates."""
+    spans = [span for shard in shards for span in shard.spans if span.edits]
+    if rounding != "nearest" and spans and all(span.placed.dtype in ("F32", "F64") for span in spans):
+        text = f"--rounding {rounding} changes nothing: no edited tensor is stored in fewer bits than float32"
+        return [Note("rounding-unused", text)]
     if rounding != "compensated":
         return []
-    edits = [edit for shard in shards for span in shard.spans for edit in span.edits if not edit.update.replaces]
+    edits = [edit for span in spans for edit in span.edits if not edit.update.replaces]
     others = {e.target for e in edits if isinstance(e.update, Add) or not e.update.adds_products}
-    if not others:
-        return []
-    return [
-        Note("rounded-to-nearest", f"not products of two factors, so rounded to the nearest value: {listed(others)}")
-    ]
+    text = f"not products of two factors, so rounded to the nearest value: {listed(others)}"
+    return [Note("rounded-to-nearest", text)] if others else []
 
 
 def packed_anew(base: Checkpoint, changes: Changes) -> frozenset[str]:

@@ -238,26 +238,25 @@ def test_an_output_that_cannot_be_planned_fails_alone(
 ) -> None:
     """The exit code is its own, its error is the one of its own merge, and `--json` has it in the list.
 
-    The next command is that of its own merge too, but for `--overwrite`, which is added to the whole command.
+    The next command is that of its own merge too.
     """
     spoil(home)
     before = snapshot(home)
     words = ["merge", str(home / "base"), str(home / "plain"), "--device", "cpu", "--json"]
-    ended = run([*words[:2], str(home / "other"), "-o", str(home / "two"), "--json"])
+    ended = run([*words[:2], str(home / "other"), *words[3:], "-o", str(home / "two")])
     alone = json.loads(capsys.readouterr().out)["error"]
     assert ended == alone["exit_code"]
     assert snapshot(home) == before
     several = [*words, "-o", str(home / "one"), "--also", f"{home / 'two'}={home / 'other'}"]
     ended = run(several)
     out, err = capsys.readouterr()
-    if spoil is occupy:
-        alone["hint"] = f"loratool {shlex.join(word for word in several if word != '--json')} --overwrite"
     made, failed = json.loads(out)["outputs"]
     assert (made["out"], failed["out"]) == (str(home / "one"), str(home / "two"))
     assert "error" not in made
     assert failed["error"] == alone
     assert ended == alone["exit_code"]
-    assert f"Error: {home / 'two'}: {alone['message']}" in err
+    whose = "" if spoil is occupy else f"{home / 'two'}: "  # that message begins with the output
+    assert f"Error: {whose}{alone['message']}" in err
     assert f"hint: {alone['hint']}\n" in err
     assert faults.picture(home / "one") == single(home, "alone", "plain")
 
@@ -272,11 +271,31 @@ def test_the_exit_code_is_the_worst(home: Path, capsys: pytest.CaptureFixture[st
     ended = run([*words, "--also", f"{home / 'two'}={home / 'other'}", "--also", f"{home / 'three'}={home / 'plain'}"])
     _, err = capsys.readouterr()
     assert ended == 2
-    assert [line.split(": ")[1] for line in err.splitlines() if line.startswith("Error")] == [
-        str(home / "two"),
-        str(home / "three"),
-    ]
+    told = [line for line in err.splitlines() if line.startswith("Error")]
+    assert [line.split()[1] for line in told] == [f"{home / 'two'}:", str(home / "three")]
     assert (home / "one" / "config.json").exists()
+
+
+def test_the_hint_for_an_output_that_failed_is_the_merge_that_makes_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the name that was probably meant, and without the outputs that are complete; they are not named twice."""
+    (home / "three").mkdir()
+    words = ["merge", str(home / "base"), str(home / "plain"), "-o", str(home / "one"), "--device", "cpu"]
+    also = [f"{home / 'two'}={home / 'othr'}", f"{home / 'two'}={home / 'plain'}", f"{home / 'three'}={home / 'other'}"]
+    assert run([*words, "--also", also[0], "--also", also[1], "--also", also[2]]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    hints = [shlex.split(line.removeprefix("hint: loratool ")) for line in lines if line.startswith("hint: ")]
+    told = [line for line in lines if line.startswith("Error: ")]
+    assert [line.count(name) for line, name in zip(told, (str(home / "two"), str(home / "three")), strict=True)] == [
+        1,
+        1,
+    ]
+    three = ["merge", str(home / "base"), str(home / "other"), "--device", "cpu", "-o", str(home / "three")]
+    assert hints[1] == [*three, "--overwrite"]
+    assert run(hints[0]) == 0
+    loratool.merge(home / "base", [home / "other", home / "plain"], home / "alone", device="cpu")
+    assert faults.picture(home / "two") == faults.picture(home / "alone")
 
 
 def test_each_output_is_continued_after_an_interrupt(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +343,11 @@ def test_a_dry_run_shows_every_plan_and_writes_nothing(home: Path, capsys: pytes
     first, second, third = json.loads(capsys.readouterr().out)["outputs"]
     assert [len(each["edits"]) for each in (first, second)] == [2 * SHARDS, 2]
     assert third["error"]["code"] == "wrong-usage"
+    assert run([*words[:-1], "--also", also[0]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(":") and line != "edits:"] == [
+        f"{home / name}:" for name in ("one", "two")
+    ]
     assert snapshot(home) == before
 
 

@@ -96,10 +96,11 @@ def test_compensated_rounding_keeps_the_whole_update(
         assert error <= more * nearest[module][1]
 
 
-def test_compensated_rounding_leaves_float32_as_it_is(tmp_path: Path) -> None:
+def test_other_roundings_leave_float32_as_it_is_and_say_so(tmp_path: Path) -> None:
     base, adapter = write_pair(tmp_path, 1e-4, torch.float32)
     for rounding in ("nearest", "compensated", "stochastic"):
-        loratool.merge(base, adapter, tmp_path / rounding, rounding=rounding)
+        report = loratool.merge(base, adapter, tmp_path / rounding, rounding=rounding)
+        assert [note.code for note in report.notes] == ["rounding-unused"] * (rounding != "nearest")
     assert (
         len({(tmp_path / r / "model.safetensors").read_bytes() for r in ("nearest", "compensated", "stochastic")}) == 1
     )
