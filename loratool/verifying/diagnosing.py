@@ -105,6 +105,16 @@ def diagnose_edited(
         yield Diagnosis("factors-rounded", text, names, {"ulp": farthest})
 
 
+def rounded_otherwise(asked: str, recognised: str, distances: Mapping[str, Distances]) -> Diagnosis:
+    """That a model is exactly what another rounding gives; `distances` are from the one that was asked for."""
+    names, farthest = module_names(distances), max(each.ulp for each in distances.values())
+    text = (
+        f"{counted(names)}: rounded as by --rounding {recognised}, exactly, so off from --rounding {asked} by up to "
+        f"{farthest:.3g} ulp"
+    )
+    return Diagnosis("rounded-otherwise", text, names, {"ulp": farthest}, passes=farthest <= 1)
+
+
 def diagnose_quantised(
     pairing: Pairing,
     distances: Mapping[str, Distances],

@@ -23,7 +23,7 @@ from loratool.files.process import cores, peak_memory
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.merging.inputs import PathLike, Progress, located, planned, read_inputs, several
-from loratool.merging.options import GGUF_FLOATS, PlanOptions
+from loratool.merging.options import GGUF_FLOATS, ROUNDINGS, PlanOptions
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import MOST_SHELVED
 from loratool.merging.shared_updates import SharedUpdates
@@ -32,7 +32,13 @@ from loratool.options.described import described_by
 from loratool.results.base import Cost
 from loratool.results.verify import NOT_PROVEN, PROVEN, ROUNDED_TWICE, Diagnosis, TensorProof, Verification
 from loratool.verifying.configs import compare_files, keys_of
-from loratool.verifying.diagnosing import diagnose_edited, diagnose_pairing, diagnose_quantised, diagnose_rest
+from loratool.verifying.diagnosing import (
+    diagnose_edited,
+    diagnose_pairing,
+    diagnose_quantised,
+    diagnose_rest,
+    rounded_otherwise,
+)
 from loratool.verifying.explaining import Explained, as_it_should, explain
 from loratool.verifying.halves import in_halves
 from loratool.verifying.looking import Look
@@ -113,6 +119,7 @@ class Verifier:
     """One merged model and the plan that it is held to."""
 
     known: Mapping[str, Distances] | None = None  # of every tensor, where they have been measured before
+    otherwise: Diagnosis | None = None  # that the model is rounded in another way than it is said to be
 
     def __init__(self, plan: MergePlan, merged: Checkpoint, options: VerifyOptions, progress: Progress | None) -> None:
         self.plan, self.merged, self.options, self.progress = plan, merged, options, progress
@@ -161,16 +168,18 @@ class Verifier:
 
     def prove_all(self) -> tuple[str, dict[str, Distances]]:
         """How every tensor was rounded, and how far it is from the formula rounded that way."""
-        rounding = self.rounding
+        rounding, asked = self.rounding, self.options.rounding
         distances = dict(self.known) if self.known is not None else self.prove(self.pairing.pairs, rounding)
-        if self.options.rounding != AUTO:
-            return rounding, distances
         edited = [each for each in self.pairing.pairs if each.span.edits]
         odd = [each for each in edited if distances[each.name].equal < 0.995 and not is_quantised(each.theirs)]
         odd.sort(key=lambda each: each.span.placed.nbytes)
-        for other in ("compensated", "stochastic") if odd else ():
-            if not self.prove(odd[:1], other)[odd[0].name].unequal:
+        for other in ROUNDINGS if odd and asked != TWICE else ():
+            if other != rounding and not self.prove(odd[:1], other)[odd[0].name].unequal:
+                if asked != AUTO:
+                    self.otherwise = rounded_otherwise(asked, other, {each.name: distances[each.name] for each in odd})
                 return other, {**distances, **self.prove(edited, other)}
+        if asked != AUTO:
+            return rounding, distances
         halves = [each for each in odd if each.span.placed.dtype in ("BF16", "F16") and in_halves(each.span.edits)]
         some = self.prove([each for each in halves if distances[each.name].ulp > 1][:MOST_TRIED], RESIDUAL)
         if any(each.ulp <= 1 and each.equal >= MOSTLY for each in some.values()):
@@ -261,6 +270,7 @@ class Verifier:
         small = list(compare_files(plan, self.merged, explained))
         untouched = sum(1 for each in pairing.pairs if not each.span.edits)
         diagnoses = [
+            *([self.otherwise] if self.otherwise else []),
             *diagnose_edited(plan, found, distances),
             *diagnose_rest(plan, self.merged.name, found, changed, untouched, distances),
             *diagnose_quantised(pairing, distances, self.left_of_updates(found), found, changed),

@@ -87,6 +87,19 @@ def test_other_roundings_of_merge_are_recognised_and_proven(how: str, faint: Sce
         assert {proof.equal for proof in found.tensors.values()} == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("how", "asked", "exit_code"),
+    [("stochastic", "nearest", 0), ("nearest", "stochastic", 0), ("compensated", "nearest", 5)],
+)
+def test_a_model_that_is_rounded_in_another_way_than_it_is_said_to_be_is_told_so(
+    how: str, asked: str, exit_code: int, faint: Scene, tmp_path: Path
+) -> None:
+    """And nothing else is said of it. Both neighbours of a sum are within 1 ulp; a corrected update may be farther."""
+    loratool.merge(faint.base, faint.adapter, tmp_path / "merged", rounding=how, device="cpu")
+    found = loratool.verify(tmp_path / "merged", faint.base, faint.adapter, device="cpu", rounding=asked)
+    assert (found.exit_code, found.rounding, codes(found)) == (exit_code, how, ["rounded-otherwise"]), str(found)
+
+
 def test_the_exact_sum_in_float64_rounded_once_is_proven(small: Scene, tmp_path: Path) -> None:
     assert_proven(verified(small, small.merged(), tmp_path))
 
