@@ -130,8 +130,9 @@ def language_parts(
             yield from language_parts(part, (*path, key))
 
 
-def model_types(config: Mapping[str, Any]) -> set[object]:
-    return {part.get("model_type") for _, part in language_parts(config)}
+def model_types(config: Mapping[str, Any]) -> set[str]:
+    named = (part.get("model_type") for _, part in language_parts(config))
+    return {name for name in named if isinstance(name, str)}
 
 
 def trained_class(adapter: Adapter) -> str:
