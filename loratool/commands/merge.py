@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loratool.commands.library import library_function
+from loratool.commands.library import library_function, step_after
 from loratool.commands.publish import with_push
-from loratool.errors import UsageError
+from loratool.errors import LoratoolError, UsageError
 from loratool.merging import merge as merging
 from loratool.merging.inputs import PathLike, Progress
 from loratool.merging.merge import MergeOptions
@@ -154,4 +154,20 @@ def merge_many(
     """
     from loratool.merging import merge_many as many
 
-    return many.merge_many(base, outputs, made_of(MergeOptions, keywords, "merge_many"), progress)
+    options = made_of(MergeOptions, keywords, "merge_many")
+    wanted = many.wanted_outputs(outputs, options)
+
+    def lead_on(error: LoratoolError, each: many.Wanted) -> None:
+        """Give an error the command that makes one output alone."""
+        given = {**keywords, "weights": each.options.weights, "base": base, "adapters": each.adapters}
+        error.hint = step_after(error, "merge", MergeOptions, given, ["-o", each.key])
+
+    try:
+        report = many.merge_many(base, outputs, options, progress)
+    except LoratoolError as error:
+        lead_on(error, wanted[0])
+        raise
+    for each in wanted:
+        if each.key in report.errors:
+            lead_on(report.errors[each.key], each)
+    return report

@@ -298,6 +298,21 @@ def test_the_hint_for_an_output_that_failed_is_the_merge_that_makes_it(
     assert faults.picture(home / "two") == faults.picture(home / "alone")
 
 
+def test_errors_of_the_library_have_the_merge_of_one_output_as_the_next_command(home: Path) -> None:
+    """With the name that was probably meant, of the base or of an adapter, and with the weights of that output."""
+    (home / "three").mkdir()
+    outputs = {"two": [(home / "othr", 0.5), home / "plain"], "three": home / "other"}
+    errors = many(home, outputs, device="cpu").errors
+    words = ["loratool", "merge", str(home / "base")]
+    two = [str(home / "other"), str(home / "plain"), "--device", "cpu", "-w", "0.5", "-w", "1", "-o", str(home / "two")]
+    assert sorted(shlex.split(errors[str(home / "two")].hint)) == sorted([*words, *two])
+    three = [str(home / "other"), "--device", "cpu", "-o", str(home / "three"), "--overwrite"]
+    assert shlex.split(errors[str(home / "three")].hint) == [*words, *three]
+    with pytest.raises(loratool.InputError) as caught:
+        loratool.merge_many(home / "bas", {home / "four": home / "other"})
+    assert shlex.split(caught.value.hint) == [*words, str(home / "other"), "-o", str(home / "four")]
+
+
 def test_each_output_is_continued_after_an_interrupt(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are finished are kept; one of the outputs may be continued by a merge of its own."""
     stopped: list[str] = []
