@@ -14,6 +14,7 @@ from peft_zoo import assert_merged_alike, make_zoo, save_base, shake, train
 from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool.merging import resources
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -48,6 +49,19 @@ def test_a_pruned_adalora_keeps_the_rank_that_it_began_with_below_its_alpha(tmp_
 
 
 FIRST = {name.partition(",")[0].partition(" ")[0]: name for name in reversed(CASES)}  # one case of each type
+
+
+@pytest.mark.parametrize("kind", FIRST)
+def test_blocks_and_workers_do_not_show_in_the_bytes_of_a_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Methods that are no sums of products are computed in blocks of one size, whatever a merge may use."""
+    pair = train(tmp_path, make_zoo(), CASES[FIRST[kind]].config())
+    loratool.merge(pair.base, [pair.adapter], tmp_path / "one", workers=1, device="cpu")
+    monkeypatch.setattr(resources, "CPU_BLOCK", 1)  # a row
+    loratool.merge(pair.base, [pair.adapter], tmp_path / "many", workers=5, device="cpu")
+    one, many = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "many"))
+    assert one == many
 
 
 @pytest.mark.parametrize("kind", FIRST)
