@@ -89,6 +89,24 @@ def test_queries_and_keys_take_an_update_in_the_order_of_their_rows(tmp_path: Pa
     check(base, tmp_path / "out" / "base.gguf", made, dtype)
 
 
+@pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q4_0])
+def test_edited_matrices_are_rounded_in_other_ways_too(tmp_path: Path, kind: Any, rounding: str) -> None:
+    """The gain in the report is that of the files, and `verify` recognises how they were rounded."""
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, kind)
+    made = factors(WEIGHTS, "q_proj", "down_proj", size=0.002)
+    inputs, out = (base, adapter(tmp_path / "adapter", made)), tmp_path / "out.gguf"
+    report = loratool.merge(*inputs, out, rounding=rounding, device="cpu")
+    before, after = read_back(base), read_back(out)
+    kept = whole = 0.0
+    for name, exact in expected(made, before).items():
+        change = exact - before[name]
+        kept, whole = kept + ((after[name].astype(np.float64) - before[name]) * change).sum(), whole + (change**2).sum()
+    assert report.gain == pytest.approx(kept / whole, abs=1e-6)
+    found = loratool.verify(out, *inputs, device="cpu")
+    assert (found.verdict, found.rounding) == ("proven", rounding), str(found)
+
+
 def test_every_type_of_blocks_is_decoded_as_the_package_does(tmp_path: Path) -> None:
     """Each matrix is in a type of its own, so that one merge decodes them all."""
     weights = llama_weights(hidden=256, mlp=256)

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from exactly import exact_products
-from peft_files import edit_config, save_peft
+from packed_models import save_packed
+from peft_files import edit_config, named_by_peft, save_peft
+from quantised_models import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -160,3 +162,25 @@ def test_stochastic_rounding_is_what_its_description_says(tmp_path: Path, dtype:
         unit = Fraction(2) ** max(math.frexp(float(exact))[1] - 1 - bits, lowest)
         count = math.floor(abs(exact) / unit + Fraction(2 * number + 1, 2**33))
         assert Fraction(float(after[row, column])) == count * unit * (1 if exact > 0 else -1), at
+
+
+@pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
+@pytest.mark.parametrize("family", ["int8 (W8A8)", "fp8 blocks", "int4 groups"])
+def test_weights_of_a_quantised_base_are_rounded_that_way_too(tmp_path: Path, family: str, rounding: str) -> None:
+    """They become bfloat16; the gain is that of the values that the packed weights mean, and `verify` proves it."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    packed = FAMILIES[family]({name: made(64, 256, seed=1) * 0.02})
+    save_packed(tmp_path / "base", packed.tensors, packed.config, packed.metadata, tie_word_embeddings=False)
+    up, down = made(64, RANK, seed=2) * 1e-4, made(RANK, 256, seed=3) * 0.1
+    factors = named_by_peft({name.removesuffix(".weight"): (up, down)})
+    save_peft(tmp_path / "adapter", factors, r=RANK, lora_alpha=RANK)
+    inputs = tmp_path / "base", tmp_path / "adapter"
+    report = loratool.merge(*inputs, tmp_path / "out", rounding=rounding, device="cpu")
+    after = load_file(tmp_path / "out" / "model.safetensors")[name]
+    change = up.double() @ down.double()
+    gain = float(((after.double() - packed.values[name].double()) * change).sum() / change.square().sum())
+    assert after.dtype == torch.bfloat16
+    assert report.gain == pytest.approx(gain, abs=1e-6)
+    assert gain == pytest.approx(1, abs=0.01 if rounding == "compensated" else 0.1)
+    found = loratool.verify(tmp_path / "out", *inputs, device="cpu")
+    assert (found.verdict, found.rounding) == ("proven", rounding), str(found)
