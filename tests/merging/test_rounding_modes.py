@@ -27,8 +27,8 @@ def made(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def write_pair(folder: Path, ratio: float, dtype: torch.dtype, fused: bool = False) -> tuple[Path, Path]:
-    """A base and an adapter whose ‖ΔW‖/‖W‖ is `ratio` in both modules, which may be one tensor of the base."""
+def write_pair(folder: Path, ratio: float, dtype: torch.dtype) -> tuple[Path, Path]:
+    """A base and an adapter whose ‖ΔW‖/‖W‖ is `ratio` in both modules."""
     weights, factors = {}, {}
     for seed, (name, (rows, columns)) in enumerate(SHAPES.items()):
         weight, up, down = made(rows, columns, seed=seed) * 0.02, made(rows, RANK, seed=9), made(RANK, columns, seed=8)
@@ -96,6 +96,59 @@ def test_compensated_rounding_keeps_the_whole_update(
         assert gain == pytest.approx(1, abs=0.01)
         assert nearest[module][0] < 0.9
         assert error <= more * nearest[module][1]
+
+
+def sized_parts(weights: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """B and A for each of three parts of a weight, (3, rows, columns), whose updates are of sizes of their own."""
+    found = []
+    for seed, (weight, ratio) in enumerate(zip(weights, (1e-3, 3e-3, 5e-4), strict=True)):
+        rows, columns = weight.shape
+        up, down = made(rows, RANK, seed=seed + 40), made(RANK, columns, seed=seed + 50)
+        size = math.sqrt(ratio * float(weight.float().norm() / (up @ down).norm()))
+        found.append((up * size, down * size))
+    return found
+
+
+def assert_each_is_kept(
+    before: torch.Tensor, after: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    for weight, merged, (up, down) in zip(before.double(), after.double(), parts, strict=True):
+        change = up.double() @ down.double()
+        assert float(((merged - weight) * change).sum() / change.square().sum()) == pytest.approx(1, abs=0.01)
+
+
+def test_compensated_rounding_keeps_each_part_of_a_fused_tensor(tmp_path: Path) -> None:
+    """Queries, keys and values of Flux in one tensor; the report has a gain for each."""
+    name = "double_blocks.0.img_attn.qkv.weight"
+    weight = (made(3, 128, 128, seed=1) * 0.02).bfloat16()
+    parts = sized_parts(weight)
+    modules = [f"transformer.transformer_blocks.0.attn.to_{each}" for each in "qkv"]
+    factors = {
+        f"{m}.lora_{side}.weight": each
+        for m, (b, a) in zip(modules, parts, strict=True)
+        for side, each in (("A", a), ("B", b))
+    }
+    save_file({name: weight.view(384, 128)}, tmp_path / "base.safetensors")
+    save_file(factors, tmp_path / "adapter.safetensors")
+    inputs, out = (tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"), tmp_path / "out.safetensors"
+    report = loratool.merge(*inputs, out, rounding="compensated", device="cpu")
+    assert_each_is_kept(weight, load_file(out)[name].view(3, 128, 128), parts)
+    assert report.gains.keys() == {f"{module}.weight" for module in modules}
+
+
+def test_compensated_rounding_keeps_each_expert_of_a_stack(tmp_path: Path) -> None:
+    """PEFT's factors of a stack have the rows of A of one expert together, and every so many columns of B."""
+    module = "model.layers.0.mlp.experts"
+    weight = (made(3, 128, 96, seed=1) * 0.02).bfloat16()
+    parts = sized_parts(weight)
+    down, up = torch.cat([a for _, a in parts]), torch.stack([b for b, _ in parts], 2).flatten(1)
+    factors = {f"base_model.model.{module}.lora_{side}.weight": each for side, each in (("A", down), ("B", up))}
+    target = {"target_parameters": ["mlp.experts.gate_up_proj"]}
+    save_peft(tmp_path / "adapter", factors, r=RANK, lora_alpha=RANK, **target)
+    stack = {f"{module}.gate_up_proj": weight}
+    save_packed(tmp_path / "base", stack, None, model_type="qwen3_moe", num_experts=3, tie_word_embeddings=False)
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rounding="compensated", device="cpu")
+    assert_each_is_kept(weight, load_file(tmp_path / "out" / "model.safetensors")[f"{module}.gate_up_proj"], parts)
 
 
 def test_other_roundings_leave_float32_as_it_is_and_say_so(tmp_path: Path) -> None:
