@@ -142,8 +142,8 @@ class PublishOptions(SendOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.push_to_hub is None and (idle := [flag for flag, given in self.for_push().items() if given]):
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise UsageError(f"{flags} needs --push-to-hub REPO", hint="--push-to-hub REPO")
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise UsageError(f"{flags} need{'s' * (len(idle) == 1)} --push-to-hub REPO", hint="--push-to-hub REPO")
 
     def for_push(self) -> dict[str, Any]:
         """The options that are those of `push`."""

@@ -159,6 +159,7 @@ def test_an_estimate_of_nothing_in_particular_ends_with_one_that_runs(
         (["merge", "base", "adapter", "-o", "out", "--device", "tpu"], "'tpu'"),
         (["merge", "base", "adapter", "-o", "out", "--public"], "--public needs --push-to-hub REPO"),
         (["merge", "base", "adapter", "-o", "out", "--exclude", "x"], "--exclude needs --push-to-hub REPO"),
+        (["merge", "base", "adapter", "-o", "out", "--exclude", "x", "--public"], "--exclude need --push-to-hub REPO"),
         (["resize", "adapter", "-o", "out", "--rank", "1", "--allow-secret", "x"], "--allow-secret needs"),
         (["rescale", "adapter", "-o", "out", "--scale", "2", "--public"], "--public needs --push-to-hub REPO"),
         (["combine", "adapter", "-o", "out", "--public"], "--public needs --push-to-hub REPO"),
