@@ -143,7 +143,17 @@ def run_rows(result: Result) -> Iterator[tuple[str, ...]]:
             )
 
 
-PROFILED = ("merge", "layer", "cold", "batch", "exact", "single", "large", "dequantize", "parts")  # rows whose stages are shown
+PROFILED = (
+    "merge",
+    "layer",
+    "cold",
+    "batch",
+    "exact",
+    "single",
+    "large",
+    "dequantize",
+    "parts",
+)  # rows whose stages are shown
 COLUMNS = 4  # merges in one table of stages
 
 

@@ -159,7 +159,7 @@ def merge_many(
 
     def lead_on(error: LoratoolError, each: many.Wanted) -> None:
         """Give an error the command that makes one output alone."""
-        given = {**keywords, "weights": each.options.weights, "base": base, "adapters": each.adapters}
+        given = dict(keywords, weights=each.options.weights, base=base, adapters=each.adapters)
         error.hint = step_after(error, "merge", MergeOptions, given, ["-o", each.key])
 
     try:
