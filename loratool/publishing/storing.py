@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.errors import InputError, StoreError, UsageError, shown_as
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
@@ -77,6 +78,8 @@ def built_here(out: PathLike, inputs: Sequence[Any], overwrite: bool) -> Iterato
     )
     begun = begun_here(place)
     replaces = replaced_at(place, overwrite) if begun is None else begun.replaces
+    if MODEL_CONFIG in replaces:
+        raise UsageError(f"{place} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
     with tempfile.TemporaryDirectory(prefix="loratool-") as folder:
         home = os.path.realpath(folder)
         shown_as[home] = str(split(place)[0])

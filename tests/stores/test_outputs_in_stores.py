@@ -56,6 +56,21 @@ def test_an_output_in_a_store_is_that_in_a_folder(
     assert cli.run([*words, "-o", out, "-q"]) == 2
 
 
+def test_an_adapter_never_replaces_a_model(
+    store: StoreServer, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in a store nor on a disk, although loratool made the model and every object of it is in its record."""
+    merge = ["merge", str(models / "base"), str(models / "adapter"), "-o", str(tmp_path / "model"), "-q"]
+    assert cli.run(merge) == 0
+    store.put(BUCKET, tmp_path / "model", "out/model")
+    before = store.objects(BUCKET, "out/model")
+    for out in (f"{OUT}/model", str(tmp_path / "model")):
+        assert cli.run(["rescale", str(models / "adapter"), "--scale", "2", "-o", out, "--overwrite", "-q"]) == 2
+        assert "is not an adapter, so --overwrite does not replace it with one" in capsys.readouterr().err
+    assert store.objects(BUCKET, "out/model") == before
+    assert tree(tmp_path / "model") == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
