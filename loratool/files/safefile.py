@@ -63,7 +63,6 @@ MOST_TENSORS = 200_000  # of one file: a merge of more takes minutes and gigabyt
 FIELDS = ("dtype", "shape", "data_offsets")
 LARGEST_INT = 2**63 - 1
 PREFIX = 8  # bytes: the header's length, little-endian
-AHEAD = 192 << 20  # bytes after those that are expected, which other threads, or the same one, will soon read
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,7 +182,7 @@ class LocalSource:
         read_exactly(self.descriptor, into[:count], start, self.path)
 
     def expect(self, start: int, count: int) -> None:
-        read_ahead(self.descriptor, start, count + AHEAD)
+        read_ahead(self.descriptor, start, count)
 
     def copy_to(self, descriptor: int, start: int, count: int, at: int) -> None:
         """Copy a range to byte `at` of another open file, inside the kernel where it can."""

@@ -14,7 +14,6 @@ import faults
 import pytest
 
 import loratool
-from loratool.files import safefile
 from loratool.merging import engine, tasks
 from loratool.merging.engine import Engine
 from loratool.merging.resources import Resources, choose_resources
@@ -104,7 +103,6 @@ def test_a_disk_is_asked_for_the_bytes_of_a_task_before_they_are_read(
             early.extend(set(range(max(at, begin), at + len(buffers[0]))) - asked)
         return read(descriptor, buffers, at, *more)
 
-    monkeypatch.setattr(safefile, "AHEAD", 0)
     monkeypatch.setattr(os, "posix_fadvise", advising)
     monkeypatch.setattr(os, "preadv", reading)
     loratool.merge(base, adapter, tmp_path / "out", device="cpu", workers=1)
