@@ -273,7 +273,7 @@ def main() -> None:
     parts = ("resize", "combine", "accuracy", "extract", "ties")
     parser.add_argument("--only", default=",".join(parts), help="some of " + ", ".join(parts))
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--mergekit", type=Path, help="the program mergekit-extract-lora")
+    parser.add_argument("--mergekit", type=lambda word: Path(word).absolute(), help="the program mergekit-extract-lora")
     parser.add_argument("--pairs", type=int, default=3, help="runs of every short command; medians count")
     parser.add_argument("--combine-on", default="1024,2048,4096", help="hidden sizes; PEFT takes minutes on 4096")
     parser.add_argument("--where", type=Path, help="a folder for the inputs, which take up to 6 GB")

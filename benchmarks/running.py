@@ -71,10 +71,14 @@ def environment(tree: Path = REPOSITORY) -> dict[str, str]:
 
 
 def run(words: Sequence[str], tree: Path = REPOSITORY) -> tuple[Run, str, str]:
-    """Run a process to its end, then `sync`. Also what it printed on stdout and stderr."""
+    """Run a process to its end, then `sync`. Also what it printed on stdout and stderr.
+
+    It runs in the source tree, for `python -m` takes a package of the current folder before any other.
+    """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
-        process = subprocess.Popen(words, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment(tree))
+        paths, silent = environment(tree), subprocess.DEVNULL
+        process = subprocess.Popen(words, stdout=out, stderr=err, stdin=silent, env=paths, cwd=tree)
         try:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -143,7 +147,7 @@ def scratch(where: Path | None, name: str) -> Iterator[Path]:
     """A folder that is gone afterwards, however this ends, unless by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
-    folder = Path(tempfile.mkdtemp(prefix=f"loratool-{name}-", dir=where))
+    folder = Path(tempfile.mkdtemp(prefix=f"loratool-{name}-", dir=where)).absolute()
     try:
         yield folder
     finally:

@@ -161,3 +161,16 @@ def test_programs_of_other_names_are_refused() -> None:
     """The usage is shown for a program that is not there."""
     with pytest.raises(SystemExit, match="peft-merge BASE ADAPTER OUT"):
         programs.main(["peft"])
+
+
+def test_another_source_tree_runs_its_own_package_in_whatever_folder_this_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--over` compares with what the other tree holds, though `python -m` prefers a package of the current folder."""
+    package = tmp_path / "loratool"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("print('another loratool')")
+    monkeypatch.chdir(ROOT)
+    _, said, _ = running.run([sys.executable, "-m", "loratool"], tmp_path)
+    assert said == "another loratool\n"
