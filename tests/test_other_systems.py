@@ -350,25 +350,28 @@ def test_no_module_asks_for_the_name_of_the_system() -> None:
 
 
 def test_threads_share_heaps_where_the_allocator_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Glibc's setting is called by its number in malloc.h; another allocator, no ctypes, or the user's own number is left alone."""
-    asked: list[tuple[int, int]] = []
+    """Glibc's settings are called by their numbers in malloc.h; what the user has set, another allocator, or no ctypes is left alone."""
+    asked: dict[int, int] = {}
 
     class Library:
-        mallopt = staticmethod(lambda *setting: asked.append(setting))
+        mallopt = staticmethod(asked.__setitem__)
 
-    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
-    for library, expected in ((Library, [(-8, 4)]), (object, [])):
+    names = {-8: "MALLOC_ARENA_MAX", -3: "MALLOC_MMAP_THRESHOLD_", -1: "MALLOC_TRIM_THRESHOLD_"}
+    for name in names.values():
+        monkeypatch.delenv(name, raising=False)
+    for library, expected in ((Library, {*names}), (object, set())):
         asked.clear()
         found = SimpleNamespace(CDLL=lambda _name, library=library: library())
         monkeypatch.setattr(system, "optional", lambda _module, found=found: found)
         process.share_heaps()
-        assert asked == expected
+        assert {*asked} == expected
     monkeypatch.setattr(system, "optional", lambda _module: None)
     process.share_heaps()
+    assert asked == {}
     monkeypatch.setattr(system, "optional", lambda _module: SimpleNamespace(CDLL=lambda _name: Library()))
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     process.share_heaps()
-    assert asked == []
+    assert {*asked} == {-8, -3}
 
 
 @pytest.mark.parametrize(

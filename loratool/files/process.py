@@ -26,8 +26,12 @@ Found = TypeVar("Found")
 resource = system.optional("resource")
 
 OPENBLAS_THREADS = "OPENBLAS_NUM_THREADS"
-HEAPS = 4
-M_ARENA_MAX = -8  # the number of heaps, of glibc's `mallopt`
+# glibc's allocator: parameters of `mallopt`, their names in the environment, and values
+HEAP_RULES = (
+    (-8, "MALLOC_ARENA_MAX", 4),  # heaps
+    (-3, "MALLOC_MMAP_THRESHOLD_", 32 << 20),  # bytes from which on memory is no part of a heap; glibc takes no more
+    (-1, "MALLOC_TRIM_THRESHOLD_", 64 << 20),  # free bytes at the end of a heap that are not given back
+)
 STATUS = Path("/proc/self")  # where the kernel tells what it knows of this process
 GPUS = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # of drivers, where there is one
 # ru_maxrss is in KiB, but on kernels that count bytes; those have a clock of this name
@@ -56,12 +60,16 @@ def resident_memory() -> int | None:
 def share_heaps() -> None:
     """Have the threads that begin from now on share a few heaps, where the allocator can be asked to (glibc's can).
 
-    Each heap keeps free memory that only its own threads take again, and by default each thread gets one.
+    Each heap keeps free memory that only its own threads take again, and by default each thread gets one. What a row block
+    needs for a moment is not given back after it: the kernel would have to clear the same pages again for the next one.
     """
     ctypes = system.optional("ctypes")
-    if ctypes is not None and "MALLOC_ARENA_MAX" not in os.environ:
+    if ctypes is not None:
         with suppress(AttributeError, OSError, TypeError):  # another allocator, or another system
-            ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter, name, value in HEAP_RULES:
+                if name not in os.environ:
+                    mallopt(parameter, value)
 
 
 def multiply_on_own_threads() -> None:

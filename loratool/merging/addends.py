@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import Product
 from loratool.lazy import Tensor, numpy, torch
+from loratool.merging.numpy_rounding import is_power_of_two
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -124,6 +125,7 @@ class Stack:
     spans: Numbers  # (columns,) lengths of the columns of `down`
     lifted: Tensor | None  # `down` with a row of ones, by which a constant is added in the product
     module: str  # the target of the first addend
+    rounded: int = 2  # roundings of a product's factors, at most
 
     @classmethod
     def of(cls, addends: Sequence[Addend], work: torch.dtype) -> Stack:
@@ -142,7 +144,9 @@ class Stack:
             lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
             spans = torch.ones(up.shape[1], dtype=torch.float64)
         sizes = lengths.cpu().numpy(), spans.cpu().numpy()
-        return cls(addends[0].place, up, down, scale, *sizes, lifted, addends[0].module)
+        fit = all(f.dtype.itemsize <= work.itemsize for a in addends for f in (a.up, a.down) if f is not None)
+        rounded = 0 if len(addends) == 1 and fit else 2
+        return cls(addends[0].place, up, down, scale, *sizes, lifted, addends[0].module, rounded)
 
     @cached_property
     def span(self) -> float:
@@ -156,8 +160,14 @@ class Stack:
 
     @property
     def terms(self) -> int:
-        """Roundings of a term in an element, at most: of factors, products, sums, scaling, and a constant added."""
-        return 5 if self.down is None else self.up.shape[1] + 4
+        """Roundings of a term in an element, at most: of factors, the product, sums, scaling, and a constant added.
+
+        In whatever order r products and a constant are added, none of them is part of more than r sums. A power of two as
+        the scale adds none, any other is rounded, and so is what it scales.
+        """
+        if self.down is None:
+            return 5
+        return self.up.shape[1] + 1 + self.rounded + (0 if is_power_of_two(self.scale) else 2)
 
     @cached_property
     def underflow(self) -> float:
@@ -188,9 +198,9 @@ class Stack:
         return self.lengths[first:stop] * (self.span * self.terms * ROUNDOFF[self.up.dtype.itemsize])
 
     @cached_property
-    def row_errors(self) -> Tensor:
-        """The same for all rows, as a tensor."""
-        return torch.from_numpy(self.errors(0, len(self.lengths)))
+    def row_bounds(self) -> tuple[Tensor, Tensor]:
+        """The same for all rows, as a tensor, and what no element of a row is larger than."""
+        return torch.from_numpy(self.errors(0, len(self.lengths))), torch.from_numpy(self.lengths * self.span)
 
     @cached_property
     def most_error(self) -> float:

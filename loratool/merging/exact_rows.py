@@ -38,7 +38,7 @@ class Tile:
 
     weight: Tensor  # in the working dtype
     change: Tensor
-    upper: list[Tensor]  # one end of the result, `with_integers`
+    upper: list[Tensor]  # one end of the result, `with_integers`, and flags: a bool for an element, and these as int64
     single: list[Tensor]  # float32, with its bits as integers
 
 
@@ -49,6 +49,7 @@ class Scratch:
         self.elements = elements
         every = (elements * itemsize, elements * itemsize, elements * 4)
         self.weight, self.change, self.upper = (torch.empty(n, dtype=torch.uint8, device=device) for n in every)
+        self.flags = torch.empty(elements + 8, dtype=torch.uint8, device=device)
         self.tiles: dict[tuple[object, ...], Tile] = {}
 
     def of(self, rows: int, width: int, work: torch.dtype, target: torch.dtype) -> Tile:
@@ -58,8 +59,10 @@ class Scratch:
             if len(self.tiles) > MOST_VIEWS:
                 self.tiles.clear()
             weight, change = (matrix_in(memory, rows, width, work) for memory in (self.weight, self.change))
-            upper, single = (matrix_in(self.upper, rows, width, dtype) for dtype in (target, torch.float32))
-            self.tiles[key] = Tile(weight, change, with_integers(upper), [single, bits_of(single)])
+            end, single = (matrix_in(self.upper, rows, width, dtype) for dtype in (target, torch.float32))
+            flags = matrix_in(self.flags, -(-rows * width // 8), 8, torch.bool)
+            upper = [*with_integers(end), flags.view(-1), flags.view(torch.int64).view(-1)]
+            self.tiles[key] = Tile(weight, change, upper, [single, bits_of(single)])
         return self.tiles[key]
 
 
@@ -165,11 +168,11 @@ class ExactSum:
         lower, upper = with_integers(after), [*room.upper]
         if lower[2] is lower[1] or upper[2] is upper[1]:  # both or none in eights
             lower[2], upper[2] = lower[1], upper[1]
-        told, found = compiled(sum_within_margins)(
+        told, places = compiled(sum_within_margins)(
             block.before,
             (product.up[own], product.lifted, product.scale),
-            product.row_errors[own],
-            (self.underflow, self.step, product.reach),
+            (product.row_bounds[0][own], product.row_bounds[1][own]),
+            self.underflow,
             lower,
             upper,
             (room.weight, room.change),
@@ -179,15 +182,16 @@ class ExactSum:
         if not math.isfinite(told[0]):
             return False
         block.seen.largest, block.seen.weight, block.seen.change = told
-        if found and len(found[0]) > after.numel() // MANY:
+        if len(places) > after.numel() // MANY:
             changing = torch.from_numpy(product.lengths[own] != 0)
             keep_unchanged(block.before, after, changing)
-            some = changing[found[0] // self.width]
-            found = [each[some] for each in found] if some.any() else []
-        for elements in zip(*(torch.split(each, singles.together) for each in found), strict=True):
-            places, weights = compiled(settle)([*elements], block.first, self.width, after, *singles.bounds)
-            if len(places):
-                after.view(-1)[places] = singles.exactly(places + block.first * self.width, weights)
+            places = places[changing[places // self.width]]
+        parts = singles.factors_in(block.first, count)
+        for some in torch.split(places, singles.together) if len(places) else ():
+            left = compiled(settle)(some, block.before, block.first, after, parts, told[0], singles.least)
+            if len(left):
+                weights = block.before.reshape(-1)[left]
+                after.view(-1)[left] = singles.exactly(left + block.first * self.width, weights)
         lap("settle")
         return True
 

@@ -49,83 +49,89 @@ def sum_and_round(
     stored: Tensor,
     factors: Tuple[Tensor, Tensor],
     scale: float,
-    margins: Tensor,
+    margins: Tuple[Tensor, Tensor],
     lower: List[Tensor],
     upper: List[Tensor],
     memory: Tuple[Tensor, Tensor],
     measure: bool,
-) -> Tuple[float, float, Tensor, Tensor, Tensor]:
+) -> Tuple[float, float, Tensor]:
     """Round both ends of the intervals around W + scale · up @ down, some rows at a time, and tell where they differ.
 
     Args:
         stored: (n, width) W.
         factors: up, (n, rank + 1), whose last column gives the margins; down, (rank + 1, width), whose last row is ones.
         scale: of the product.
-        margins: (n, 1) half the lengths of the intervals.
+        margins: what makes sums upper ends, (n, 1), and how far below these the lower ends are, (n, 1).
         lower: (n, width) of a 16-bit dtype, for the lower ends; the same memory as int16; and as integers of up to four
             elements each.
-        upper: the same for the upper ends of (rows, width) elements.
+        upper: the same for the upper ends of (rows, width) elements; then as many bools as there are integers, for where
+            the ends differ, and their memory as int64.
         memory: (rows, width) of float32 for W where it is in another dtype, and for the sums.
         measure: whether to measure the product.
 
     Returns:
-        ‖W‖², that of the product if it was to be measured, and of all elements that both ends leave undecided: their
-        places in the flat rows, the lower ends of their intervals in float32, and W.
+        ‖W‖², that of the product if it was to be measured, and the places in the flat rows of all elements that both ends
+        leave undecided.
     """
     squared, changed = 0.0, 0.0
     up, down = factors
     weight, change = memory
     rank, width, tile = down.size(0) - 1, stored.size(1), weight.size(0)
-    all_places: List[Tensor] = []
-    all_sums: List[Tensor] = []
-    all_weights: List[Tensor] = []
     lanes = width // lower[2].size(1)
+    folded = lower[2].size(1) % 8 == 0  # eight flags of a comparison are one integer
+    group = lanes * 8 if folded else lanes
+    groups: List[Tensor] = []
+    ends: List[Tensor] = []
     for at in range(0, stored.size(0), tile):
         rows = stored[at : at + tile]
         count = rows.size(0)
         c = change[:count]
-        margin, left = margins[at : at + tile], up[at : at + tile]
+        left = up[at : at + tile]
         w = rows if rows.dtype == torch.float32 and rows.is_contiguous() else weight[:count].copy_(rows)
         squared += float(torch.linalg.vector_norm(w)) ** 2
         if measure:
             c.addmm_(left[:, :rank], down[:rank], beta=0, alpha=scale)
             changed += float(torch.linalg.vector_norm(c)) ** 2
-            c.add_(margin)
+            c.add_(margins[0][at : at + tile])
         else:
             c.addmm_(left, down, beta=0, alpha=scale)
         c.add_(w)
         upper[0][:count].copy_(c)
-        c.sub_(margin, alpha=2)
+        c.sub_(margins[1][at : at + tile])
         lower[0][at : at + tile].copy_(c)
-        # few differ: look at several at a time, and then at those that are found
-        found = torch.nonzero(upper[2][:count].reshape(-1) != lower[2][at : at + tile].reshape(-1))
-        places = (found * lanes + torch.arange(lanes)).view(-1)
-        first, second = upper[1][:count].view(-1), lower[1][at : at + tile].view(-1)
-        places = places[torch.nonzero(first[places] != second[places]).view(-1)]
-        all_sums.append(c.view(-1)[places])
-        all_weights.append(w.view(-1)[places])
-        all_places.append(places + at * width)
-    return squared, changed, torch.cat(all_places), torch.cat(all_sums), torch.cat(all_weights)
+        # few differ: the groups that they are in are found first, and looked at when all rows are done
+        some = count * width // lanes
+        torch.ne(upper[2][:count].view(-1), lower[2][at : at + tile].view(-1), out=upper[3][:some])
+        found = torch.nonzero(upper[4][: some // 8] if folded else upper[3][:some]).view(-1)
+        ends.append(upper[1][:count].view(-1, group).index_select(0, found))
+        groups.append(found + at * width // group)
+    every = torch.cat(groups)
+    undecided = torch.nonzero(torch.cat(ends) != lower[1].view(-1, group).index_select(0, every))
+    return squared, changed, every.index_select(0, undecided.select(1, 0)) * group + undecided.select(1, 1)
 
 
 def sum_within_margins(
     stored: Tensor,
     product: Tuple[Tensor, Tensor, float],
-    errors: Tensor,
-    bound: Tuple[float, float, float],
+    bounds: Tuple[Tensor, Tensor],
+    underflow: float,
     lower: List[Tensor],
     upper: List[Tensor],
     memory: Tuple[Tensor, Tensor],
     measure: bool,
-) -> Tuple[List[float], List[Tensor]]:
+) -> Tuple[List[float], Tensor]:
     """`sum_and_round`, with margins that follow from the sizes of the rows' elements.
+
+    With ε for the error of a computed ΔW and ρ for that of one more rounding, W + (ΔW + ε + ρ) is computed with an error
+    of at most ε + ρ, so that it is no less than the exact value x and no more than x + 2 (ε + ρ). What is 2 (ε + ρ) + ρ
+    less is therefore no more than x once it is rounded.
 
     Args:
         stored: (n, width) W.
         product: up, (n, rank); down, (rank + 1, width), whose last row is ones; and its scale.
-        errors: (n,) how far elements of the product may be from the exact values, in float64.
-        bound: what underflow takes at most; the error of a sum relative to the largest size; what no element of the
-            product is larger than.
+        bounds: of the rows of the product, in float64: how far elements may be from the exact values, (n,), and what none
+            is larger than, (n,).
+        underflow: what it takes from an element at most.
         lower: as `sum_and_round` takes it.
         upper: likewise.
         memory: likewise.
@@ -133,48 +139,71 @@ def sum_within_margins(
 
     Returns:
         the size that no element of the result is larger than, infinite where W is not finite or numbers are too large for
-        float32, in which case nothing was computed; ‖W‖², and that of the product if it was to be measured. Of the elements that are not decided: their
-        places in the flat rows, the lower ends of their intervals in float32, W, and half the lengths of the intervals
-        in float64; nothing where all are decided.
+        float32, in which case nothing was computed; ‖W‖², and that of the product if it was to be measured. And the
+        places of the elements that are not decided, in the flat rows.
     """
-    none: List[Tensor] = []
     own, down, scale = product
     ends = torch.aminmax(stored)
-    largest = max(-float(ends[0]), float(ends[1]))
-    largest += bound[2]
+    size = max(-float(ends[0]), float(ends[1]))
+    largest = size + float(bounds[1].max())
     # what is infinite or NaN, and what comes near the largest float32 before it is scaled or after
     if not largest < 2.0**120 * min(1.0, abs(scale)):
-        return [math.inf, 0.0, 0.0], none
-    margins = (errors + (bound[0] + bound[1] * largest)).mul_(1 + 2.0**-10)
-    column = margins.float().unsqueeze(1)
-    up = torch.cat([own, column / scale], 1)
-    squared, changed, places, sums, weights = sum_and_round(
-        stored, (up, down), scale, column, lower, upper, memory, measure
-    )
-    told = [largest, squared, changed]
-    if places.numel() == 0:
-        return told, none
-    row = torch.div(places, stored.size(1), rounding_mode="floor")
-    return told, [places, sums, weights, margins.index_select(0, row)]
+        return [math.inf, 0.0, 0.0], torch.zeros(0, dtype=torch.int64)
+    generous = 1 + 2.0**-10
+    rounding = (bounds[1] + size) * (2.0**-24 * generous)
+    margins = (bounds[0] + underflow) * generous + rounding
+    raised, length = margins.float().unsqueeze(1), (2 * margins + rounding).float().unsqueeze(1)
+    up = torch.cat([own, raised / scale], 1)
+    squared, changed, places = sum_and_round(stored, (up, down), scale, (raised, length), lower, upper, memory, measure)
+    return [largest, squared, changed], places
 
 
 def settle(
-    elements: List[Tensor],
+    places: Tensor,
+    stored: Tensor,
     first: int,
-    width: int,
     result: Tensor,
     parts: List[Tuple[Tensor, Tensor, float, List[int]]],
-    groups: List[Tuple[Tensor, Tensor, float, float, List[int]]],
-    least: List[float],
-) -> Tuple[Tensor, Tensor]:
-    """`decide` elements of a block that begins at row `first` of the weight, and put them into `result`, (n, width).
+    largest: float,
+    least: float,
+) -> Tensor:
+    """Compute elements of a block in float64, and put them into its rows; those are left that this cannot decide either.
 
-    Returns the places in the flat rows of those that only exact arithmetic decides, and W.
+    A frame is a place in the weight: its first row, its rows, its first column, the step to the next one, its columns.
+
+    Args:
+        places: (count,) in the flat rows of the block.
+        stored: (n, width) W.
+        first: the weight's row with which the block begins.
+        result: (n, width) of a 16-bit dtype.
+        parts: each with up, (rows, rank), down, (columns, rank), its scale and its frame; or a difference in full,
+            (rows, columns), with (columns, 0).
+        largest: the size that no element is larger than, nor the sum of the sizes of all that it is the sum of.
+        least: what underflow may take from a term.
+
+    Returns:
+        the places that only exact arithmetic decides.
     """
-    flat = [elements[0] + first * width, elements[1], elements[2], elements[3]]
-    decided, left = decide(flat, result, width, parts, groups, least)
-    result.view(-1).index_copy_(0, elements[0], decided)
-    return elements[0][left], elements[2][left]
+    width = stored.size(1)
+    row = ((places.double() + 0.5) * (1.0 / width)).long()  # faster than whole numbers, and never near the next one
+    column = places - row * width
+    row += first
+    values = stored.reshape(-1).index_select(0, places).double()
+    terms = 4
+    for up, turned, scale, frame in parts:
+        own, across, inside = within_frame(row, column, frame)
+        if turned.size(1) > 0:
+            value = up.index_select(0, own).double().mul_(turned.index_select(0, across)).sum(1)
+        else:
+            value = up[own, across].double()
+        if inside.numel() > 0:
+            value.mul_(inside)
+        values.add_(value, alpha=scale)
+        terms += max(1, turned.size(1)) + 4
+    margin = terms * (largest * 2.0**-53 * (1 + 2.0**-10) + least)
+    low, left = decide_wide(values, margin, result)
+    result.view(-1).index_copy_(0, places, low)
+    return places.index_select(0, left)
 
 
 def sum_and_round_wide(
@@ -254,10 +283,9 @@ def decide_wide(sums: Tensor, margin: float, like: Tensor) -> Tuple[Tensor, Tens
 
     `like` is any tensor of the result's dtype, of float32 or 16 bits.
     """
-    if like.dtype == torch.float32:
-        low, high = (sums - margin).float(), (sums + margin).float()
-    else:
-        low, high = rounded_once(sums - margin, like), rounded_once(sums + margin, like)
+    ends = torch.cat([sums - margin, sums + margin])
+    both = ends.float() if like.dtype == torch.float32 else rounded_once(ends, like)
+    low, high = both.chunk(2)
     return low, torch.nonzero(unlike(low, high)).view(-1)
 
 
@@ -297,83 +325,13 @@ def round_sums(stored: Tensor, up: Tensor, down: Tensor, scale: float, memory: T
         rounded[at : at + tile].copy_(sums)
 
 
-def decide(
-    elements: List[Tensor],
-    like: Tensor,
-    width: int,
-    parts: List[Tuple[Tensor, Tensor, float, List[int]]],
-    groups: List[Tuple[Tensor, Tensor, float, float, List[int]]],
-    least: List[float],
-) -> Tuple[Tensor, Tensor]:
-    """Results of single elements by bounds of their own in float32, and then in float64.
-
-    A frame is a place in the weight: its first row, its rows, its first column, the step to the next one, its columns.
-
-    Args:
-        elements: places in the flat weight, (count,); in float32 the lower ends of the intervals around the sums, and W;
-            in float64 half the lengths of the intervals.
-        like: any tensor of the result's dtype, one of 16 bits.
-        width: of the weight.
-        parts: each with up, (rows, rank), down, (columns, rank), its scale and its frame; or a difference in full,
-            (rows, columns), with (columns, 0).
-        groups: parts of one place, with the lengths of rows and of columns that bound them, |scale|, the error in float32
-            relative to these three, and the frame.
-        least: what underflow may take in float32, and in float64.
-
-    Returns:
-        the results, (count,), and the numbers of those that are not decided.
-    """
-    places, lowest, weights, margins = elements[0], elements[1], elements[2], elements[3]
-    near = 2.0**-22  # of a size: the roundings of the sum, of its interval's lower end, and of both ends here
-    generous = 1 + 2.0**-10
-    row = ((places.double() + 0.5) * (1.0 / width)).long()  # faster than whole numbers, and never near the next one
-    column = places - row * width
-    sums = lowest.double().add_(margins)
-    errors = sums.abs().mul_(near).add_(least[0])
-    sizes = torch.zeros_like(sums)
-    for lengths, spans, scale, relative, frame in groups:
-        own, across, inside = within_frame(row, column, frame)
-        size = lengths.index_select(0, own).mul_(spans.index_select(0, across)).mul_(scale * generous)
-        if inside.numel() > 0:
-            size.mul_(inside)
-        sizes.add_(size)
-        errors.add_(size.add_(margins), alpha=relative + near)
-    result, left = either_way(sums, errors.mul_(generous), like)
-    if left.numel() == 0:
-        return result, left
-    row, column = row.index_select(0, left), column.index_select(0, left)
-    values = weights.index_select(0, left).double()
-    sizes = sizes.index_select(0, left).add_(values.abs())
-    terms = 4
-    for up, turned, scale, frame in parts:
-        own, across, inside = within_frame(row, column, frame)
-        if turned.size(1) > 0:
-            value = up.index_select(0, own).double().mul_(turned.index_select(0, across)).sum(1)
-        else:
-            value = up[own, across].double()
-        if inside.numel() > 0:
-            value.mul_(inside)
-        values.add_(value, alpha=scale)
-        terms += max(1, turned.size(1)) + 4
-    errors = sizes.mul_(terms * 2.0**-53 * generous).add_(terms * least[1])
-    # by way of float32 numbers are rounded twice, which is right at a distance of a step of float32 from a tie
-    settled, few = either_way(values, values.abs().mul_(2.0**-23 * generous).add_(errors), like)
-    if few.numel() > 0:
-        values, errors = values[few], errors[few]
-        low, high = rounded_once(values - errors, like), rounded_once(values + errors, like)
-        settled[few] = low
-        few = few[torch.nonzero(unlike(low, high) | low.isfinite().logical_not()).view(-1)]
-    result[left] = settled
-    return result, left[few]
-
-
 def rounded_once(values: Tensor, like: Tensor) -> Tensor:
     """Finite float64 rounded once to a 16-bit dtype: a float32 at a tie goes where what it lost points to."""
     single = values.float()
     result = single.to(like.dtype)
     beyond = single - result.float()
     other = single + beyond  # at a tie the number on the other side
-    tie = (beyond != 0) & (other.to(like.dtype).float() == other)
+    tie = (beyond != 0) & result.isfinite() & (other.to(like.dtype).float() == other)
     return torch.where(tie & ((values - single) * beyond > 0), other.to(like.dtype), result)
 
 
@@ -388,12 +346,6 @@ def within_frame(row: Tensor, column: Tensor, frame: List[int]) -> Tuple[Tensor,
         met = across * frame[3] + frame[2] == column
         inside = met if inside.numel() == 0 else inside & met
     return own, across, inside
-
-
-def either_way(values: Tensor, errors: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
-    """Values in float64, give or take an error, rounded; and the numbers of those that may be rounded either way."""
-    low, high = (values - errors).float().to(like.dtype), (values + errors).float().to(like.dtype)
-    return low, torch.nonzero(unlike(low, high)).view(-1)
 
 
 def unlike(one: Tensor, other: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Single elements of W + Σ scale · up @ down, which a sum in the working dtype leaves undecided.
 
-In float32 each gets a bound of its own; what that leaves open is computed in float64, with a bound again
-(`kernels.decide`), and the rest in error-free sums (`algebra.rounding`). There are few of them, so the CPU does it.
+They are computed in float64, with a bound again (`kernels.settle`), and what that leaves open in error-free sums
+(`algebra.rounding`). There are few of them, so the CPU does it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.addends import ROUNDOFF, TINIEST, Addend, Stack
+from loratool.merging.addends import TINIEST, Addend, Stack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Places = NDArray[numpy.int64]
 
-# of `kernels.decide`
-Bounds = tuple[
-    list[tuple[Tensor, Tensor, float, list[int]]], list[tuple[Tensor, Tensor, float, float, list[int]]], list[float]
-]
 TOGETHER = 1 << 17  # products that are computed at a time
 
 
@@ -39,45 +35,26 @@ class SingleElements:
 
         Args:
             places: (count,) in the flat weight.
-            sums: (count,) W + ΔW in float64, or in float32 the lower ends of the intervals that hold it.
+            sums: (count,) W + ΔW in float64.
             weights: (count,) W, all finite.
             margins: (count,) half the length of the interval, in float64.
         """
         if self.target == torch.float64:
             return self.exactly(places, weights)
-        if sums.dtype == torch.float64:
-            result, left = within(sums, margins, self.target)
-        else:
-            pieces = [torch.split(each, self.together) for each in (places, sums, weights, margins)]
-            found = [self.decided(*piece) for piece in zip(*pieces, strict=True)]
-            result = torch.cat([each for each, _ in found])
-            left = torch.cat([open_yet + number * self.together for number, (_, open_yet) in enumerate(found)])
+        result, left = within(sums, margins, self.target)
         if len(left):
             result[left] = self.exactly(places[left], weights[left])
         return result
 
-    def decided(self, *elements: Tensor) -> tuple[Tensor, Tensor]:
-        """`kernels.decide` for this weight."""
-        from loratool.merging.kernels import compiled, decide
-
-        return compiled(decide)(list(elements), torch.empty(0, dtype=self.target), self.width, *self.bounds)
+    def factors_in(self, first: int, count: int) -> list[tuple[Tensor, Tensor, float, list[int]]]:
+        """All parts that meet rows from `first` on, as `kernels.settle` takes them."""
+        meeting = (part for part in self.parts if part.place.meets(first, first + count))
+        return [(*part.factors, float(part.scale), part.place.frame) for part in meeting]
 
     @cached_property
-    def bounds(self) -> Bounds:
-        """All parts and what bounds their errors, as the kernels take them."""
-        parts = [(*part.factors, float(part.scale), part.place.frame) for part in self.parts]
-        groups = [
-            (
-                torch.from_numpy(each.lengths),
-                torch.from_numpy(each.spans),
-                abs(each.scale),
-                each.terms * ROUNDOFF[4],
-                each.place.frame,
-            )
-            for each in self.stacks
-        ]
-        underflow = sum(each.underflow for each in self.stacks)
-        return parts, groups, [underflow, TINIEST[8] + underflow]
+    def least(self) -> float:
+        """What underflow may take from a term in float64."""
+        return TINIEST[8] + sum(each.underflow for each in self.stacks)
 
     @property
     def together(self) -> int:

@@ -231,7 +231,6 @@ def test_torchscript_takes_the_kernels() -> None:
         kernels.sum_within_margins,
         kernels.settle,
         kernels.sum_and_round_wide,
-        kernels.decide,
         kernels.decide_wide,
         kernels.kept_in_rows,
     ):
