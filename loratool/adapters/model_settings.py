@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from loratool.errors import NAME_BASE, InputError, printable
 from loratool.layouts.fusions import GROUPED, HEADS, KEY_HEADS, ONE_KEY_HEAD
+from loratool.layouts.ties import TEXT_CONFIGS
 
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "attn_config", "ffn_config")
 
@@ -25,23 +26,31 @@ class Heads:
         return self.queries // self.keys
 
 
-def setting(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+def parts_under(
+    config: Mapping[str, Any], keys: Sequence[str], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The config and the configs that stand in it under any of `keys`, to any depth, each with the keys that lead there."""
+    yield path, config
+    for key in keys:
+        if isinstance(part := config.get(key), dict):
+            yield from parts_under(part, keys, (*path, key))
+
+
+def language_parts(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """The config and those parts of it that describe its language model, each with the keys that lead there."""
+    return parts_under(config, TEXT_CONFIGS)
+
+
+def setting(config: Mapping[str, Any], names: Sequence[str]) -> int | None:
     """The first of several config fields that is a positive whole number, nested configs included."""
-    tables = [config, *(t for t in map(config.get, NESTED) if isinstance(t, dict))]
-    tables += [t for outer in tables[1:] for t in map(outer.get, NESTED) if isinstance(t, dict)]
-    names = tuple(names)
-    for table in tables:
-        for name in names:
-            value = table.get(name)
-            if type(value) is int and value > 0:
-                return value
-    return None
+    values = (part.get(name) for _, part in parts_under(config, NESTED) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def model_types(config: Mapping[str, Any]) -> frozenset[str]:
-    """The model types that a config names, those of nested configs included."""
-    tables = [config, *(t for t in map(config.get, NESTED) if isinstance(t, dict))]
-    return frozenset(t["model_type"] for t in tables if isinstance(t.get("model_type"), str))
+    """The model types that a config names: the whole model's, and those of its language model."""
+    named = (part.get("model_type") for _, part in language_parts(config))
+    return frozenset(name for name in named if isinstance(name, str))
 
 
 def attention_heads(config: Mapping[str, Any]) -> Heads | None:

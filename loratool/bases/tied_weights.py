@@ -7,11 +7,12 @@ changes both alike is the result still tied. Else each gets a tensor of its own,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor, same_bytes, same_values
+from loratool.adapters.model_settings import language_parts, model_types
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import ReplaceRows
 from loratool.bases.decoded import weight_of
@@ -19,7 +20,7 @@ from loratool.bases.edits import Edit
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
-from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
+from loratool.layouts.ties import TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
 
 Edits = dict[str, list["Edit"]]  # tensor → its edits
 Saved = dict[str, dict[int, StoredTensor]]  # tensor → adapter → the tensor it saved to begin from
@@ -118,21 +119,6 @@ def tie_flag(config: Mapping[str, Any]) -> bool | None:
     """Whether the config ties: it does where any of its parts does; None where none says anything."""
     said = [part[key] for _, part in language_parts(config) for key in TIE_FLAGS if isinstance(part.get(key), bool)]
     return any(said) if said else None
-
-
-def language_parts(
-    config: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """The config and those parts of it that describe its language model, each with the keys that lead there."""
-    yield path, config
-    for key in TEXT_CONFIGS:
-        if isinstance(part := config.get(key), dict):
-            yield from language_parts(part, (*path, key))
-
-
-def model_types(config: Mapping[str, Any]) -> set[str]:
-    named = (part.get("model_type") for _, part in language_parts(config))
-    return {name for name in named if isinstance(name, str)}
 
 
 def trained_class(adapter: Adapter) -> str:

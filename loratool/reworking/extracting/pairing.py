@@ -11,12 +11,12 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.formats.format import Format
 from loratool.adapters.layers import ATTENTION, Kind, is_expert
-from loratool.adapters.model_settings import model_types
+from loratool.adapters.model_settings import language_parts, model_types
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.bases.packed import Packed
 from loratool.bases.renamed import Renamed, weight_of
-from loratool.bases.tied_weights import find_ties, language_parts
+from loratool.bases.tied_weights import find_ties
 from loratool.bases.weights import Plain, StoredWeight
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
