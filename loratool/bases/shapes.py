@@ -139,7 +139,7 @@ def base_of_config(path: Path) -> Base:
     """The shapes that a config of a known family stands for; raises `InputError` for any other."""
     shown = printable(path)
     config = read_json(path)
-    if any(form.is_config(config) for form in FORMATS):
+    if any(form.format.is_config(config) for form in FORMATS):
         raise InputError(f"{shown}: this is an adapter's config; BASE must be the model it was trained on")
     return base_of_sizes(shown, config, Note("config-alone", "from the config alone"))
 

@@ -88,12 +88,12 @@ def manner_of(source: Contents, asked: str | None, config: Mapping[str, Any]) ->
     Raises `InputError` where the one that is asked for takes a model with another config.
     """
     if asked is not None:
-        return Manner(DIALECTS[asked].for_model(config), asked)
+        return Manner(DIALECTS[asked].format.for_model(config), asked)
     own = next(iter(source.adapter.dialects), source.adapter.format)
     plain, why = Manner(WRITTEN, WRITTEN.dialects[0]), "which is read and not written"
     if dialect := dialect_of(source):
         with suppress(InputError):
-            manner = Manner(DIALECTS[dialect].for_model(config), dialect)
+            manner = Manner(DIALECTS[dialect].format.for_model(config), dialect)
             manner.form.spelling({}, dialect=dialect)
             if dialect == own:
                 return manner

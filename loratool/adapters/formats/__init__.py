@@ -9,7 +9,7 @@ from operator import or_
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Format
+from loratool.adapters.formats.format import Format, FormatFiles
 from loratool.adapters.formats.known import (
     GgufFiles,
     LitgptFiles,
@@ -17,7 +17,6 @@ from loratool.adapters.formats.known import (
     MegatronFiles,
     MlxFiles,
     TorchtuneFiles,
-    waiting,
 )
 from loratool.adapters.formats.named import Named
 from loratool.adapters.formats.peft import PEFT
@@ -34,9 +33,11 @@ from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
 NAMED = Named(PEFT)
-LITGPT, LORALIB, MLX = map(waiting, (LitgptFiles(), LoralibFiles(), MlxFiles()))
-TORCHTUNE, MEGATRON, GGUF = map(waiting, (TorchtuneFiles(), MegatronFiles(), GgufFiles()))
-FORMATS: tuple[Format, ...] = (NAMED, LITGPT, LORALIB, PEFT, MLX, TORCHTUNE, MEGATRON, GGUF)
+GGUF = GgufFiles()
+FORMATS: tuple[FormatFiles, ...] = (
+    *(NAMED, LitgptFiles(), LoralibFiles(), PEFT),
+    *(MlxFiles(), TorchtuneFiles(), MegatronFiles(), GGUF),
+)
 WRITTEN = PEFT  # what is made here is written in, and what a file counts as that none of them claims
 DIALECTS = {word: form for form in FORMATS for word in form.dialects}  # what adapters are converted into → its format
 OUTPUT_FILES = reduce(or_, (form.file_names for form in FORMATS), MODEL_FILES)  # what `--overwrite` may replace
@@ -65,9 +66,9 @@ def format_at(location: Path) -> Format:
     found = [form for form in FORMATS if form.recognises(location)]
     if len(found) > 1:
         heads = list(heads_at(location))  # none on the Hub, where names alone decide
-        claiming = next((form for form in found if any(map(form.claims, heads))), None)
-        return claiming or next((form for form in found if form is WRITTEN), found[0])
-    return found[0] if found else WRITTEN
+        claiming = next((form for form in found if any(map(form.format.claims, heads))), None)
+        return (claiming or next((form for form in found if form is WRITTEN), found[0])).format
+    return found[0].format if found else WRITTEN
 
 
 def heads_at(location: Path) -> Iterator[Head]:
@@ -80,7 +81,7 @@ def heads_at(location: Path) -> Iterator[Head]:
 
 def format_of(adapter: Adapter) -> Format:
     """The format that an adapter was read from."""
-    return next((form for form in FORMATS if form.name == adapter.format), WRITTEN)
+    return next((form.format for form in FORMATS if form.name == adapter.format), WRITTEN)
 
 
 def is_adapter(path: Path) -> bool:
@@ -90,9 +91,9 @@ def is_adapter(path: Path) -> bool:
     if not (path.is_file() and path.suffix in WEIGHT_FILES):
         return False
     if path.suffix == ".gguf":
-        return any(map(GGUF.claims, heads_at(path)))
+        return any(map(GGUF.format.claims, heads_at(path)))
     beside = (path.parent / WRITTEN.config_name).is_file()
-    return beside or any(form.claims(head) for head in heads_at(path) for form in FORMATS if form is not WRITTEN)
+    return beside or any(form.format.claims(head) for head in heads_at(path) for form in FORMATS if form is not WRITTEN)
 
 
 def holds_model(folder: Path) -> bool:
@@ -101,7 +102,7 @@ def holds_model(folder: Path) -> bool:
         return False
     own = [form for form in FORMATS if form is not WRITTEN and form.recognises(folder)]
     heads = list(heads_at(folder)) if own else []
-    return not heads or not all(any(form.claims(head) for form in own) for head in heads)
+    return not heads or not all(any(form.format.claims(head) for form in own) for head in heads)
 
 
 def has_adapter(folder: Path) -> bool:

@@ -237,11 +237,8 @@ class FactorsOnly:
         return {}
 
 
-class Format(Protocol):
-    """One way to write adapters down. Only it knows what its files and the keys of its config are called.
-
-    A subclass says how adapters are recognised and read; the rest has defaults, under which nothing is written.
-    """
+class FormatFiles(Protocol):
+    """What the files of a format are called: all that it takes to recognise its adapters."""
 
     @property
     def name(self) -> str:
@@ -267,6 +264,23 @@ class Format(Protocol):
 
     def recognises(self, path: Path) -> bool:
         """Whether a folder or file may hold such an adapter, by the names of files alone: on the Hub they are empty."""
+
+    dialects: Sequence[str] = ()  # the words that name how it spells adapters that it writes
+
+    @property
+    def format(self) -> Format:
+        """The format itself, for adapters of any model; where only its files are known so far, its module is imported."""
+
+
+class Format(FormatFiles, Protocol):
+    """One way to write adapters down. Only it knows what its files and the keys of its config are called.
+
+    A subclass says how adapters are recognised and read; the rest has defaults, under which nothing is written.
+    """
+
+    @property
+    def format(self) -> Format:
+        return self
 
     def claims(self, file: HasNames) -> frozenset[str]:
         """The tensors of a file that are spelled as this format spells them; of those that differ in numbers one will do."""
@@ -385,8 +399,6 @@ class Format(Protocol):
         from loratool.files.tensor_writer import tensor_file
 
         return tensor_file(path, announced, metadata)
-
-    dialects: Sequence[str] = ()  # the words that name how it spells adapters that it writes
 
     @property
     def newest(self) -> str:

@@ -7,18 +7,12 @@ the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
+from loratool.adapters.formats.format import Format, FormatFiles
 from loratool.errors import LoratoolError
 from loratool.files.checkpoint import NUMBERED
-from loratool.files.model_files import FileNames
-
-if TYPE_CHECKING:
-    from loratool.adapters.formats.format import Format
 
 PEFT_CONFIG = "adapter_config.json"  # which mlx-lm and torchtune write, too
 RANK = re.compile(
@@ -26,18 +20,15 @@ RANK = re.compile(
 )  # folders of processes that saved a part each
 
 
-class OneFile:
+class OneFile(FormatFiles):
     """Files of a format of which any file of weights may be one."""
 
-    name: str
-    config_name = ""  # the file that says how an adapter was trained; none where it is empty
-    weights_name: str
-    file_names = FileNames()  # those that `--overwrite` may replace without a record: none
-    dialects: Sequence[str] = ()
+    config_name = ""  # none by default
 
     @property
-    def config_names(self) -> tuple[str, ...]:
-        return (self.config_name,) if self.config_name else ()
+    def format(self) -> Format:
+        found: Format = getattr(import_module(f"loratool.adapters.formats.{self.name}"), self.name.upper())
+        return found
 
     def recognises(self, path: Path) -> bool:
         return path.suffix == ".safetensors" and path.is_file() and not NUMBERED.match(path.name)
@@ -66,7 +57,7 @@ class WithSettings(OneFile):
 class GgufFiles(OneFile):
     name = "gguf"
     weights_name = "adapter.gguf"
-    dialects: Sequence[str] = ("gguf",)
+    dialects = ("gguf",)
 
     def recognises(self, path: Path) -> bool:
         if path.suffix == ".gguf":
@@ -110,7 +101,7 @@ class MlxFiles(OneFile):
     config_name = PEFT_CONFIG
     weights_name = "adapters.safetensors"
     checkpoints = "*_adapters.safetensors"  # which training leaves every so many steps: 0000100_adapters.safetensors
-    dialects: Sequence[str] = ("mlx",)
+    dialects = ("mlx",)
 
     def recognises(self, path: Path) -> bool:
         if path.suffix == ".safetensors":
@@ -123,7 +114,7 @@ class TorchtuneFiles(WithSettings):
     config_name = PEFT_CONFIG
     weights_name = "adapter_model.safetensors"
     settings = (config_name,)
-    dialects: Sequence[str] = ("torchtune",)
+    dialects = ("torchtune",)
 
 
 def is_gguf_adapter(path: Path) -> bool:
@@ -142,25 +133,3 @@ def paths_of_ranks(folder: Path) -> list[Path]:
         (int(match[2] or 0), int(match[1]), path) for path in folder.iterdir() if (match := RANK.fullmatch(path.name))
     ]
     return [file for _, _, path in sorted(found) for file in sorted(path.glob("*.safetensors"))]
-
-
-class Waiting:
-    """A format by its files alone, until anything else of it is asked for."""
-
-    def __init__(self, files: OneFile) -> None:
-        self.files = files
-
-    @cached_property
-    def format(self) -> Format:
-        found: Format = getattr(import_module(f"loratool.adapters.formats.{self.files.name}"), self.files.name.upper())
-        return found
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # of Python, which asks for some before there are any files
-            raise AttributeError(name)
-        return getattr(self.files if hasattr(self.files, name) else self.format, name)
-
-
-def waiting(files: OneFile) -> Format:
-    """The format that has these files."""
-    return cast("Format", Waiting(files))

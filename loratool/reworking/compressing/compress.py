@@ -105,7 +105,7 @@ def fleet_of(paths: Sequence[Path], options: CompressOptions) -> tuple[list[Cont
     """The adapters under names that they have in common, as they were before that, and their dialect."""
     base = options.model()
     before = contents_apart(paths, options.readings(len(paths)), "compress", base.config if base else {})
-    plain = base is not None and DIALECTS.get(dialect_of(before[0]), WRITTEN).takes_model
+    plain = base is not None and DIALECTS.get(dialect_of(before[0]), WRITTEN).format.takes_model
     sources, manner = in_manner(before, WRITTEN.dialects[0] if plain else None, base)  # expand takes no model
     sources = [replace(s, adapter=replace(s.adapter, name=file_name(s.name))) for s in sources]
     if again := sorted(

@@ -42,7 +42,7 @@ def expand(
     forms = forms_of(member)
     about = member.about
     try:
-        form = DIALECTS[about["dialect"]]
+        form = DIALECTS[about["dialect"]].format
         names = form.spelling({t: f.kind for t, f in forms.items()}, about["release"], about["dialect"])
         config, header = dict(about["config"]), {str(k): str(v) for k, v in about["header"].items()}
         stored_dtype = str(about["dtype"])

@@ -127,7 +127,7 @@ class Goal:
         dialect = server.dialect if server is not None else options.to or ""
         if dialect not in DIALECTS:
             raise UsageError(f"{server} reads {dialect}, which this version does not write")
-        return cls(dialect, DIALECTS[dialect], server)
+        return cls(dialect, DIALECTS[dialect].format, server)
 
 
 def convert(

@@ -244,9 +244,10 @@ def respelled(
         return Wanted(fused(layers), whole)
     if dialect not in LAYOUTS:
         named = {
-            target: looked_up(target, dotted(base)) if isinstance(target, Flattened) else target for target in layers
+            looked_up(target, dotted(base)) if isinstance(target, Flattened) else target: layer
+            for target, layer in layers.items()
         }
-        every, told = stacked({named[target]: layer for target, layer in layers.items()}, DIALECTS[dialect], config)
+        every, told = stacked(named, DIALECTS[dialect].format, config)
         return Wanted(every, whole, notes=told)
     both: dict[str, Sized] = {**layers, **beside}
     own = dialect == "peft" and not any(map(names_component, both))  # PEFT has the names of the model that was trained

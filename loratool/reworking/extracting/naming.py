@@ -33,7 +33,7 @@ def manner_of(asked: str | None, base: Checkpoint) -> Manner:
     of_images = dialect in LAYOUTS and dialect != plain
     if (of_images and not components_of(base)) or (dialect != plain and dialect in WRITTEN.dialects):
         raise UsageError(f"extract does not write {dialect} of such a model; {WAY_OUT}")
-    return Manner(DIALECTS[dialect].for_model(base.config), dialect)
+    return Manner(DIALECTS[dialect].format.for_model(base.config), dialect)
 
 
 def named_as(manner: Manner, found: Pairing) -> Manner:
