@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import WeightFile
@@ -144,6 +144,19 @@ class Derived:
     def load(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The values, on `device` in `dtype`."""
         return self.formula(*(part.load(device, dtype) for part in self.parts)).to(dtype).contiguous()
+
+
+def derived(shape: tuple[int, ...], formula: Callable[..., Tensor], *parts: Any) -> Any:
+    """A field of an update that `formula` makes of others when it is loaded.
+
+    Of any type, as fields are typed as what they are when an update is used: tensors in memory.
+    """
+    return Derived(shape, parts, formula)
+
+
+def unloaded(field: object) -> StoredTensor:
+    """A field of an update that is not loaded yet, whatever its type says."""
+    return cast("StoredTensor", field)
 
 
 def turned(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.adapter import Derived
+from loratool.adapters.adapter import Derived, derived
 from loratool.algebra.updates import formulas
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
@@ -58,7 +58,7 @@ class Halves:
         return cls(None, factor, rows) if rows <= columns else cls(factor, None, columns)
 
 
-def kronecker(one: Any, other: Any, ranks: tuple[int, int], like: Any) -> Derived:
+def kronecker(one: Any, other: Any, ranks: tuple[int, int], like: Any) -> Any:
     """The Kronecker product of two matrices, of which None is an identity of its rank, on the device of `like`."""
     sides = [side.shape if side is not None else (rank, rank) for side, rank in zip((one, other), ranks, strict=True)]
     shape = (sides[0][0] * sides[1][0], sides[0][1] * sides[1][1])
@@ -72,7 +72,7 @@ def kronecker(one: Any, other: Any, ranks: tuple[int, int], like: Any) -> Derive
         # torch.kron takes a view, which some strides of transposed factors do not allow
         return (first[:, None, :, None] * second[None, :, None, :]).reshape(shape)
 
-    return Derived(shape, tuple(side for side in (one, other) if side is not None) or (like,), formula)
+    return derived(shape, formula, *([side for side in (one, other) if side is not None] or [like]))
 
 
 def kind_unknown(
@@ -101,9 +101,12 @@ def as_lora(update: Update) -> LowRank | None:
     match update:
         case Hadamard(up1=up1, down1=down1, up2=up2, down2=down2):
             rank = down1.shape[0] * down2.shape[0]
-            up: Any = Derived((up1.shape[0], rank), (up1, up2), columnwise)  # type: ignore[arg-type]  # stored tensors
-            down: Any = Derived((rank, down1.shape[1]), (down1, down2), rowwise)  # type: ignore[arg-type]
-            return LowRank(up, down, update.scale, kernel=update.kernel)
+            return LowRank(
+                derived((up1.shape[0], rank), columnwise, up1, up2),
+                derived((rank, down1.shape[1]), rowwise, down1, down2),
+                update.scale,
+                kernel=update.kernel,
+            )
         case Kronecker(left=left, right=right) if len(right.shape) == 2:
             one, other = Halves.of(left), Halves.of(right)
             up = kronecker(one.up, other.up, (one.rank, other.rank), left)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, Adapter, stored_tensors
+from loratool.adapters.adapter import FACTOR_NAMES, Adapter, stored_tensors, unloaded
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import Unsettled, open_question
 from loratool.algebra.lowrank.products import ROUNDING, Product
@@ -236,9 +236,7 @@ class Contents:
     def load_bias(self, target: str) -> Tensor:
         """What a lora_B.bias adds, scaling included, in float64 on the CPU."""
         bias = self.biases[target]
-        stored: Any = bias.value
-        loaded: Tensor = stored.load(torch.device("cpu"), torch.float64) * bias.scale
-        return loaded
+        return unloaded(bias.value).load(torch.device("cpu"), torch.float64) * bias.scale
 
 
 def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Contents:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, Flattened, StoredTensor, stored_tensors
+from loratool.adapters.adapter import FACTOR_NAMES, Flattened, StoredTensor, stored_tensors, unloaded
 from loratool.adapters.formats import WRITTEN, format_of, replaceable
 from loratool.adapters.formats.format import Format, Parts, Restated, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
@@ -356,25 +356,22 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
         weight = f"{target.removesuffix('bias')}weight"
         if weight not in names.kinds:
             continue  # left out with its layer
-        value: Any = bias.value
         loaded = source.load_bias(target) * (factors or {}).get(weight, 1.0)
-        carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(value.info.dtype))
+        carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(unloaded(bias.value).info.dtype))
     if source.biases:  # that of an attention is read by nobody, and still asked for
         lengths = {t: layer.rows for t, layer in source.layers.items()}
         add_missing_biases(carried, names, lengths, kept_dtype([source], "keep"))
     for target, replacement in (*source.saved.items(), *source.bases.items()):
         inside = target in source.bases or format_of(adapter).was_inside(adapter, target)
-        stored_value: Any = replacement.value
-        carried.tensors[names.whole(target, inside)] = stored_value
+        carried.tensors[names.whole(target, inside)] = unloaded(replacement.value)
     for target, change in source.changes.items():
-        stored_change: Any = change.value
+        stored = unloaded(change.value)
         factor = (factors or {}).get(target, 1.0) * change.scale
         dtype = torch_dtype(next(stored_tensors(change)).info.dtype)
-        scaled_change = (stored_change.load(torch.device("cpu"), torch.float64) * factor).to(dtype)
-        carried.tensors[names.change(target, source.is_norm(target))] = stored_change if factor == 1 else scaled_change
+        scaled_change = (stored.load(torch.device("cpu"), torch.float64) * factor).to(dtype)
+        carried.tensors[names.change(target, source.is_norm(target))] = stored if factor == 1 else scaled_change
     for target, rows in source.rows.items():
-        values: Any = rows.values
-        carried.tensors[names.rows(target)] = values
+        carried.tensors[names.rows(target)] = unloaded(rows.values)
         carried.tokens[target] = rows.index
     carried.tensors.update(names.second_copies([adapter], carried.tensors))
     return carried

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loratool.adapters.adapter import StoredTensor, same_values
+from loratool.adapters.adapter import StoredTensor, same_values, unloaded
 from loratool.adapters.unsettled import settled
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.compound import images_in, with_weight
@@ -345,10 +345,8 @@ class Draft:
         """Note an update at its place, and what the weight there was when it was trained."""
         adapter, tensor = self.adapters[number], place.tensor
         if isinstance(place.update, Replace) and trained.base.tensors[tensor].dtype not in FLOAT_NAMES:
-            value: Any = (
-                place.update.value
-            )  # whole numbers, such as a count of batches: copied, for nothing is computed
-            self.saved.setdefault(tensor, {})[number] = value
+            # whole numbers, such as a count of batches: copied, for nothing is computed
+            self.saved.setdefault(tensor, {})[number] = unloaded(place.update.value)
             return
         edit = Edit(
             weight=tensor,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from loratool.adapters.adapter import StoredTensor, same_values
+from loratool.adapters.adapter import StoredTensor, same_values, unloaded
 from loratool.adapters.formats import format_of, read_adapter
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer, contents_of
@@ -199,19 +199,17 @@ class Beside:
                 name = f"{target.removesuffix('weight')}bias"
                 divisors[name] = divisors.get(name, 0.0) + own if self.normalize else 1.0
             for target, bias in source.biases.items():
-                value: Any = bias.value
                 own = each.get(f"{target.removesuffix('bias')}weight", usual_weight(weight))
                 part = source.load_bias(target) * own
                 total[target] = total[target] + part if target in total else part
-                dtypes[target] = torch.promote_types(
-                    dtypes.get(target, torch_dtype(value.info.dtype)), torch_dtype(value.info.dtype)
-                )
+                dtype = torch_dtype(unloaded(bias.value).info.dtype)
+                dtypes[target] = torch.promote_types(dtypes.get(target, dtype), dtype)
         for target, bias_sum in total.items():
             weight_target = f"{target.removesuffix('bias')}weight"
             bias_whole = (bias_sum * self.factor(weight_target) / (divisors.get(target) or 1.0)).to(dtypes[target])
             if not bool(bias_whole.isfinite().all()):
-                dtype = str(dtypes[target]).removeprefix("torch.")
-                self.overflows.append(f"{printable(target)}: the sum of biases overflows {dtype}")
+                narrow = str(dtypes[target]).removeprefix("torch.")
+                self.overflows.append(f"{printable(target)}: the sum of biases overflows {narrow}")
             self.carried.tensors[self.names.bias(weight_target)] = bias_whole
         if self.overflows:
             raise FitError("biases keep the adapters' dtype, which is too narrow:", self.overflows)
@@ -231,9 +229,8 @@ class Beside:
         everything: dict[tuple[str, bool], list[tuple[int, StoredTensor]]] = {}
         for at, source in enumerate(self.sources):
             for target, replacement in (*source.saved.items(), *source.bases.items()):
-                value: Any = replacement.value
                 inside = target in source.bases or format_of(source.adapter).was_inside(source.adapter, target)
-                everything.setdefault((target, inside), []).append((at, value))
+                everything.setdefault((target, inside), []).append((at, unloaded(replacement.value)))
         for (target, inside), found in everything.items():
             name = self.names.whole(target, inside)
             first = found[0][1]
@@ -263,7 +260,7 @@ class Beside:
         dtypes: dict[str, StoredTensor] = {}
         for at, source in enumerate(self.sources):
             for target, rows in source.rows.items():
-                stored: Any = rows.values
+                stored = unloaded(rows.values)
                 dtypes.setdefault(target, stored)
                 values = self.loaded(stored)
                 for row, value in zip(rows.index, values, strict=True):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from loratool.adapters.adapter import Derived
+from loratool.adapters.adapter import derived
 from loratool.adapters.formats import DIALECTS, format_of
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product
@@ -139,7 +138,7 @@ def as_layer(name: str, target: Target, layers: Mapping[str, Layer]) -> Layer:
     own = [layers[source] for source in target.sources]
     scale = own[0].scale if len({layer.scale for layer in own}) == 1 else 1.0
     scales = {layer.target: layer.scale / scale if scale else 1.0 for layer in own}
-    parts: tuple[Any, ...] = tuple(factor for layer in own for factor in layer.factors)
+    parts = [factor for layer in own for factor in layer.factors]
     form = target.form(layers, target.rank(layers))
 
     def product(*loaded: Tensor) -> Product:
@@ -148,8 +147,8 @@ def as_layer(name: str, target: Target, layers: Mapping[str, Layer]) -> Layer:
         return target.product(found.__getitem__, scales, form.rank)
 
     stack = (form.experts,) if target.kind is Kind.PARAMETER else ()
-    up: Any = Derived((*stack, form.rows, form.rank), parts, lambda *loaded: product(*loaded).up)
-    down: Any = Derived((*stack, form.rank, form.columns), parts, lambda *loaded: product(*loaded).down)
+    up = derived((*stack, form.rows, form.rank), lambda *loaded: product(*loaded).up, *parts)
+    down = derived((*stack, form.rank, form.columns), lambda *loaded: product(*loaded).down, *parts)
     if stack:
         return Layer(name, target.kind, ExpertFactors(down, up, scale * form.rank), form.experts)
     return Layer(name, target.kind, LowRank(up, down, scale, turnable=True, kernel=own[0].kernel))

@@ -153,6 +153,5 @@ def numbers_of(tensor: Any, sources: OpenSources) -> NDArray[Any]:
     """The values of a tensor on disk, also of one that is computed or whole numbers."""
     if isinstance(tensor, StoredTensor) and tensor.info.dtype in FLOAT_NAMES:
         return values_of(tensor, sources)
-    loaded: Any = tensor.load(torch.device("cpu"), torch.float64)
-    found: NDArray[Any] = loaded.numpy()
+    found: NDArray[Any] = tensor.load(torch.device("cpu"), torch.float64).numpy()
     return found

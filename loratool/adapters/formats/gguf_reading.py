@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.adapter import Adapter, StoredTensor, unloaded
 from loratool.adapters.formats.format import Restated
-from loratool.adapters.formats.rows import derived, entry_of
+from loratool.adapters.formats.rows import entry_of, of_rows
 from loratool.adapters.gguf_names import Back, InModel, in_model, order_of
 from loratool.adapters.model_settings import attention_heads
 from loratool.adapters.reading import Reading
@@ -51,10 +51,8 @@ class Placed:
         out = up.shape[0]
         if not order.fits(out):
             raise ValueError(f"its {out} rows are not those of {order.groups} heads")
-        rows: Any = up
-        return {
-            self.target: LowRank(derived(out, rows, Back(order)), self.update.down, self.update.scale, turnable=True)
-        }
+        rows = of_rows(out, unloaded(up), Back(order))
+        return {self.target: LowRank(rows, self.update.down, self.update.scale, turnable=True)}
 
 
 @dataclass

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.adapters.adapter import StoredTensor, derived
 from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.known import LoralibFiles
 from loratool.adapters.formats.rows import InParts, JoinedRows, Repeated
@@ -47,12 +46,10 @@ class Product(LowRank):
         kernel, (rows, columns) = shape[2], self.shape
         if (rows, columns) != (shape[0] * kernel, shape[1] * kernel):
             return None
-        up: Any = self.up
-        down: Any = self.down
         size = self.rank * kernel
         return LowRank(
-            Derived((shape[0], size), (up,), JoinedRows(kernel)),  # type: ignore[arg-type]  # loaded later
-            Derived((size, columns * kernel), (down,), Repeated(kernel)),  # type: ignore[arg-type]  # the same
+            derived((shape[0], size), JoinedRows(kernel), self.up),
+            derived((size, columns * kernel), Repeated(kernel), self.down),
             self.scale * kernel,  # α is divided by r, and B has r · k columns
             kernel=(kernel, kernel),
         )
@@ -90,7 +87,7 @@ class Loralib(LoralibFiles, TrainerFormat):
                 found.refuse(module, f"{what}; lora_A is {list(a.shape)}, lora_B {list(b.shape)}")
                 continue
             merged += [] if enabled else [module]
-            up = Derived((b.shape[0] // count * len(parts), a.shape[0]), (b,), InParts(parts))
+            up = derived((b.shape[0] // count * len(parts), a.shape[0]), InParts(parts), b)
             found.add(f"{module}.weight", LowRank(up, a, scale, turnable=True), names)  # type: ignore[arg-type]  # loaded later
         for name in found.file.tensors:
             if name.endswith(BIAS) and found.file.tensors[name].dtype in FLOAT_NAMES:

@@ -25,7 +25,7 @@ from typing import Any
 from loratool.adapters.adapter import FACTOR_NAMES, Adapter, Derived, StoredTensor
 from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.known import MegatronFiles
-from loratool.adapters.formats.rows import OfGroups, derived, entry_of, part_of
+from loratool.adapters.formats.rows import OfGroups, entry_of, of_rows, part_of
 from loratool.adapters.formats.tensor_ranks import DIVIDER, gathered, read_ranks
 from loratool.adapters.formats.trainer import (
     MISSING_PARTNER,
@@ -116,7 +116,7 @@ class Grouped:
         count = each * (heads.queries if number == 0 else heads.keys)
         formula, lengths = OfGroups(heads, number), self.factors.magnitude
         return self.factors.update(
-            derived(count, self.factors.b, formula), None if lengths is None else derived(count, lengths, formula)
+            of_rows(count, self.factors.b, formula), None if lengths is None else of_rows(count, lengths, formula)
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.adapters.adapter import Derived, StoredTensor, derived
 from loratool.adapters.model_settings import Heads
 from loratool.lazy import Tensor
 
@@ -14,7 +14,7 @@ from loratool.lazy import Tensor
 def part_of(stored: StoredTensor | Derived, first: int, count: int) -> Any:
     """Entries `first` … `first + count` of the first dimension, as a tensor of its own; it is not transposed."""
     if isinstance(stored, Derived):
-        return derived(count, stored, Rows(first, count))
+        return of_rows(count, stored, Rows(first, count))
     info = stored.info
     size = info.nbytes // max(info.rows, 1)
     start = info.start + first * size
@@ -29,9 +29,9 @@ def entry_of(stored: StoredTensor, at: int) -> StoredTensor:
     return StoredTensor(part.file, replace(part.info, name=f"{stored.info.name}[{at}]", shape=stored.info.shape[1:]))
 
 
-def derived(rows: int, stored: StoredTensor | Derived, formula: Callable[[Tensor], Tensor]) -> Any:
+def of_rows(rows: int, stored: StoredTensor | Derived, formula: Callable[[Tensor], Tensor]) -> Any:
     """A factor, or lengths, of so many rows that `formula` makes of the stored one when it is loaded."""
-    return Derived((rows, *stored.shape[1:]), (stored,), formula)
+    return derived((rows, *stored.shape[1:]), formula, stored)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter
+from loratool.adapters.adapter import Adapter, unloaded
 from loratool.adapters.formats import rows
 from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.known import TorchtuneFiles
@@ -78,11 +78,10 @@ class Placed:
         if out % (2 * count):
             raise ValueError(f"its {out} rows are not those of {count} heads")
         formula = rows.FromPairs(count)
-        plain = LowRank(rows.derived(out, inner.up, formula), inner.down, inner.scale, turnable=True)
+        plain = LowRank(rows.of_rows(out, inner.up, formula), inner.down, inner.scale, turnable=True)
         if not isinstance(self.update, Magnitude):
             return {self.target: plain}
-        lengths: Any = self.update.magnitude
-        return {self.target: Magnitude(plain, rows.derived(out, lengths, formula))}
+        return {self.target: Magnitude(plain, rows.of_rows(out, unloaded(self.update.magnitude), formula))}
 
 
 class Torchtune(TorchtuneFiles, TrainerFormat):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loratool.adapters.adapter import stored_tensors
+from loratool.adapters.adapter import stored_tensors, unloaded
 from loratool.adapters.formats import format_of
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Form, Kind
@@ -65,11 +65,9 @@ def carry_whole(contents: Contents, names: Spelling, found: Carried, beside: Map
             called = names.whole(name, format_of(adapter).was_inside(adapter, source))
         found.tensors[called] = written(update)
     for target, replacement in contents.bases.items():
-        below: Any = replacement.value
-        found.tensors[names.whole(target, True)] = below
+        found.tensors[names.whole(target, True)] = unloaded(replacement.value)
     for target, rows in contents.rows.items():
-        values: Any = rows.values
-        found.tensors[names.rows(target)] = values
+        found.tensors[names.rows(target)] = unloaded(rows.values)
         found.tokens[target] = rows.index
 
 

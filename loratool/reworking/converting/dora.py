@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import Adapter, Derived, load_update
+from loratool.adapters.adapter import Adapter, derived, load_update
 from loratool.adapters.layers import Contents, Layer
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
@@ -161,6 +161,6 @@ def with_factors(layer: Layer, found: Product) -> Layer:
     update = layer.update
     assert isinstance(update, LowRank), "DoRA is around such"
     kept = found.up.float().contiguous(), found.down.float().contiguous()
-    up: Any = Derived(tuple(kept[0].shape), (update.up,), lambda _: kept[0])  # type: ignore[arg-type]  # still on disk
-    down: Any = Derived(tuple(kept[1].shape), (update.down,), lambda _: kept[1])  # type: ignore[arg-type]  # the same
+    up = derived(tuple(kept[0].shape), lambda _: kept[0], update.up)
+    down = derived(tuple(kept[1].shape), lambda _: kept[1], update.down)
     return replace(layer, update=replace(update, up=up, down=down, scale=1.0))

@@ -9,9 +9,8 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
-from loratool.adapters.adapter import Adapter, Derived, StoredTensor, stored_tensors
+from loratool.adapters.adapter import Adapter, Derived, StoredTensor, derived, stored_tensors, unloaded
 from loratool.adapters.formats.roles.names import of_factors
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.writer import torch_dtype
@@ -125,9 +124,8 @@ def added_up(adapter: Adapter, dialect: str) -> Adapter:
     for target, update in adapter.updates.items() if dialect in IN_FULL else ():
         match update:
             case Both(LowRank() as product, Add() as change) | Both(Add() as change, LowRank() as product):
-                parts: tuple[Any, ...] = (product.up, product.down, change.value)
-                value: Any = Derived(change.shape, parts, Total(product, change.scale))
-                found[target] = Add(value)
+                formula = Total(product, change.scale)
+                found[target] = Add(derived(change.shape, formula, product.up, product.down, change.value))
     if not found:
         return adapter
     text = f"{plural(len(found), 'weight')} changed by factors and in full, written as one change in full"
@@ -152,9 +150,7 @@ def with_values(adapter: Adapter, base: Checkpoint) -> Adapter:
     for target, update in full.items():
         places = sorted(fit.places[target], key=lambda place: place.update_row)
         whole = Stacked(tuple(piece_of(place, fit) for place in places))
-        change: Any = update.value
-        value: Any = Derived(update.shape, (change,), Sum(whole, update.scale))
-        values[target] = Replace(value)
+        values[target] = Replace(derived(update.shape, Sum(whole, update.scale), update.value))
     return replace(adapter, updates={**adapter.updates, **values})
 
 
@@ -170,7 +166,7 @@ def update_of(name: str, target: Target, every: Mapping[str, Full]) -> Full:
         raise FitError(f"{printable(name)}: the adapter replaces only some of its rows")
     if len(parts) == 1 and parts[0].first == 0 and (not first.shape or parts[0].count == first.shape[0]):
         return first
-    stored: tuple[Any, ...] = tuple(every[source].value for source in target.sources)
+    stored = [every[source].value for source in target.sources]
     scales = [getattr(every[source], "scale", 1.0) for source in target.sources]
 
     def joined(*loaded: Tensor) -> Tensor:
@@ -184,13 +180,13 @@ def update_of(name: str, target: Target, every: Mapping[str, Full]) -> Full:
             ]
         )
 
-    value: Any = Derived((sum(part.count for part in parts), *first.shape[1:]), stored, joined)
+    value = derived((sum(part.count for part in parts), *first.shape[1:]), joined, *stored)
     return Add(value) if isinstance(first, Add) else Replace(value)
 
 
 def written(update: Full) -> StoredTensor | Tensor:
     """What is stored of it: the same bytes where it is as it was, else rounded once, to the widest dtype of its parts."""
-    stored: Any = update.value
+    stored: object = update.value
     if isinstance(stored, StoredTensor) and getattr(update, "scale", 1.0) == 1.0:
         return stored
     dtypes = [torch_dtype(tensor.info.dtype) for tensor in stored_tensors(update)]
@@ -201,8 +197,7 @@ def written(update: Full) -> StoredTensor | Tensor:
 
 def value_of(update: Full) -> Tensor:
     """What is added or put in place, in float64."""
-    stored: Any = update.value
-    found: Tensor = stored.load(torch.device("cpu"), torch.float64)
+    found = unloaded(update.value).load(torch.device("cpu"), torch.float64)
     return found * update.scale if isinstance(update, Add) else found
 
 

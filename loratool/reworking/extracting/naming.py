@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
-from loratool.adapters.adapter import Derived
+from loratool.adapters.adapter import derived
 from loratool.adapters.formats import DIALECTS, WRITTEN
 from loratool.adapters.layers import Kind, Layer
 from loratool.algebra.updates.additive import LowRank
@@ -108,9 +107,7 @@ def layer_of(name: str, change: Change) -> Layer:
 
     rows, columns = change.layer
     if change.kind is Kind.PARAMETER:
-        a: Any = Derived((change.experts, 1, columns), (), none)
-        b: Any = Derived((change.experts, rows, 1), (), none)
+        a, b = derived((change.experts, 1, columns), none), derived((change.experts, rows, 1), none)
         return Layer(name, change.kind, ExpertFactors(a, b, 1.0), change.experts)
-    up: Any = Derived((rows, 1), (), none)
-    down: Any = Derived((1, columns), (), none)
+    up, down = derived((rows, 1), none), derived((1, columns), none)
     return Layer(name, change.kind, LowRank(up, down, 1.0, turnable=True, kernel=change.kernel))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from loratool.adapters.adapter import Derived, Flattened, StoredTensor
+from loratool.adapters.adapter import Flattened, StoredTensor, derived
 from loratool.adapters.formats.named.dialects import ModuleSpelling, replaced_by, spelling_of
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.numbered import layers_of
@@ -90,8 +90,7 @@ class Group:
             raise RoleProblem([Problem(f"{printable(self.name)}: has {what}, for {' + '.join(self.targets)}")])
         for number, target in enumerate(self.targets):
             own = part_of_rows(number, len(self.targets))
-            up: Any = Derived((rows, update.rank), (update.up,), own)  # type: ignore[arg-type]  # still on disk
-            yield target, replace(update, up=up)
+            yield target, replace(update, up=derived((rows, update.rank), own, update.up))
 
     @property
     def factors(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loratool.adapters.formats.peft.draft import Module, UnsupportedError, derived
+from loratool.adapters.adapter import derived
+from loratool.adapters.formats.peft.draft import Module, UnsupportedError
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always
 from loratool.algebra.updates import formulas, residual

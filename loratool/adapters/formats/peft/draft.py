@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, WHOLE_NAMES, Derived, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, WHOLE_NAMES, StoredTensor
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
@@ -301,11 +301,6 @@ def is_whole(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SCALE
-
-
-def derived(shape: tuple[int, ...], formula: Callable[..., Any], *parts: Any) -> Any:
-    """A tensor for an update that is worked out of stored ones when it is loaded."""
-    return Derived(shape, parts, formula)
 
 
 def tell_spelling(draft: Draft, slots: Collection[str]) -> None:

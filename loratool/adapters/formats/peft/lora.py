@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loratool.adapters.adapter import derived
 from loratool.adapters.formats.peft import parameters, shared, stacked, support
-from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError, UnusableError, derived
+from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError, UnusableError
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.parameters import rank_is_one
 from loratool.adapters.formats.peft.scaling import Scaling

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from loratool.adapters.adapter import derived
 from loratool.adapters.formats.peft import dependent, seeded
-from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError, UnusableError, derived
+from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError, UnusableError
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Updates, always, low_rank, save_again, scaled
 from loratool.adapters.formats.peft.scaling import Scaling

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError, derived
+from loratool.adapters.adapter import derived
+from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Reader, Updates, always, low_rank, save_again
 from loratool.algebra.updates import formulas, wavelets
 from loratool.algebra.updates.products import Bases

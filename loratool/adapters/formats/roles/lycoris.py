@@ -9,7 +9,7 @@ import math
 from functools import partial
 from typing import Any
 
-from loratool.adapters.adapter import Derived
+from loratool.adapters.adapter import derived
 from loratool.adapters.formats.roles.factors import product_of
 from loratool.adapters.formats.roles.module import MISSING_PARTNER, Slots
 from loratool.adapters.formats.roles.names import ALPHA, ON_INPUT, WEIGHT
@@ -74,7 +74,7 @@ def ia3(slots: Slots) -> Update:
     count, dimensions = math.prod(stored.shape), max(2, len(stored.shape))
     line = stored.shape in ((count,), (1, count, *[1] * (dimensions - 2)))
     slots.require(line, f"{slots.name(WEIGHT)} is {list(stored.shape)}; expected one value for each output or input")
-    factors: Any = Derived((count,), (stored,), formulas.one_more)
+    factors = derived((count,), formulas.one_more, stored)
     return Scale(factors, bool(of_inputs), dimensions, turnable=dimensions == 2)
 
 
@@ -134,29 +134,28 @@ def oft(slots: Slots) -> Update:
     if slots.module.constrained:
         slots.require(alpha is not None, f"{ALPHA} is missing, which limits the rotation", MISSING_PARTNER)
     limit = alpha * rows if alpha is not None and (alpha > 0 or slots.module.constrained) else None
-    blocks: Any = Derived(
-        (stages, count, size, size), (stored,), partial(formulas.output_rotations, limit=limit, inverse=not butterfly)
-    )
-    lengths: Any = None
+    rotations = partial(formulas.output_rotations, limit=limit, inverse=not butterfly)
+    blocks = derived((stages, count, size, size), rotations, stored)
+    lengths = None
     if "rescale" in slots:
         rescale = slots.tensor("rescale", (1, 2, 3, 4, 5))
         fits = math.prod(rescale.shape) == rescale.shape[0] == rows
         slots.require(fits, f"{slots.name('rescale')} is {list(rescale.shape)}; expected {rows} values")
-        lengths = Derived((rows,), (rescale,), formulas.flat)
+        lengths = derived((rows,), formulas.flat, rescale)
     return RowRotation(blocks, lengths, butterfly)
 
 
 def oft_of_inputs(slots: Slots) -> Update:
     """Rotations of blocks of inputs, from the upper triangles of their generators: OFT of OneTrainer and PEFT."""
     role, marker = "oft_R.weight", "oft_R.scaled_oft"
-    stored: Any = slots.tensor(role)
+    stored = slots.tensor(role)
     count, elements = stored.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     triangle = size * (size - 1) // 2 == elements
     slots.require(triangle, f"{slots.name(role)} is {list(stored.shape)}; no square matrix has such upper triangles")
     if marker in slots and slots.number(marker):
-        stored = Derived(stored.shape, (stored,), formulas.times(0.5 / math.sqrt(size - 1)))
-    blocks: Any = Derived((count, size, size), (stored,), formulas.rotations(size, TERMS, None, transposed=True))
+        stored = derived(stored.shape, formulas.times(0.5 / math.sqrt(size - 1)), stored)
+    blocks = derived((count, size, size), formulas.rotations(size, TERMS, None, transposed=True), stored)
     slots.remark(
         Note("oft-series", f"OFT of inputs is worked out with {TERMS} terms of its series, as OneTrainer and PEFT do")
     )
