@@ -136,9 +136,8 @@ def exact_sums(start: Numbers, terms: Sequence[Term], dtype: torch.dtype) -> Ten
         from loratool.algebra.rational import nearest, sum_of
 
         exact = sum_of(float(start[at]), ((left[:, at], right[:, at], scale) for left, right, scale in terms))
-        rounded[at] = nearest(exact, dtype) or math.copysign(
-            0.0, -1.0 if exact < 0 or is_minus_zero(start[at]) else 1.0
-        )
+        negative = exact < 0 or (exact == 0 and is_minus_zero(start[at]))
+        rounded[at] = nearest(exact, dtype) or math.copysign(0.0, -1.0 if negative else 1.0)
     return rounded
 
 

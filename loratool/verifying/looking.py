@@ -210,14 +210,16 @@ class Look:
         rounding makes of W + Σ f ΔW, until both give the same. Errors are those of least squares whose residuals are
         what is left, and what rounding leaves of any element.
         """
-        design = torch.stack([change.view(-1) for change in self.changes], 1)
         finite = self.theirs.isfinite().view(-1) & self.weight.isfinite().view(-1)
-        design, weight = design[finite], self.weight.view(-1)[finite]
+        design = torch.stack([change.view(-1)[finite] for change in self.changes], 1)
+        sizes = torch.linalg.vector_norm(design, dim=0)  # by which a small update does not vanish beside a large one
+        known = sizes != 0
+        sizes[~known] = 1
+        design, weight = design / sizes, self.weight.view(-1)[finite]
         applied = self.theirs.view(-1)[finite] - weight
-        gram = design.T @ design
-        inverse = torch.linalg.pinv(gram, hermitian=True)
+        inverse = torch.linalg.pinv(design.T @ design, hermitian=True) / sizes[:, None]
         wanted = design.T @ applied
-        factors = inverse @ wanted
+        factors = 1 + inverse @ (wanted - design.T @ (design @ sizes.where(known, 0)))  # 1 where nothing tells
         best, left = factors, torch.full_like(factors, math.inf)
 
         def rounded_with(factors: Tensor) -> Tensor:
@@ -231,10 +233,9 @@ class Look:
                 best, left = factors, step
             factors = factors + step
         noise = (applied - rounded_with(best)).square() + self.grain.view(-1)[finite]
-        spread = inverse @ (design.T @ (design * noise[:, None])) @ inverse
+        spread = inverse @ (design.T @ (design * noise[:, None])) @ inverse.T
         errors = spread.diagonal().clamp(min=0).sqrt() + torch.where(left.isfinite(), left.abs(), 0) + 1e-9
-        unknown = gram.diagonal() == 0
-        errors[unknown] = math.inf
+        errors[~known] = math.inf
         return Fit(tuple(best.tolist()), tuple(errors.tolist()))
 
 

@@ -77,15 +77,18 @@ class Updates:
         return weight
 
     def changes(self, weight: Tensor, first: int) -> list[Tensor]:
-        """What each module adds to these rows, (n, width) each."""
+        """What each module adds to these rows, (n, width) each; some of it depends on what those before it have added."""
         found = {module: torch.zeros_like(weight) for module in self.modules}
         for each in self.others:
             key = (each.edit.adapter, each.edit.target)
             total = found[key if key in found else (each.edit.adapter, "")]
-            block = total if each.update.adds_products else weight.clone()
+            if each.update.adds_products:
+                each.apply(total, first, weight)
+                continue
+            before = sum(found.values(), weight)
+            block = before.clone()
             each.apply(block, first, weight)
-            if block is not total:
-                total += block - weight
+            total += block - before
         return [*found.values()]
 
 

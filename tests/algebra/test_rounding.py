@@ -95,6 +95,16 @@ def test_a_zero_keeps_its_sign_only_where_it_was_one() -> None:
     assert [spelled(v) for v in got.tolist()] == ["0.0", "-0.0", "0.0", "-0.0"]
 
 
+@pytest.mark.parametrize("many", [1, FEW + 1])
+def test_what_is_rounded_to_zero_has_the_sign_of_the_sum_wherever_it_began(many: int) -> None:
+    """Error-free sums lose 2⁻¹⁴⁰ beside 1 and 2⁻⁶⁰, which cancel."""
+    terms = torch.tensor([1, 2.0**-60, 2.0**-140, -1, -(2.0**-60)], dtype=torch.float64)
+    left = torch.stack([terms, terms, -terms, -terms], 1).repeat(1, many).numpy()
+    start = torch.tensor([0.0, -0.0, 0.0, -0.0], dtype=torch.float64).repeat(many)
+    got = exact_sums(start.numpy(), [(left, numpy.ones_like(left), 1.0)], torch.float16)
+    assert [spelled(v) for v in got.tolist()] == ["0.0", "0.0", "-0.0", "-0.0"] * many
+
+
 def check(start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, dtype: torch.dtype) -> None:
     """Few elements and many come by their sums in different ways."""
     many = FEW // len(start) + 1

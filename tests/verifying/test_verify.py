@@ -202,6 +202,21 @@ def test_two_adapters_with_weights_are_proven_together_and_each_has_its_factor(s
     assert {"weight-ignored", "merged-twice"} == {*wrong.numbers["causes"]}
 
 
+@pytest.mark.parametrize(("own", "weight"), [(False, 2.0**-40), (True, 0.5), (True, 1.0)])
+def test_an_update_that_the_rows_do_not_tell_from_another_one_is_not_missed(
+    own: bool, weight: float, small: Scene, tmp_path: Path
+) -> None:
+    """One far smaller than the other, or the same one again; an element is off by 1 ulp, so that rows are looked at."""
+    other = small if own else scene(tmp_path / "other", seed=1)
+    out = small.merged(lambda name, w: rounded(w.double() + small.change(name) + weight * other.change(name), w.dtype))
+    name = min(small.factors)
+    out[name].view(torch.int16)[1, 2] += 1
+    names = [small.adapter, other.adapter]
+    found = loratool.verify(small.write(out, tmp_path / "merged"), small.base, names, weights=[1, weight], device="cpu")
+    assert_proven(found)
+    assert found.tensors is not None and (found.tensors[name].status, found.tensors[name].ulp) == ("proven", 1)
+
+
 # ---------------------------------------------------------------- one fault at a time
 
 SCALE = ALPHA / RANK

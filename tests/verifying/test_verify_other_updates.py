@@ -53,6 +53,21 @@ def test_what_float32_takes_from_dora_does_not_count_where_a_weight_and_its_upda
     assert (told.code, told.modules) == ("elements-differ", (name.removesuffix(".weight"),))
 
 
+def test_an_update_that_is_scaled_by_the_magnitudes_of_the_next_one_is_there_once(tmp_path: Path) -> None:
+    """Magnitudes of DoRA scale what an adapter before it has added; in float32, so that some elements are off by 1 ulp."""
+    plain, numbers = scene(tmp_path / "scene", torch.float32), torch.Generator().manual_seed(5)
+    name = min(plain.factors)
+    second = dora(tmp_path / "second", {name: plain.weights[name]}, numbers)[name]
+    stored = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    down, up = (stored[f"base_model.model.{name.replace('weight', f'lora_{side}.weight')}"] for side in "AB")
+    norms = torch.linalg.vector_norm(plain.weights[name] + ALPHA_OVER_R * (up @ down), dim=1)
+    factors = torch.linalg.vector_norm(second, dim=1) / norms
+    merged = {**plain.merged(), name: second + factors[:, None] * plain.change(name).float()}
+    out, adapters = plain.write(merged, tmp_path / "merged"), [plain.adapter, tmp_path / "second"]
+    found = loratool.verify(out, plain.base, adapters, device="cpu")
+    assert (found.verdict, codes(found)) == ("proven", []), str(found)
+
+
 def test_noise_in_a_fused_module_is_told_where_an_update_needs_the_whole_weight(tmp_path: Path) -> None:
     """PiSSA takes away a part of W that rows alone do not tell, so no other order of rows can be tried."""
     name, numbers = "gpt_neox.layers.0.attention.query_key_value.weight", torch.Generator().manual_seed(4)
