@@ -22,6 +22,7 @@ ALL = slice(None)
 GENEROUS = 1 + 2.0**-10  # times a bound: for the roundings in computing the bound itself
 ROUNDOFF = {4: 2.0**-24, 8: 2.0**-53}  # by bytes of the dtype: half the distance from 1 to the next number
 MOST_TERMS = 1 << 12  # of a sum in float32: of more, roundings of its bound would count
+HELD = 2.0**-450, 2.0**511  # sizes whose squares float64 holds
 TINIEST = {4: 2.0**-124, 8: 2.0**-960}  # more than underflow takes from a number
 
 
@@ -138,7 +139,7 @@ class Stack:
             up = scaled[0].contiguous() if len(scaled) == 1 else torch.cat(scaled, 1)
             up, lifted = up.to(work), torch.cat([*downs, ones], 0).to(work)
             down = lifted[:-1]
-            lengths, spans = (torch.linalg.vector_norm(f, dim=d, dtype=torch.float64) for f, d in ((up, 1), (down, 0)))
+            lengths, spans = lengths_along(up, 1), lengths_along(down, 0)
         else:
             up, down, lifted = sum(scaled[1:], scaled[0]).to(work), None, None
             lengths = torch.stack([each.abs().amax(1).double() for each in scaled]).sum(0)
@@ -206,3 +207,9 @@ class Stack:
     def most_error(self) -> float:
         """The most of them."""
         return float(self.errors(0, len(self.lengths)).max())
+
+
+def lengths_along(factor: Tensor, dim: int) -> Tensor:
+    """Lengths of the rows or columns of a factor in float64, or more; 0 for none but those of zeros."""
+    plain, most = (torch.linalg.vector_norm(factor, order, dim=dim, dtype=torch.float64) for order in (2, 1))
+    return torch.where((plain > HELD[0]) & (plain < HELD[1]), plain, most)

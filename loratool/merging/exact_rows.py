@@ -183,7 +183,7 @@ class ExactSum:
             return False
         block.seen.largest, block.seen.weight, block.seen.change = told
         if len(places) > after.numel() // MANY:
-            changing = torch.from_numpy(product.lengths[own] != 0)
+            changing = self.changing(block.first, count)
             keep_unchanged(block.before, after, changing)
             places = places[changing[places // self.width]]
         parts = singles.factors_in(block.first, count)
@@ -226,7 +226,7 @@ class ExactSum:
         block.seen.weight, block.seen.change, block.seen.largest = squared, changed, largest
         sums, weights = told[4:].chunk(2)
         if len(places) > after.numel() // MANY:
-            changing = self.changing([product], block.first, len(after)).to(after.device)
+            changing = self.changing(block.first, len(after)).to(after.device)
             keep_unchanged(block.before, after, changing)
             some = changing[places // self.width]
             places, sums, weights = places[some], sums[some.cpu()], weights[some.cpu()]
@@ -266,7 +266,7 @@ class ExactSum:
         margin = self.margin(size) + sum(stack.most_error for stack in stacks)
         places = rounded(change.add_(weight), margin * GENEROUS, lower, room.upper)
         if len(places) > lower.numel() // MANY:
-            changing = self.changing(stacks, first, count).to(lower.device)
+            changing = self.changing(first, count).to(lower.device)
             keep_unchanged(weight, lower, changing)
             places = places[changing[places // self.width]]
         if odd is not None:
@@ -293,13 +293,15 @@ class ExactSum:
         for stack in stacks:
             stack.add_to(change, first)
 
-    def changing(self, stacks: Sequence[Stack], first: int, count: int) -> Tensor:
+    def changing(self, first: int, count: int) -> Tensor:
         """To which of so many rows from `first` on anything is added: (count,) of bool."""
-        changing = numpy.zeros(count, numpy.bool_)
-        for stack in stacks:
-            start, stop = max(first, stack.place.first), min(first + count, stack.place.stop)
-            changing[start - first : stop - first] |= stack.lengths_of(start, stop) != 0
-        return torch.from_numpy(changing)
+        changing = torch.zeros(count, dtype=torch.bool)
+        for part in self.parts:
+            start, stop = max(first, part.place.first), min(first + count, part.place.stop)
+            if start < stop and part.scale:
+                own = part.up[start - part.place.first : stop - part.place.first]
+                changing[start - first : stop - first] |= (own != 0).any(1).cpu()
+        return changing
 
     def decide(self, block: Block) -> None:
         """Put the results of undecided elements into a block."""

@@ -161,10 +161,9 @@ def pages_of(memory: torch.Tensor) -> torch.Tensor:
 def check_finite(span: Span, before: torch.Tensor, after: torch.Tensor) -> int:
     """How many NaN and inf the base itself has in a block; raises `FitError` when the merge made any."""
     own = before.isfinite().logical_not()
-    made = int((after.isfinite().logical_not() & own.logical_not()).sum())
-    if made:
+    if bool((after.isfinite().logical_not() & own.logical_not()).any()):
         raise FitError(
-            f"{printable(span.weight.tensors[0].info.name)}: {made} merged values exceed the range of "
-            f"{span.placed.dtype}; pass --dtype bfloat16 or float32, or a smaller weight for the adapter"
+            f"{printable(span.weight.tensors[0].info.name)}: merged values exceed the range of {span.placed.dtype}; pass "
+            "--dtype bfloat16 or float32, or a smaller weight for the adapter"
         )
     return int(own.sum())

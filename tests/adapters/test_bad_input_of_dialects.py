@@ -82,7 +82,7 @@ def circle(folder: Path) -> Path:
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "alpha is a text": (alpha_of_text, f"{MODULE}.alpha is [7]; expected one number"),
-    "product overflows": (overflow, "24 merged values exceed the range of F16; pass --dtype"),
+    "product overflows": (overflow, ": merged values exceed the range of F16; pass --dtype"),
     "infinite factor": (infinite, "not finite"),
     "two modules are one": (two_modules, "means the same weight as"),
     "names of 10 kB": (long_names, "lora_up.weight is missing"),

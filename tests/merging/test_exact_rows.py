@@ -105,6 +105,47 @@ def test_weights_and_scales_far_from_each_other_are_added_in_float64(
     assert torch.equal(merged_rows(weight, [part], torch.bfloat16, rows=3), weight)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "scale", "size"),
+    [
+        (1e-200, 1e199, 0.3, 0.02),
+        (1e-170, 1e150, 3e19, 0.02),
+        (1e-170, 1e150, 3e19, 0),
+        (2.0**-150, 2.0**58, 2.0**58, 0.0),
+        (1e-200, 1e-200, 1, 0),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "small"),
+    [(torch.bfloat16, 1 << 15), (torch.bfloat16, 0), (torch.float16, 1 << 15), (torch.float64, 0)],
+    ids=str,
+)
+def test_factors_whose_squares_float64_does_not_hold_are_exact_too(
+    rows: float,
+    columns: float,
+    scale: float,
+    size: float,
+    target: torch.dtype,
+    small: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor float32 the factors themselves. Where all elements are undecided, rows without any update keep what they have."""
+    monkeypatch.setattr(exact_rows, "SMALL", small)
+    weight = (made(ROWS, COLUMNS, seed=4).abs() * size).bfloat16()
+    up, down = (
+        made(ROWS, 2, seed=1).double().clamp(-1, 1) * rows,
+        made(2, COLUMNS, seed=2).double().clamp(-1, 1) * columns,
+    )
+    got = merged_rows(weight, [Addend(Place(0, ROWS, ALL, COLUMNS), up, down, scale)], target, rows=3)
+    for row in range(ROWS):
+        for column in range(COLUMNS):
+            exact = exact_products(up[row].tolist(), down[:, column].tolist(), scale) + Fraction(
+                float(weight[row, column])
+            )
+            wanted = nearest_value(exact, target)
+            assert spelled(float(got[row, column])) == spelled(math.copysign(wanted, -1 if exact < 0 else 1))
+
+
 FLOATS = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = [(stored, target) for stored in FLOATS if stored != torch.float16 for target in FLOATS]
 NARROW = [(stored, target) for stored, target in KINDS if stored != torch.float64 and target.itemsize == 2]

@@ -409,7 +409,7 @@ def test_a_sum_that_overflows_is_an_error_where_its_tensor_is_taken(tmp_path: Pa
     base, adapter = small(tmp_path, torch.full((6, 8), 60000.0).half(), torch.full((6, 1), 30000.0))
     tensors = loratool.iter_merged(base, adapter)
     next(tensors)
-    with pytest.raises(loratool.FitError, match=r"q\.weight: 48 merged values exceed the range of F16"):
+    with pytest.raises(loratool.FitError, match=r"q\.weight: merged values exceed the range of F16"):
         next(tensors)
     assert pool_threads() == []
     mapping = loratool.merged(base, adapter)

@@ -214,7 +214,8 @@ def test_an_update_that_the_rows_do_not_tell_from_another_one_is_not_missed(
     names = [small.adapter, other.adapter]
     found = loratool.verify(small.write(out, tmp_path / "merged"), small.base, names, weights=[1, weight], device="cpu")
     assert_proven(found)
-    assert found.tensors is not None and (found.tensors[name].status, found.tensors[name].ulp) == ("proven", 1)
+    assert found.tensors is not None
+    assert (found.tensors[name].status, found.tensors[name].ulp) == ("proven", 1)
 
 
 # ---------------------------------------------------------------- one fault at a time
