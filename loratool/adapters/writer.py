@@ -123,20 +123,13 @@ class Output:
                 self.file.copy(name, stored.file, replace(stored.info, shape=shape))
             return
         for name, tensor in zip(names, self.names.stored(form, found.factors), strict=True):
-            self.write(name, tensor)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        if self.file is not None:
-            content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            self.file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
+            append(self.file, name, tensor)
 
     def carry(self, carried: Carried) -> None:
         """Write what stands beside the factors."""
-        for name, tensor in carried.tensors.items():
-            if not isinstance(tensor, StoredTensor):
-                self.write(name, tensor)
-            elif self.file is not None:
-                self.file.copy(name, tensor.file, tensor.info)
+        if self.file is not None:
+            for name, tensor in carried.tensors.items():
+                append(self.file, name, tensor)
 
     def tell(self, header: Mapping[str, str]) -> None:
         """Write into the header of the file of tensors what is known now."""
@@ -304,12 +297,11 @@ def scaled_output(
         staged(out, wanted, needed, replaceable(options.overwrite), single=single) as stage,
         form.container(stage.folder / form.weights_name, own.values(), header) as written,
     ):
-        output = Output(written, stage, WRITTEN.spelling({}), {}, "float32")
         for name, _, shape in own.values():
             if name in scaled.numbers:
-                output.write(name, torch.full(shape, scaled.numbers[name], dtype=torch.float32))
+                append(written, name, torch.full(shape, scaled.numbers[name], dtype=torch.float32))
             elif name in scaled.factors:
-                output.write(name, times(source, name, scaled.factors[name]))
+                append(written, name, times(source, name, scaled.factors[name]))
             else:
                 written.copy(name, file, file.tensors[name])
         written.finish()
@@ -317,6 +309,15 @@ def scaled_output(
         stage.add(form.weights_name)
         if not single:
             finish(stage, form, scaled.header, provenance, files_beside(source), [source.adapter.folder])
+
+
+def append(file: TensorFile, name: str, tensor: StoredTensor | Tensor) -> None:
+    """Append a tensor to a file: byte for byte where it is still on disk."""
+    if isinstance(tensor, StoredTensor):
+        file.copy(name, tensor.file, tensor.info)
+    else:
+        content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
 
 
 def times(source: Contents, name: str, factor: float) -> Tensor:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.adapters import writer
 from loratool.adapters.formats import mlx
 from loratool.adapters.formats.peft.spelling import Names
-from loratool.adapters.writer import Output
 from loratool.errors import FitError, InputError, LoratoolError
 from loratool.reworking.converting import rows
 
@@ -169,13 +169,13 @@ def test_the_proof_covers_what_is_no_factor(tmp_path: Path, part: str, monkeypat
     report = loratool.convert(adapter, tmp_path / "right", to="peft")
     assert set(report.beside) == {"head.weight", "tail.weight", *(f"{module}.bias" for module in SHAPES)}
     assert set(report.beside.values()) == {0.0}
-    kept, whole = Output.write, Names.whole
+    kept, whole = writer.append, Names.whole
     if part == "head":  # which are copied: the one under the name of the other
         other = {"head.weight": "tail.weight", "tail.weight": "head.weight"}
         monkeypatch.setattr(Names, "whole", lambda self, target, inside: whole(self, other[target], inside))
     else:
         monkeypatch.setattr(
-            Output, "write", lambda self, name, tensor: kept(self, name, tensor * 1.001 if part in name else tensor)
+            writer, "append", lambda file, name, tensor: kept(file, name, tensor * 1.001 if part in name else tensor)
         )
     with pytest.raises(LoratoolError, match="differs from what was read") as refusal:
         loratool.convert(adapter, tmp_path / "wrong", to="peft")

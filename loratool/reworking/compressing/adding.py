@@ -16,7 +16,7 @@ from typing import Any
 
 from loratool.adapters.formats import DIALECTS, replaceable
 from loratool.adapters.layers import Contents, Kind
-from loratool.adapters.writer import dtype_name, factor_tensors
+from loratool.adapters.writer import append, dtype_name, factor_tensors
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, difference, length, side_by_side, singular_values
 from loratool.algebra.lowrank.shared_bases import Fitter
@@ -38,7 +38,7 @@ from loratool.results.compress import CompressedAdapter, CompressedModule, Compr
 from loratool.reworking.aligned_layers import contents_apart
 from loratool.reworking.compressing.compress import adapters_at, as_typed, file_name, stored_core
 from loratool.reworking.compressing.files import DIGEST, OWN, Opened, open_shared
-from loratool.reworking.compressing.members import Member, add, told
+from loratool.reworking.compressing.members import Member, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import alone_curve
 from loratool.reworking.dialects import Manner, in_manner
@@ -243,7 +243,7 @@ def write(folder: Path, newcomer: Newcomer, member: Member, options: CompressOpt
     with staged(folder / name, wanted, needed, replaceable(options.overwrite), single=name) as stage:
         with tensor_file(stage.folder / name, announced, metadata) as file:
             for tensor, values in tensors:
-                add(file, tensor, values)
+                append(file, tensor, values)
             member.carry(file)
             file.finish()
         stage.add(name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from loratool.adapters.formats import DIALECTS, WRITTEN, has_adapter, is_adapter, replaceable
 from loratool.adapters.layers import Contents
-from loratool.adapters.writer import kept_dtype
+from loratool.adapters.writer import append, kept_dtype
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, inner
 from loratool.algebra.lowrank.shared_bases import Fitter, frame, shared_bases
@@ -35,7 +35,7 @@ from loratool.provenance.record import versions
 from loratool.results.compress import CompressReport
 from loratool.reworking.aligned_layers import align_layers, contents_apart
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OWN, VERSION
-from loratool.reworking.compressing.members import Member, add, told
+from loratool.reworking.compressing.members import Member, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import CORE, Fleet, Module, Plan, Prices, look_at, plan, widest_of
 from loratool.reworking.compressing.reporting import Named, Outcome, reported
@@ -299,9 +299,9 @@ class Compressor:
         first, *others = files
         for outcome in self.through():
             for name, tensor in outcome.shared:
-                add(first, name, tensor)
+                append(first, name, tensor)
             for at, (name, tensor) in outcome.own:
-                add(others[at], name, tensor)
+                append(others[at], name, tensor)
             self.outcomes[outcome.target] = replace(
                 outcome, shared=sizes_of(outcome.shared), own=tuple((at, sizes_of([one])[0]) for at, one in outcome.own)
             )

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import format_of
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import Contents, Form
 from loratool.adapters.ranks import evened
-from loratool.adapters.writer import Carried, carried_over, dtype_name, files_beside
+from loratool.adapters.writer import Carried, append, carried_over, files_beside
 from loratool.errors import printable
 from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.grouping import by_key
-from loratool.lazy import Tensor, torch
+from loratool.lazy import torch
 from loratool.notes import Note
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OTHER, VERSION, form_record
 from loratool.reworking.dialects import Manner
@@ -77,16 +76,7 @@ class Member:
     def carry(self, file: TensorFile) -> None:
         """Write all that is not a factor."""
         for name, tensor in self.carried.tensors.items():
-            if isinstance(tensor, StoredTensor):
-                file.copy(OTHER + name, tensor.file, tensor.info)
-            else:
-                add(file, OTHER + name, tensor)
-
-
-def add(file: TensorFile, name: str, tensor: Tensor) -> None:
-    """Append a tensor."""
-    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    file.add(name, dtype_name(tensor), tuple(tensor.shape), content)
+            append(file, OTHER + name, tensor)
 
 
 def remarks(source: Contents, before: Contents, manner: Manner) -> Iterator[Note]:
