@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.files.gguf import MAGIC, GgufFile, GgufLayout, padded
-from loratool.files.safefile import SafeFile, TensorInfo, copy_bytes, copy_range, write_fully
+from loratool.files.gguf import MAGIC, GgufFile, GgufLayout
+from loratool.files.safefile import copy_bytes, copy_range, write_fully
 from loratool.files.system import open_file, sync_file
 from loratool.files.tensor_writer import TensorFile
 from loratool.layouts.ggml import STRING
@@ -71,21 +71,14 @@ class GgufTensorFile(TensorFile):
     output: int = -1  # descriptor of the file itself
     values: Callable[[Mapping[str, str]], Mapping[str, str | float]] = dict  # of the metadata that were given
     order: Callable[[str, int], list[int] | None] = field(default=lambda name, rows: None)  # noqa: ARG005
+    alignment = ALIGNMENT
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], content: memoryview | bytes) -> None:
         """Append a tensor's bytes, its rows in the order in which they are stored."""
         if shape and (order := self.order(name, shape[0])) is not None:
             width = len(content) // shape[0]
             content = b"".join(content[row * width : (row + 1) * width] for row in order)
-        write_fully(self.descriptor, content, self.at)
-        self.written.append((name, dtype, shape))
-        self.at = padded(self.at + len(content), ALIGNMENT)
-
-    def copy(self, name: str, source: SafeFile, info: TensorInfo) -> None:
-        with source.open() as reading:
-            copy_range(reading, source.position(info), info.nbytes, self.descriptor, self.at)
-        self.written.append((name, info.dtype, info.shape))
-        self.at = padded(self.at + info.nbytes, ALIGNMENT)
+        super().add(name, dtype, shape, content)
 
     def finish(self) -> None:
         layout = new_layout(self.values(self.metadata)).like(self.written)

@@ -31,19 +31,23 @@ class TensorFile:
     metadata: Mapping[str, str]
     written: list[Triple] = field(default_factory=list)
     at: int = 0
+    alignment = 1  # of the first byte of each tensor
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], content: memoryview | bytes) -> None:
         """Append a tensor's bytes."""
         write_fully(self.descriptor, content, self.reserved + self.at)
-        self.written.append((name, dtype, shape))
-        self.at += len(content)
+        self.take(name, dtype, shape, len(content))
 
     def copy(self, name: str, source: SafeFile, info: TensorInfo) -> None:
         """Append a tensor of another file, byte for byte."""
         with source.open() as reading:
             copy_range(reading, source.position(info), info.nbytes, self.descriptor, self.reserved + self.at)
-        self.written.append((name, info.dtype, info.shape))
-        self.at += info.nbytes
+        self.take(name, info.dtype, info.shape, info.nbytes)
+
+    def take(self, name: str, dtype: str, shape: tuple[int, ...], size: int) -> None:
+        """Count a tensor as written; the next one comes behind it."""
+        self.written.append((name, dtype, shape))
+        self.at += -(-size // self.alignment) * self.alignment
 
     def finish(self) -> None:
         """Write the header and make the file durable."""
