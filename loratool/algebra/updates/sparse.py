@@ -64,23 +64,29 @@ class Scatter(Update):
 
 
 @dataclass(frozen=True)
-class Spectrum(Sized):
+class Coefficients(Sized):
+    """One that is known by some coefficients of a transform, which are at random places: the rest of them are zero."""
+
+    spectrum: Tensor  # (n,)
+    scale: float
+    seed: int
+
+    def fit(self, shape: tuple[int, ...]) -> Update | None:
+        fits = len(shape) == 2 and super().fit(shape) and self.spectrum.shape[0] <= math.prod(shape)
+        return replace(self, size=shape) if fits else None
+
+
+@dataclass(frozen=True)
+class Spectrum(Coefficients):
     """ΔW = scale · Re(inverse 2-d Fourier transform of F), F being zero but for `spectrum` at random places.
 
     FourierFT (Gao et al. 2024, arXiv:2405.03003). The places are the first of a permutation of all elements of
     the (out, in) weight, which torch draws from `seed`.
     """
 
-    spectrum: Tensor  # (n,)
-    scale: float
-    seed: int
     places: Tensor | None = None  # (2, n): rows and columns of F, once prepared
 
     rank = 2
-
-    def fit(self, shape: tuple[int, ...]) -> Update | None:
-        fits = len(shape) == 2 and super().fit(shape) and self.spectrum.shape[0] <= math.prod(shape)
-        return replace(self, size=shape) if fits else None
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
         out_in = self.size[::-1] if self.in_out else self.size

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loratool.algebra.updates.additive import Add
-from loratool.algebra.updates.base import Sized, Update, WeightRows
-from loratool.algebra.updates.sparse import drawn
+from loratool.algebra.updates.base import Update, WeightRows
+from loratool.algebra.updates.sparse import Coefficients, drawn
 from loratool.lazy import Tensor, numpy as np, torch
 
 LARGEST_ORDER = 10  # of Daubechies' wavelets, as PEFT has them
 
 
 @dataclass(frozen=True)
-class Wavelet(Sized):
+class Wavelet(Coefficients):
     """ΔW = scale · one step of an inverse wavelet transform of F, F being zero but for `spectrum` at random places.
 
     WaveFT of PEFT. The places are drawn as FourierFT's are. F is a bit larger than the (out, in) weight, which is
     the middle of what the transform gives. Of order 0 there is no transform: ΔW = scale · F.
     """
 
-    spectrum: Tensor  # (n,)
-    scale: float
-    seed: int
     order: int  # of Daubechies' wavelet, which has 2 · order values
 
     @property
     def rank(self) -> int:
         return max(self.size)  # of its memory: two matrices of the weight's size
-
-    def fit(self, shape: tuple[int, ...]) -> Update | None:
-        fits = len(shape) == 2 and super().fit(shape) and self.spectrum.shape[0] <= math.prod(shape)
-        return replace(self, size=shape) if fits else None
 
     def prepared(self, weight: WeightRows) -> Update:  # noqa: ARG002
         change = self.change()
