@@ -82,8 +82,7 @@ class Awq(Codec):
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         said = said_by(settings)
-        modules = packed_modules(base) if said is not None else []
-        if said is None or not modules:
+        if said is None or not (modules := packed_modules(base)):
             return None
         finder = Finder(base)
         found: dict[str, AwqWeight] = {}

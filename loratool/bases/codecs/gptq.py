@@ -129,8 +129,7 @@ class Gptq(Codec):
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
         said = said_by(settings)
-        modules = packed_modules(base) if said is not None else []
-        if said is None or not modules:
+        if said is None or not (modules := packed_modules(base)):
             return None
         finder = Finder(base)
         schemes = settings_by_module(modules, said, finder, scheme_of)
