@@ -80,6 +80,11 @@ UNFINISHED = (
     "site-packages",
     "node_modules",
 )
+NEVER = {
+    "may contain a secret": SECRET,
+    "left by training": (*TRAINING, *TRAINING_FOLDERS),
+    "unfinished, or a cache": UNFINISHED,
+}
 UNKNOWN = "not a model file"
 MOST_LINES = 5  # of one file with secrets that a message names
 
@@ -271,12 +276,9 @@ def never(name: str) -> str:
     parts = name.split("/")
     if any(part.startswith(".") for part in parts):
         return "hidden"
-    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in SECRET):
-        return "may contain a secret"
-    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in (*TRAINING, *TRAINING_FOLDERS)):
-        return "left by training"
-    if any(fnmatch(part.lower(), pattern) for part in parts for pattern in UNFINISHED):
-        return "unfinished, or a cache"
+    for reason, patterns in NEVER.items():
+        if any(fnmatch(part.lower(), pattern) for part in parts for pattern in patterns):
+            return reason
     return ""
 
 
