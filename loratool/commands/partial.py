@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from loratool.commands.keywords import ExtractKeywords, InspectKeywords, VerifyKeywords
 
 
-def share_of(part: str | Share) -> Share:
-    return part if isinstance(part, Share) else Share.of(part)
-
-
 @keyword_options(VerifyOptions)
 def verify_part(
     merged: PathLike,
@@ -60,7 +56,7 @@ def verify_part(
         StorageError: a disk or file-system error.
     """
     options = made_of(VerifyOptions, keywords, "verify_part")
-    return verifying.verify_part(merged, base, adapters, options, share_of(part), into, progress)
+    return verifying.verify_part(merged, base, adapters, options, Share.of(part), into, progress)
 
 
 @keyword_options(VerifyOptions)
@@ -121,8 +117,8 @@ def extract_part(
         from loratool.publishing.storing import built_here
 
         with built_here(out, [base, tuned], options.overwrite) as (place, _):  # in which nothing is built yet
-            return extracting.extract_part(base, tuned, place, options, share_of(part), into, progress)
-    return extracting.extract_part(base, tuned, out, options, share_of(part), into, progress)
+            return extracting.extract_part(base, tuned, place, options, Share.of(part), into, progress)
+    return extracting.extract_part(base, tuned, out, options, Share.of(part), into, progress)
 
 
 @keyword_options(ExtractOptions)
@@ -179,7 +175,7 @@ def inspect_part(
         StorageError: a disk or file-system error.
     """
     options = made_of(InspectOptions, keywords, "inspect_part")
-    return inspecting.inspect_part(path, options, share_of(part), into, progress)
+    return inspecting.inspect_part(path, options, Share.of(part), into, progress)
 
 
 @keyword_options(InspectOptions)

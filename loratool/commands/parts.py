@@ -48,8 +48,8 @@ def merge_part(
         InputError, FitError: as for `merge`.
         StorageError: a disk or file-system error; what is done so far is kept.
     """
-    share = part if isinstance(part, Share) else Share.of(part)
-    return in_parts.merge_part(base, adapters, out, made_of(MergeOptions, keywords, "merge_part"), share, progress)
+    options = made_of(MergeOptions, keywords, "merge_part")
+    return in_parts.merge_part(base, adapters, out, options, Share.of(part), progress)
 
 
 @keyword_options(MergeAndPushOptions)
@@ -79,7 +79,7 @@ def finish_merge(
         StorageError: a disk or file-system error; the parts are kept.
     """
     options = made_of(MergeAndPushOptions, keywords, "finish_merge")
-    return with_push(in_parts.finish, (base, adapters, out), options, progress, push_progress, in_parts.finish)
+    return with_push(in_parts.finish, (base, adapters, out), options, progress, push_progress, knows_stores=True)
 
 
 @keyword_options(MergeOptions)

@@ -25,20 +25,18 @@ def with_push(
     options: PublishOptions,
     progress: Progress | None,
     push_progress: Progress | None,
-    into_store: Callable[..., Report] | None = None,
+    knows_stores: bool = False,
 ) -> Report:
     """The report of `make(*operands, options, progress)`, whose output is pushed where that is asked for.
 
-    The last operand is OUT. Where that is in a store, `into_store` takes the place of `make`, if it is given.
+    The last operand is OUT. Where that is in a store, it is made here and then put there, unless `make` knows stores.
     """
     if options.destination is not None:  # that a push is possible is found out before the work for it is done
         from loratool.publishing.committing import full_name
 
         full_name(options.destination)
-    if not is_in_store(operands[-1]):
+    if knows_stores or not is_in_store(operands[-1]):
         report = make(*operands, options, progress)
-    elif into_store is not None:
-        report = into_store(*operands, options, progress)
     else:
         from loratool.publishing.storing import made_in_store
 

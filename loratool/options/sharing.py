@@ -36,11 +36,13 @@ class Share:
         return f"{self.index}/{self.count}"
 
     @classmethod
-    def of(cls, word: str, environ: Mapping[str, str] = os.environ) -> Share:
+    def of(cls, word: str | Share, environ: Mapping[str, str] = os.environ) -> Share:
         """The share that a word means: `3/8`, or one that is told by variables of `environ`: `auto`, `auto/8`.
 
-        Raises `UsageError`.
+        A share means itself. Raises `UsageError`.
         """
+        if isinstance(word, Share):
+            return word
         match = WORD.fullmatch(word.strip())
         if match is None:
             raise UsageError(f"--part must be I/N such as 3/8, auto, or auto/N (got {printable(repr(word))})")
