@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Term = tuple["Numbers", "Numbers", float]  # (n, count) left, (n, count) right, scale
 
-INTEGERS = {8: "int64", 4: "int32", 2: "int16"}  # by bytes
+INTEGERS = {8: "int64", 4: "int32", 2: "int16", 1: "uint8"}  # by bytes
 SPLITTER = 2.0**27 + 1  # cuts a float64 into two halves of 26 bits
 FAR = 2.0**-26  # of a float32's size: less than half of its step
 FEW = 64  # elements for which Python's own exact sums take less time than numpy's calls

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from loratool.algebra.rounding import bits_of
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
@@ -81,7 +82,7 @@ def pack_anew(worker: Worker, work: EditedSpan, sources: OpenSources, block: int
         lap("repack")
     if renew:
         new = weight.new_parameters(torch.cat(measured), own)
-        if any(not torch.equal(value, own[name]) for name, value in new.items()):
+        if any(not torch.equal(bits_of(value), bits_of(own[name])) for name, value in new.items()):
             other = Attempt(weight, new)
             for first, before, after in merged_rows(worker, work, sources, block):
                 other.take(before, after, first, modules)
