@@ -217,7 +217,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        return failed(arguments, UsageError(error.format_message(), hint=step_after(error, arguments)), usage_of(error))
+        return failed(arguments, UsageError(said_by(error), hint=step_after(error, arguments)), usage_of(error))
     except LoratoolError as error:
         return failed(arguments, error)
     except (KeyboardInterrupt, click.Abort) as error:
@@ -266,6 +266,12 @@ def same_command(arguments: list[str]) -> str:
     from loratool.fetching.next_steps import typed
 
     return typed(*arguments)
+
+
+def said_by(error: click.ClickException) -> str:
+    """Click's sentence. Older versions show the name of an option that does not exist as it was typed."""
+    sentence, name = error.format_message(), getattr(error, "option_name", None)
+    return sentence.replace(name, escaped(name)) if isinstance(name, str) and name else sentence
 
 
 def usage_of(error: click.ClickException) -> str:

@@ -30,8 +30,9 @@ def test_one_value_in_any_piece_decides(dtype: torch.dtype, tmp_path: Path) -> N
     made = {}
     for value in (*special, *more):
         for place in (0, count - 1, PIECE // dtype.itemsize):
-            made[f"{value} at {place}"] = torch.zeros(count, dtype=dtype)
-            made[f"{value} at {place}"][place] = value
+            values = torch.zeros(count, dtype=torch.float64)
+            values[place] = value
+            made[f"{value} at {place}"] = values.to(dtype)
     for name, tensor in stored(tmp_path, made).items():
         wide = made[name].double()
         assert tensor.finite() == is_finite(*tensor.largest()) == bool(wide.isfinite().all()), name

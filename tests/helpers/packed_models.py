@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from loratool.bases.codecs import decoded
@@ -35,8 +36,13 @@ def save_packed(
 ) -> Path:
     """A model folder with one file of weights, whose values are written as they are."""
     folder.mkdir(parents=True)
-    as_tensors = {n: v if isinstance(v, torch.Tensor) else torch.from_numpy(v.copy()) for n, v in tensors.items()}
-    save_file(as_tensors, folder / "model.safetensors", metadata)
+    as_tensors = {n: v for n, v in tensors.items() if isinstance(v, torch.Tensor)}
+    arrays = {n: v.copy() for n, v in tensors.items() if not isinstance(v, torch.Tensor)}
+    if as_tensors:
+        as_tensors |= {name: torch.from_numpy(values) for name, values in arrays.items()}
+        save_file(as_tensors, folder / "model.safetensors", metadata)
+    else:  # older safetensors writes unsigned words of numpy's alone
+        save_arrays(arrays, folder / "model.safetensors", metadata)
     table = {"model_type": "llama", "dtype": "bfloat16", **config}
     if quantization_config is not None:
         table["quantization_config"] = quantization_config
