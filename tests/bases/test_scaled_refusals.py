@@ -133,9 +133,9 @@ def with_value(name: str, value: float, *, at: int = 0) -> Change:
     """One value of a tensor is another."""
 
     def change(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
-        flat = tensors[name].clone().flatten()
+        flat = tensors[name].double().flatten()
         flat[at] = value
-        tensors[name] = flat.view(tensors[name].shape)
+        tensors[name] = flat.to(tensors[name].dtype).view(tensors[name].shape)
 
     return change
 
