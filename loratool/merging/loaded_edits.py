@@ -154,7 +154,8 @@ class LoadedEdits:
             weight = before[at : at + step].double()
             self.substitute(weight, first + at)
             finite = weight.isfinite()
-            values, errors = self.sum.wide.sums(weight.masked_fill(~finite, 0), first + at)
+            weight.masked_fill_(~finite, 0)
+            values, errors = self.sum.wide.sums(weight, first + at)
             start, flat = (first + at) * self.width, weight.flatten()
             numbers = random_numbers(self.name, start, flat.numel())
 
@@ -163,7 +164,7 @@ class LoadedEdits:
 
             rounded = round_at_random(values.flatten(), errors.flatten(), numbers, after.dtype, exact).view_as(weight)
             part = after[at : at + step]
-            part.copy_(torch.where(finite & ((values != 0) | (weight != 0)), rounded, part))
+            part.copy_(torch.where(finite & ((rounded != 0) | (part != 0)), rounded, part))  # zeros keep their signs
 
     @property
     def every(self) -> int:
@@ -206,13 +207,12 @@ class LoadedEdits:
         base = block.clone()
         for each in self.others:
             each.apply(block, first, base)
-        if self.at_random and math.isfinite(largest_of(block)):
-            numbers = random_numbers(self.name, first * self.width, block.numel())
-            flat = block.flatten()
+        after.copy_(convert(block, after.dtype, math.isfinite(largest_of(block))))
+        if self.at_random:
+            numbers, finite = random_numbers(self.name, first * self.width, block.numel()), block.isfinite()
+            flat = block.masked_fill(~finite, 0).flatten()
             rounded = round_at_random(flat, flat * 0, numbers, after.dtype, lambda at: Fraction(float(flat[at])))
-            after.copy_(rounded.view_as(after))
-        else:
-            after.copy_(convert(block, after.dtype, math.isfinite(largest_of(block))))
+            after.copy_(torch.where(finite, rounded.view_as(after), after))
         seen.change = float(torch.linalg.vector_norm(block.sub_(base))) ** 2
         rows = self.sampled(first, len(before))
         if rows and not self.replacements:

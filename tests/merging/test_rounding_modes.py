@@ -217,6 +217,32 @@ def test_stochastic_rounding_is_what_its_description_says(tmp_path: Path, dtype:
         assert Fraction(float(after[row, column])) == count * unit * (1 if exact > 0 else -1), at
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_is_infinite_in_a_base_stays_and_all_rows_beside_it_are_rounded_at_random(
+    tmp_path: Path, dora: bool
+) -> None:
+    """What is added there cancels, so that float64 does not tell which way to round."""
+    base, adapter = write_pair(tmp_path, 1e-3, torch.bfloat16)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    stem = f"base_model.model.{name.removesuffix('weight')}"
+    factors, weights = load_file(adapter / "adapter_model.safetensors"), load_file(base / "model.safetensors")
+    factors[f"{stem}lora_B.weight"][0] = torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0])
+    factors[f"{stem}lora_A.weight"][:2, 0] = torch.tensor([1.0, -1])
+    if dora:
+        edit_config(adapter, use_dora=True)
+        size = weights[name].float().norm(dim=1) * 1.01
+        factors = {key: each for key, each in factors.items() if key.startswith(stem)}
+        factors[f"{stem}lora_magnitude_vector"] = size
+    save_file(factors, adapter / "adapter_model.safetensors")
+    loratool.merge(base, adapter, tmp_path / "finite", rounding="stochastic", device="cpu")
+    weights[name][0, 0] = torch.inf
+    save_file(weights, base / "model.safetensors")
+    loratool.merge(base, adapter, tmp_path / "out", rounding="stochastic", device="cpu")
+    got, finite = (load_file(tmp_path / each / "model.safetensors")[name] for each in ("out", "finite"))
+    assert not got[0, 0].isfinite()
+    assert torch.equal(got[1:], finite[1:])
+
+
 @pytest.mark.parametrize("rounding", ["compensated", "stochastic"])
 @pytest.mark.parametrize("family", ["int8 (W8A8)", "fp8 blocks", "int4 groups"])
 def test_weights_of_a_quantised_base_are_rounded_that_way_too(tmp_path: Path, family: str, rounding: str) -> None:
