@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from loratool.adapters.formats import OUTPUT_FILES, WRITTEN
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
 from loratool.algebra.rounding import round_once
-from loratool.errors import UsageError, VerificationError, printable
-from loratool.files.outputs import check_local, replaceable_files
+from loratool.errors import StorageError, UsageError, VerificationError, printable
+from loratool.files.outputs import check_local, replaceable_files, stage_of
+from loratool.files.system import shell_line
 from loratool.lazy import Tensor, torch
 from loratool.merging.merge import MergeOptions, merge
 from loratool.results.base import Result
@@ -52,8 +55,8 @@ class DemoResult(Result):
             f"{share:.4f} % equal, {self.one_step} differ in the last bit, none by more; {self.copied} other tensors "
             "equal byte for byte"
         )
-        home = printable(self.folder)
-        again = f"loratool merge {home}/base {home}/adapter -o {home}/again"
+        base, adapter, out = (f"{self.folder}/{name}" for name in ("base", "adapter", "again"))
+        again = shell_line(["loratool", "merge", base, adapter, "-o", out])
         return f"{self.merge}\n{checked}\n{'by hand':<20}{again}"
 
 
@@ -63,18 +66,39 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
     Raises:
         UsageError: `folder` is there already and `overwrite` is not given.
         VerificationError: the merged model is not what the formula says.
+        StorageError: a disk or file-system error.
     """
     home = Path(folder)
+    with made_in(home, overwrite):
+        base, adapter = home / "base", home / "adapter"
+        for path in (base, adapter):
+            path.mkdir()
+        make_base(base)
+        make_adapter(adapter)
+        report = merge(base, [adapter], home / "merged", MergeOptions())
+        return check(home, report)
+
+
+@contextmanager
+def made_in(home: Path, overwrite: bool) -> Iterator[None]:
+    """Make `home`, or empty it of an earlier demo; unless the block ends well, nothing of what it wrote is left."""
     check_local(home)
-    if home.exists():
+    there = home.exists()
+    if there:
         clear(home, overwrite)
-    base, adapter = home / "base", home / "adapter"
-    for path in (base, adapter):
-        path.mkdir(parents=True)
-    make_base(base)
-    make_adapter(adapter)
-    report = merge(base, [adapter], home / "merged", MergeOptions())
-    return check(home, report)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for made in (home / name for name in MADE):
+            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(stage_of(made), ignore_errors=True)
+        if not there:
+            with suppress(OSError):
+                home.rmdir()
+        if isinstance(error, OSError):
+            raise StorageError(f"{printable(error.filename or home)}: {error.strerror}") from error
+        raise
 
 
 def clear(home: Path, overwrite: bool) -> None:
@@ -96,8 +120,6 @@ def clear(home: Path, overwrite: bool) -> None:
 
 def make_base(folder: Path) -> None:
     """A bfloat16 Llama with random weights, in three shards with an index."""
-    from safetensors.torch import save_file
-
     generator = torch.Generator().manual_seed(0)
 
     def weight(*shape: int) -> Tensor:
@@ -116,7 +138,7 @@ def make_base(folder: Path) -> None:
     for number in range(SHARDS):
         part = names[number * step : (number + 1) * step]
         file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        write_tensors({name: tensors[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
     total = sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -141,8 +163,6 @@ def make_base(folder: Path) -> None:
 
 def make_adapter(folder: Path) -> None:
     """A rank-8 adapter in PEFT's layout, as if training had moved B away from zero."""
-    from safetensors.torch import save_file
-
     generator = torch.Generator().manual_seed(1)
     modules = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in TARGETS.items()}
     names = WRITTEN.spelling({f"{module}.weight": Kind.LINEAR for module in modules})
@@ -152,8 +172,15 @@ def make_adapter(folder: Path) -> None:
         tensors[down] = torch.randn(RANK, into, generator=generator) / into**0.5
         tensors[up] = torch.randn(out, RANK, generator=generator) * 0.005
     config = WRITTEN.plain_config(Training(task="CAUSAL_LM"), dict.fromkeys(modules, (RANK, ALPHA)))
-    save_file(tensors, folder / WRITTEN.weights_name, {"format": "pt"})
+    write_tensors(tensors, folder / WRITTEN.weights_name)
     (folder / WRITTEN.config_name).write_text(json.dumps(config, indent=2) + "\n", newline="\n")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A file of the safetensors package's, with the system's own errors."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(dict(tensors), {"format": "pt"}))
 
 
 def check(home: Path, report: MergeReport) -> DemoResult:

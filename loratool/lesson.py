@@ -11,9 +11,8 @@ from statistics import median, quantiles
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
-from loratool.demo import clear, make_base, ordered, tensors_of
+from loratool.demo import made_in, make_base, ordered, tensors_of, write_tensors
 from loratool.errors import VerificationError
-from loratool.files.outputs import check_local
 from loratool.lazy import Tensor, torch
 from loratool.results.lesson import Latency, Nearness
 
@@ -32,21 +31,17 @@ TOKENS, TIMINGS = 16, 400  # of the timing, which is short, so that other work o
 
 def prepare(home: Path, overwrite: bool) -> None:
     """Make `home` with the base, the trained adapter, and the matrix with its adapter in it."""
-    check_local(home)
-    if home.exists():
-        clear(home, overwrite)
-    for name in ("matrix", "matrix-adapter", "base", "adapter"):
-        (home / name).mkdir(parents=True)
-    make_matrix(home / "matrix", home / "matrix-adapter")
-    make_base(home / "base")
-    train(home / "base", home / "adapter")
+    with made_in(home, overwrite):
+        for name in ("matrix", "matrix-adapter", "base", "adapter"):
+            (home / name).mkdir()
+        make_matrix(home / "matrix", home / "matrix-adapter")
+        make_base(home / "base")
+        train(home / "base", home / "adapter")
 
 
 def make_matrix(base: Path, adapter: Path) -> None:
     """A model of one 6 × 4 weight, and LoRA of rank 2 for it, in numbers that one can multiply by hand."""
-    from safetensors.torch import save_file
-
-    save_file({MATRIX: torch.tensor(W0, dtype=torch.float32)}, base / "model.safetensors", {"format": "pt"})
+    write_tensors({MATRIX: torch.tensor(W0, dtype=torch.float32)}, base / "model.safetensors")
     (base / "config.json").write_text(json.dumps({"architectures": ["OneLayer"]}) + "\n", newline="\n")
     factors = torch.tensor(A, dtype=torch.float32), torch.tensor(B, dtype=torch.float32)
     write_lora(adapter, {MATRIX: factors}, MATRIX_ALPHA)
@@ -54,12 +49,10 @@ def make_matrix(base: Path, adapter: Path) -> None:
 
 def write_lora(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> None:
     """An adapter in PEFT's layout: weight → A (r, in) and B (out, r)."""
-    from safetensors.torch import save_file
-
     names = WRITTEN.spelling(dict.fromkeys(factors, Kind.LINEAR))
     tensors = {name: f for weight, pair in factors.items() for name, f in zip(names.factors(weight), pair, strict=True)}
     ranks = {weight.removesuffix(".weight"): (len(down), alpha) for weight, (down, _) in factors.items()}
-    save_file(tensors, folder / WRITTEN.weights_name, {"format": "pt"})
+    write_tensors(tensors, folder / WRITTEN.weights_name)
     config = WRITTEN.plain_config(Training(), ranks)
     (folder / WRITTEN.config_name).write_text(json.dumps(config, indent=2) + "\n", newline="\n")
 

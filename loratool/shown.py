@@ -1,6 +1,6 @@
-"""A short `repr` for what a person meets in a notebook: the name, and the first fields in a few words each.
+"""What a person is shown: a number of bytes, and a short `repr` in a notebook.
 
-`reprlib` shortens each value, but not their sum, and shows the entries of a collection instead of their number.
+The `repr` is the name and the first fields in a few words each. `reprlib` shortens each value, but not their sum, and shows the entries of a collection instead of their number.
 """
 
 from __future__ import annotations
@@ -12,6 +12,15 @@ from typing import Any
 
 LONGEST = 400  # characters of a `repr`, the ellipsis apart
 LONGEST_VALUE = 60
+
+
+def size(count: float) -> str:
+    """A number of bytes with its unit, in powers of 1000 as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
 
 
 class Shown:

@@ -142,6 +142,7 @@ def show_schema(context: click.Context, _parameter: click.Parameter, name: str |
 @click.group(
     cls=Commands,
     context_settings={**HELP, "max_content_width": 100},
+    invoke_without_command=True,  # else Click's releases differ in what they do with the help
     epilog=EXIT_CODES,
 )
 @click.version_option(__version__, prog_name="loratool")
@@ -153,12 +154,16 @@ def show_schema(context: click.Context, _parameter: click.Parameter, name: str |
     callback=show_schema,
     help="Print the JSON Schema of what COMMAND prints with --json.",
 )
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Merge, inspect, resize, combine and publish LoRA adapters on checkpoint files, without loading the model.
 
     \b
     Example: loratool merge ./Llama-3.2-1B ./my-adapter -o ./merged
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(UsageError.exit_code)
 
 
 def stop(terminated: bool) -> NoReturn:
@@ -270,7 +275,8 @@ def same_command(arguments: list[str]) -> str:
 
 def said_by(error: click.ClickException) -> str:
     """Click's sentence. Older versions show the name of an option that does not exist as it was typed."""
-    sentence, name = error.format_message(), getattr(error, "option_name", None)
+    sentence = error.format_message().expandtabs(2)  # choices are listed with tabs
+    name = getattr(error, "option_name", None)
     return sentence.replace(name, escaped(name)) if isinstance(name, str) and name else sentence
 
 

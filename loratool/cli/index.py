@@ -9,7 +9,6 @@ import click
 from loratool.cli.operands import Output
 from loratool.cli.options import OPERAND, PATH, click_options, output_options
 from loratool.cli.screen import Screen
-from loratool.errors import escaped
 from loratool.files.system import shell_line
 from loratool.inspecting.fleet.indexing import IndexOptions
 from loratool.results.text import plural
@@ -34,6 +33,6 @@ def index(paths: tuple[Path, ...], out: Path, options: IndexOptions, screen: Scr
         report = index(paths, out, options, progress)
     screen.show(report)
     if report.exit_code:
-        hint = shell_line(["loratool", "inspect", *(escaped(str(path)) for path in paths)])
+        hint = shell_line(["loratool", "inspect", *map(str, paths)])
         click.echo(f"Error: {plural(len(report.failed), 'adapter')} not in the index\nhint: {hint}", err=True)
         raise click.exceptions.Exit(report.exit_code)

@@ -14,7 +14,7 @@ from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import Screen
 from loratool.commands.inspect import is_table
-from loratool.errors import LoratoolError, UsageError, escaped, printable
+from loratool.errors import LoratoolError, UsageError, printable
 from loratool.files.system import shell_line
 from loratool.inspecting.inspect import InspectOptions
 from loratool.results.facts import OneFacts, UnreadableFacts
@@ -105,7 +105,7 @@ def tell_problems(path: Path, facts: OneFacts, screen: Screen) -> None:
     whose = "" if problems[0].startswith(printable(path)) else f"{printable(path)}: "
     click.echo(f"Error: {whose}{problems[0]}{more}", err=True)
     if screen.quiet and not screen.as_json:
-        click.echo(f"hint: {shell_line(['loratool', 'inspect', escaped(str(path)), '--check'])}", err=True)
+        click.echo(f"hint: {shell_line(['loratool', 'inspect', str(path), '--check'])}", err=True)
 
 
 def named_in(file: Path) -> list[Path]:
@@ -160,9 +160,7 @@ def tell_bad(bad: Sequence[str | Path], count: int) -> None:
     """Say on stderr why the command fails; the table has the reasons."""
     if bad:
         sentence = f"Error: {len(bad)} of {count} adapters cannot be used; their reasons are in the table"
-        click.echo(
-            f"{sentence}\nhint: {shell_line(['loratool', 'inspect', escaped(str(bad[0])), '--check'])}", err=True
-        )
+        click.echo(f"{sentence}\nhint: {shell_line(['loratool', 'inspect', str(bad[0]), '--check'])}", err=True)
 
 
 def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapters.formats import format_at
-from loratool.errors import UsageError, printable
+from loratool.errors import InputError, UsageError, printable
 from loratool.files.hub_names import parse, with_owner
 
 AUTO = "auto"
@@ -16,6 +16,8 @@ AUTO = "auto"
 
 def named_base(path: Path) -> str:
     """The base of the adapter at `path`, as its config names it with its revision; empty where it does not."""
+    if not os.path.lexists(path):
+        raise InputError(f"{printable(path)}: no such file or folder")
     training = format_at(path).training_at(path)
     name, revision = training.base, training.revision
     if not name.strip():
@@ -31,7 +33,7 @@ def chosen_base(base: str | os.PathLike[str], adapters: Sequence[Path]) -> str |
 
 def base_of(adapters: Sequence[Path]) -> str:
     """The one base that all these adapters name; raises `UsageError` where there is none, several, or it is not here."""
-    names = list(dict.fromkeys(named_base(path) for path in adapters))
+    names = list(dict.fromkeys(map(named_base, adapters)))
     if "" in names or not names:
         raise UsageError(
             "the adapter's config does not name its base (base_model_name_or_path); name the base, by its path or Hub "

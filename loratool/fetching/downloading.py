@@ -16,6 +16,7 @@ from loratool.files.digests import sha256_of
 from loratool.files.hub_names import HubPath
 from loratool.files.system import free_space
 from loratool.lazy import hub, hub_constants, hub_errors
+from loratool.shown import size
 
 __all__ = ["cached", "download", "is_offline", "root_of"]
 
@@ -120,8 +121,8 @@ def check_room(remote: Remote, names: list[str]) -> None:
     wanted, free = sum(remote.files[name].size for name in names), free_space(there)
     if free is not None and wanted > free:
         raise StorageError(
-            f"{remote.repo}: needs {wanted / 1e9:.2f} GB in the cache {printable(cache)}, but only {free / 1e9:.2f} "
-            "GB are free; `loratool merge --stream` needs space for two files only"
+            f"{remote.repo}: needs {size(wanted)} in the cache {printable(cache)}, but only {size(free)} is free; "
+            "`loratool merge --stream` needs space for two files only"
         )
 
 

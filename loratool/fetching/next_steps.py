@@ -13,7 +13,6 @@ from loratool.errors import (
     StorageError,
     UsageError,
     VerificationError,
-    escaped,
 )
 from loratool.fetching.operands import Operand, is_list, kind_of, proposals
 from loratool.files.system import shell_line
@@ -24,7 +23,7 @@ FOR_PROGRAMS = ("--json", "-q", "--quiet")  # words that a command to be typed b
 
 def typed(*words: str) -> str:
     """`loratool WORDS` as it is typed into the shell of this system."""
-    return shell_line(["loratool", *(escaped(word) for word in words if word not in FOR_PROGRAMS)])
+    return shell_line(["loratool", *(word for word in words if word not in FOR_PROGRAMS)])
 
 
 def in_full(hint: str, arguments: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from loratool.files.gguf import gguf_layout
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.files.safefile import PREFIX, header_length
 from loratool.files.system import free_space, shell_word
+from loratool.shown import size
 from loratool.stores import uploads
 from loratool.stores.begun import BEGIN, Begun
 from loratool.stores.client import connection
@@ -43,10 +44,10 @@ class Folder:
     def copy(self, names: Iterable[str]) -> None:
         """Bring whole objects, a few at a time. Raises `StorageError` where they have no room."""
         every = [name for name in names if os.fspath(self.root / name) not in stand_ins.copied]
-        size, free = sum(self.objects[name].size for name in every), free_space(self.root)
-        if free is not None and size > free:
+        total, free = sum(self.objects[name].size for name in every), free_space(self.root)
+        if free is not None and total > free:
             raise StorageError(
-                f"{printable(self.root)}: needs {size} bytes in {tempfile.gettempdir()}, {free} are free"
+                f"{printable(self.root)}: needs {size(total)} in {tempfile.gettempdir()}, but only {size(free)} is free"
             )
         list(connection().pool.map(self.copy_one, every))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from loratool.errors import InputError, LoratoolError, escaped, printable
+from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import read_safefile, start_of
 from loratool.files.system import shell_line, shell_word
@@ -125,7 +125,7 @@ def refuse_compressed(path: Path) -> None:
     name = path.stem if path.stem in names else names[0]
     raise InputError(
         f"{printable(path)}: contains compressed adapters ({some(names)}); `loratool expand` makes one plain again",
-        hint=shell_line(["loratool", "expand", escaped(os.fspath(folder)), escaped(name), "-o", f"./{escaped(name)}"]),
+        hint=shell_line(["loratool", "expand", os.fspath(folder), name, "-o", f"./{name}"]),
     )
 
 

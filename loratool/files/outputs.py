@@ -203,7 +203,7 @@ def check_stage(home: Path) -> Journal | None:
         return look(home)
     except ForeignError:
         if is_locked(home):  # and what is in it may change while it is looked at
-            raise UsageError(f"{printable(home)}: {BUSY}") from None
+            raise UsageError(f"{printable(home)}: {BUSY}", hint=ANOTHER_OUT) from None
         raise
     except OSError as error:
         raise StorageError(f"{printable(error.filename or home)}: {error.strerror or error}") from error

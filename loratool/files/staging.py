@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from loratool.errors import LoratoolError, StorageError, UsageError, printable
+from loratool.errors import ANOTHER_OUT, LoratoolError, StorageError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import (
     Digest,
@@ -53,6 +53,7 @@ from loratool.files.names import LONGEST, check_names, check_output_name
 from loratool.files.outputs import BUSY, check_stage, record_at, replaceable_files, stage_of
 from loratool.files.safefile import write_fully
 from loratool.files.system import create_file, current_user, exchange, free_space, open_file, sync_file, sync_folder
+from loratool.shown import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -115,17 +116,17 @@ class Stage:
 
     def copy(self, name: str, source: Path) -> None:
         """A side file of an input, byte for byte."""
-        state, size = hashlib.sha256(), 0
+        state, done = hashlib.sha256(), 0
         writing = create_file(self.way_to(name))
         try:
             for part in parts_of(source):
-                write_fully(writing, part, size)
+                write_fully(writing, part, done)
                 state.update(part)
-                size += len(part)
+                done += len(part)
             sync_file(writing)
         finally:
             os.close(writing)
-        self.files[name] = Digest(size, state.hexdigest())
+        self.files[name] = Digest(done, state.hexdigest())
 
     def way_to(self, name: str) -> Path:
         """Where a file of the output goes; the folders on the way to it are made."""
@@ -347,8 +348,8 @@ def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
     where = printable(error.filename) if error.filename else printable(path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = free_space(path.parent)
-        left = "" if free is None else f", {free} are free"
-        return StorageError(f"{where}: the disk is full: the output needs {needed} bytes{left}")
+        left = "" if free is None else f", and {size(free)} is free"
+        return StorageError(f"{where}: the disk is full: the output needs {size(needed)}{left}")
     length = len(str(error.filename or path))
     too_long = f" (the path has {length} characters; a shorter OUT may work)" if length >= LONGEST else ""
     return StorageError(f"{where}: {error.strerror or error}{too_long}")
@@ -367,7 +368,7 @@ def locked(home: Path) -> Iterator[int]:
         except FileNotFoundError:
             continue  # another run published it just now
         except BlockingIOError:
-            raise UsageError(f"{printable(home)}: {BUSY}") from None
+            raise UsageError(f"{printable(home)}: {BUSY}", hint=ANOTHER_OUT) from None
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 raise foreign(home, [f"{printable(home.name)}: is not a folder"]) from error
@@ -384,9 +385,7 @@ def locked(home: Path) -> Iterator[int]:
 def check_space(home: Path, needed: int) -> None:
     free = free_space(home)
     if free is not None and free < needed:
-        raise StorageError(
-            f"{printable(home)}: the output needs {needed / 1e9:.2f} GB of disk, but only {free / 1e9:.2f} GB are free"
-        )
+        raise StorageError(f"{printable(home)}: the output needs {size(needed)} of disk, but only {size(free)} is free")
 
 
 def write_durably(path: Path, content: bytes, how: int) -> None:

@@ -20,6 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from loratool.errors import escaped
+
 PLAIN_WORD = re.compile(r"[\w.:/\\=,@+~*?-]+")  # what cmd.exe passes on as it is typed
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # how a file system says that it cannot do something
 
@@ -312,12 +314,20 @@ def shell_line(words: Sequence[str]) -> str:
 def shell_word(word: str) -> str:
     """One word as it is typed into the shell of this system, in quotes where it needs them."""
     if not os.altsep:
-        return shlex.quote(word)
+        return shlex.quote(word) if escaped(word) == word else f"$'{''.join(map(shell_letter, word))}'"
+    word = escaped(word)  # which cmd.exe has no way to type
     if PLAIN_WORD.fullmatch(word):
         return word
     import subprocess  # here, so that help does not wait for it
 
     return subprocess.list2cmdline([f" {word}"]).replace(" ", "", 1)  # a space makes it quote
+
+
+def shell_letter(letter: str) -> str:
+    """A character as bash and zsh read it between $' and '."""
+    if escaped(letter) != letter:
+        return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
+    return f"\\{letter}" if letter in "\\'" else letter
 
 
 def current_user() -> int:

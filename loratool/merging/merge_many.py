@@ -34,6 +34,7 @@ from loratool.results.base import Cost
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
 from loratool.results.profile import Profile
+from loratool.shown import size
 from loratool.stores.names import is_in_store
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def check_space(ready: Iterable[Prepared], errors: dict[str, LoratoolError]) -> 
             needed = max(0, each.plan.bytes_written - kept)
             if free is not None and promised[disk] and free < promised[disk] + needed:
                 raise StorageError(
-                    f"{printable(each.wanted.key)}: the output needs {needed / 1e9:.2f} GB of disk, but only "
-                    f"{free / 1e9:.2f} GB are free, of which {promised[disk] / 1e9:.2f} GB are for other outputs"
+                    f"{printable(each.wanted.key)}: the output needs {size(needed)} of disk, but only {size(free)} "
+                    f"is free, of which {size(promised[disk])} is for other outputs"
                 )
             promised[disk] += needed

@@ -13,7 +13,8 @@ from loratool.grouping import by_key
 from loratool.merging.options import RunOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
-from loratool.results.text import MOST_LINES, aligned, plural, size
+from loratool.results.text import MOST_LINES, aligned, plural
+from loratool.shown import size
 from loratool.templates import first_few, grouped, listed, template_of
 
 if TYPE_CHECKING:

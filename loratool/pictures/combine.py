@@ -10,7 +10,8 @@ from loratool.pictures.heat_map import Cell, HeatMap
 from loratool.pictures.layers import Layers, Map, Measure, rank_group, ranks_of
 from loratool.pictures.page import Page
 from loratool.results.combine import CombinedLayer, CombineReport, met, plain_value
-from loratool.results.text import cost_rows, kept, number, percent, size
+from loratool.results.text import cost_rows, kept, number, percent
+from loratool.shown import size
 
 MOST_COLUMNS = 8  # adapters that get a column of their own
 MOST_MAPS, MOST_MODULES = 3, 500  # of those, that get a map, and modules up to which there is room for it

@@ -8,7 +8,7 @@ from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Shown, Table, Tiles, Value
 from loratool.pictures.page import Page
 from loratool.results.estimate import Estimate, Memory, growth, quantised_line
-from loratool.results.text import size
+from loratool.shown import size
 
 
 def page_of(result: Estimate) -> Page:

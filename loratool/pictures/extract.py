@@ -9,7 +9,8 @@ from loratool.pictures.blocks import Block, Facts, Group, Tiles
 from loratool.pictures.layers import Layers, Map, Measure, energy, rank_group, ranks_of
 from loratool.pictures.page import Page
 from loratool.results.extract import ExtractedLayer, ExtractReport
-from loratool.results.text import cost_rows, kept, percent, size
+from loratool.results.text import cost_rows, kept, percent
+from loratool.shown import size
 
 KEPT = Measure[ExtractedLayer]("energy kept", "part of ‖M‖² that the adapter holds", lambda each: energy(each.achieved))
 RELATIVE = Measure[ExtractedLayer]("‖M‖/‖W‖", "relative to the base's weight", lambda each: each.relative)

@@ -9,7 +9,8 @@ from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messa
 from loratool.pictures.page import Page
 from loratool.results.fleet import OK, FleetFacts, FleetRow, base_cell, several, short_count, target_cell
 from loratool.results.sketch import Neighbour
-from loratool.results.text import counts, figure, plural, size
+from loratool.results.text import counts, figure, plural
+from loratool.shown import size
 
 MOST_BARS = 16  # of one figure; the smallest counts are left out of more
 MOST_NORMS = 20  # adapters whose norms are shown as bars

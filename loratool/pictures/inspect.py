@@ -12,8 +12,9 @@ from loratool.pictures.page import Page
 from loratool.pictures.spectrum import energy_by_rank, energy_of
 from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
 from loratool.results.findings import Finding
-from loratool.results.text import plural, size
+from loratool.results.text import plural
 from loratool.results.values import Measured, Suggestion, Values
+from loratool.shown import size
 
 MOST_LINES = 2000  # of a figure; of more, every second, third … is drawn
 MOST_POINTS = 30_000  # of those lines; of more, some are left out

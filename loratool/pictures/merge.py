@@ -16,7 +16,8 @@ from loratool.pictures.page import Page
 from loratool.results.merge import AdapterEffect, MergeReport
 from loratool.results.profile import Profile
 from loratool.results.stream import StreamReport
-from loratool.results.text import memory, plural, size
+from loratool.results.text import memory, plural
+from loratool.shown import size
 
 RATIO, GAIN, ADDED = "‖ΔW‖/‖W‖", "gain", "error added"
 LOWEST = 0.5  # a gain that stands out as much as any

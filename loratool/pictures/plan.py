@@ -12,7 +12,8 @@ from loratool.pictures.merge import GAIN, map_of, told
 from loratool.pictures.modules import bare, places_of
 from loratool.pictures.page import Page
 from loratool.results.simulation import Simulation, duration
-from loratool.results.text import plural, size
+from loratool.results.text import plural
+from loratool.shown import size
 
 MOST_FILES = 40  # that get a bar of their own
 

@@ -8,7 +8,8 @@ from loratool.pictures.blocks import Block, Facts, Tiles
 from loratool.pictures.layers import Layers, Map, Measure, energy, rank_group, ranks_of
 from loratool.pictures.page import Page
 from loratool.results.resize import ResizedLayer, ResizeReport
-from loratool.results.text import cost_rows, kept, percent, size
+from loratool.results.text import cost_rows, kept, percent
+from loratool.shown import size
 
 KEPT = Measure[ResizedLayer]("energy kept", "‖ΔW'‖² / ‖ΔW‖² as stored", lambda layer: energy(layer.achieved))
 MEASURES = (

@@ -11,8 +11,9 @@ from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messa
 from loratool.pictures.heat_map import HeatMap
 from loratool.pictures.modules import bare, places_of
 from loratool.pictures.page import Page
-from loratool.results.text import figure, memory, plural, size
+from loratool.results.text import figure, memory, plural
 from loratool.results.verify import TensorProof, Verification
+from loratool.shown import size
 
 STATES = (  # of a tensor, and the class of its colour
     ("identical", "quiet"),

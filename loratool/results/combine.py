@@ -19,11 +19,11 @@ from loratool.results.text import (
     mean_of,
     number,
     percent,
-    size,
     spread,
     widest,
     worst_first,
 )
+from loratool.shown import size
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Literal
 
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import aligned, in_columns, size
+from loratool.results.text import aligned, in_columns
+from loratool.shown import size
 
 Shape = tuple[int, ...]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a parameter

@@ -13,7 +13,8 @@ from loratool.results.base import Result
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import figure, fill, fitted, plural, shortened, size, table as lines_of
+from loratool.results.text import figure, fill, fitted, plural, shortened, table as lines_of
+from loratool.shown import size
 
 OK = "ok"
 MANY = 2  # different ranks or scales that a cell lists before it has their range

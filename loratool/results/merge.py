@@ -10,7 +10,8 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
 from loratool.results.profile import Profile
-from loratool.results.text import aligned, memory, plural, size
+from loratool.results.text import aligned, memory, plural
+from loratool.shown import size
 
 MOST_WORST = 3  # tensors that are named
 

@@ -11,7 +11,8 @@ from loratool.notes import Note
 from loratool.results.base import Result, Written
 from loratool.results.merge import MergeReport
 from loratool.results.profile import Profile
-from loratool.results.text import aligned, plural, size
+from loratool.results.text import aligned, plural
+from loratool.shown import size
 from loratool.templates import some
 
 MOST_NAMED = 5  # parts that are named

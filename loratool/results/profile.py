@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratool.files.stopwatch import Spent
-from loratool.results.text import columns, size
-from loratool.shown import Shown
+from loratool.results.text import columns
+from loratool.shown import Shown, size
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import MOST_LINES, aligned, size
+from loratool.results.text import MOST_LINES, aligned
+from loratool.shown import size
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,8 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, size, spread, worst_first
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, spread, worst_first
+from loratool.shown import size
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loratool.results.text import in_columns, size
+from loratool.results.text import in_columns
+from loratool.shown import size
 
 Limit = Literal["start-up", "reading", "writing", "computing", "requests", "largest part", "finishing"]
 

@@ -8,7 +8,8 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.merge import AdapterEffect, effect_line
-from loratool.results.text import aligned, size
+from loratool.results.text import aligned
+from loratool.shown import size
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from loratool.errors import escaped, printable
 from loratool.results.base import Cost
+from loratool.shown import size
 
 Layer = TypeVar("Layer")
 COLUMNS = 80
@@ -24,15 +25,6 @@ MOST_LINES = 40  # rows of a listing before the rest is counted
 def memory(count: int) -> str:
     """Bytes that a process took; 0 where the system does not report them."""
     return size(count) if count else "not reported by this system"
-
-
-def size(count: float) -> str:
-    """A number of bytes with its unit, in powers of 1000 as disks and the Hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def cost_rows(cost: Cost) -> list[tuple[str, object]]:

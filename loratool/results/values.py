@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Cost
-from loratool.results.text import columns, cost_rows, figure, fill, percentage, size, wrapped
+from loratool.results.text import columns, cost_rows, figure, fill, percentage, wrapped
+from loratool.shown import size
 from loratool.templates import common_start
 
 LAST_WORDS = re.compile(r".*_\d+_(?=\D)|_\d+$")  # what of a name without dots tells where it is, not what

@@ -11,7 +11,8 @@ from typing import Any, TypedDict
 from loratool.errors import VerificationError, printable
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, figure, size, table
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, figure, table
+from loratool.shown import size
 
 AS_RECORDED, PROVEN, ROUNDED_TWICE, NOT_PROVEN = "as-recorded", "proven", "rounded-twice", "not-proven"
 SENTENCES = {

@@ -358,7 +358,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(workshop: Workshop, tmp_path: Path) -> None:
     end = merge_on_small_disk(workshop, tmp_path, 16_000_000)
     assert end.code == 6, end.errors
-    assert re.search(r"needs 0\.03 GB of disk, but only 0\.02 GB are free", end.errors)
+    assert re.search(r"needs 31\.\d\d MB of disk, but only 1[56]\.\d\d MB is free", end.errors)
     assert end.files == {}
 
 

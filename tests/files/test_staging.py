@@ -478,7 +478,7 @@ def test_a_disk_without_room_changes_nothing(
     usage = shutil.disk_usage(home)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     for words in faults.COMMANDS.values():
-        assert "GB are free" in refused([*words(inputs), "-o", str(home / "out" / "merged")], home, capsys)
+        assert "100 B is free" in refused([*words(inputs), "-o", str(home / "out" / "merged")], home, capsys)
 
 
 # ---------------------------------------------------------------- streaming merges

@@ -460,7 +460,7 @@ def test_what_others_put_into_the_stage_is_never_touched(merge: Merge) -> None:
 
 def test_a_disk_without_room_is_told_before_anything_is_made(merge: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "free_space", lambda _folder: 1000)
-    with pytest.raises(StorageError, match=r"only 0\.00 GB are free"):
+    with pytest.raises(StorageError, match=r"only 1.00 kB is free"):
         merge.part("1/2")
     assert os.listdir(merge.out.parent) == []
 

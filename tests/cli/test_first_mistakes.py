@@ -1,0 +1,158 @@
+"""What a newcomer types first, and what happens then: no command, names that need quotes, folders that are not there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from loratool import demo as demos
+from loratool.cli import run
+from loratool.errors import StorageError
+from loratool.files import staging
+from loratool.files.locks import lock_folder
+from loratool.files.system import shell_word
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo."""
+    home = tmp_path_factory.mktemp("home") / "demo"
+    demos.demo(home)
+    return home
+
+
+@pytest.fixture
+def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own to work in, with the demo's `base`, `adapter` and `merged`."""
+    for name in ("base", "adapter", "merged"):
+        (tmp_path / name).symlink_to(home / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code of a command, and what it wrote to stderr."""
+    capsys.readouterr()
+    return run(shlex.split(words)), capsys.readouterr().err
+
+
+def test_no_words_are_answered_by_the_help_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """On stderr, with the exit code of wrong usage, and not as an error whose message is the help."""
+    code, shown = said("", capsys)
+    assert run(["--help"]) == 0
+    assert (code, shown) == (2, capsys.readouterr().out)
+
+
+def test_choices_are_listed_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Choose from:\n  bash,\n  zsh,\n  fish\n" in said("completion", capsys)[1]
+
+
+@pytest.mark.parametrize(
+    "words", ["verify merged --adapter ./style", "merge auto style.safetensors -o out", "verify merged --adapter a/b/c"]
+)
+def test_an_adapter_that_is_not_there_is_said_where_its_base_is_looked_for(
+    words: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not a config that is missing in the folder around it."""
+    code, shown = said(words, capsys)
+    assert code == 3
+    assert "no such file or folder" in shown
+    assert "adapter_config.json" not in shown
+    assert sorted(os.listdir(here)) == ["adapter", "base", "merged"]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash to read words as people type them")
+@pytest.mark.parametrize("word", ["my folder", "new\nline", "tab\tit's\\", "\u202eevil\x1b[2J", "half\udcff", "ü"])
+def test_a_word_with_any_character_is_typed_so_that_bash_reads_it_and_a_terminal_shows_it(word: str) -> None:
+    typed = shell_word(word)
+    assert typed.isprintable()
+    printed = subprocess.run(["bash", "-c", f"printf %s {typed}"], capture_output=True, check=True).stdout
+    assert os.fsdecode(printed) == word
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash to read words as people type them")
+def test_the_command_of_a_hint_works_where_a_name_has_a_line_break(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hint stays on one line, and typed into bash it names the same folder."""
+    (here / "new\nline").symlink_to(here / "adapter")
+    assert run(["resize", "new\nline", "--rank", "4"]) == 2
+    hint = capsys.readouterr().err.splitlines()[-1].removeprefix("hint: loratool ")
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {hint}"], capture_output=True, check=True).stdout
+    assert words.decode().split("\0")[:-1] == ["resize", "new\nline", "--rank", "4", "-o", "./new\nline-resized"]
+
+
+@pytest.mark.usefixtures("here")
+def test_room_that_is_missing_is_told_in_units_that_show_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of 0.9 MB does not need 0.00 GB."""
+    monkeypatch.setattr(staging, "free_space", lambda _folder: 96_256)
+    code, shown = said("resize adapter --rank 4 -o out", capsys)
+    assert code == 6
+    assert "kB of disk, but only 96.26 kB is free" in shown
+
+
+def test_a_second_run_for_one_output_is_told_another_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "out.partial").mkdir()
+    lock = lock_folder(here / "out.partial")
+    try:
+        code, shown = said("merge base adapter -o out", capsys)
+    finally:
+        lock.release()
+    assert code == 2
+    assert "another run is writing this output; wait for it to end\n" in shown
+    assert shown.splitlines()[-1].startswith("hint: loratool merge base adapter -o ./")
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def test_the_demo_s_own_command_works_where_its_folder_needs_quotes(tmp_path: Path) -> None:
+    command = str(demos.demo(tmp_path / "a first demo's folder")).splitlines()[-1].removeprefix("by hand")
+    assert run(shlex.split(command)[1:]) == 0
+    with safe_open(tmp_path / "a first demo's folder" / "again" / "model-00001-of-00003.safetensors", "pt") as file:
+        assert len(file.keys()) > 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("words", ["", "--learn"])
+def test_a_disk_that_is_full_is_no_bug_of_the_demo_and_leaves_nothing(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error is the system's own."""
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda _path, content: write(Path("/dev/full"), content))
+    code, shown = said(f"demo {shlex.quote(str(tmp_path / 'demo'))} {words}", capsys)
+    assert code == 6
+    assert "No space left on device" in shown
+    assert str(tmp_path / "demo") in shown
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_demo_leaves_nothing_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demos, "check", stopped)
+    code, shown = said(f"demo {shlex.quote(str(tmp_path / 'demo'))}", capsys)
+    assert (code, shown.strip()) == (130, "Interrupted; nothing was written.")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_demo_that_fails_leaves_an_empty_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demos, "make_base", failed)
+    with pytest.raises(StorageError, match="No space left on device"):
+        demos.demo(tmp_path, overwrite=True)
+    assert os.listdir(tmp_path) == []
