@@ -51,7 +51,7 @@ def forecast_gains(plan: MergePlan) -> Gains:
     with ThreadPoolExecutor(cores(), "loratool-forecast") as pool:
         seen = [*pool.map(partial(seen_of, shared=shared), spans[:MOST_WEIGHTS])]
     kept, norms = (summed(each[number] for each in seen) for number in (0, 1))
-    return Gains.of(kept, hidden_updates(plan, kept, norms, {}, SAMPLED))
+    return Gains.of(kept, hidden_updates(plan, kept, norms, {}))
 
 
 def can_forecast(span: Span) -> bool:

@@ -81,7 +81,7 @@ class Gains:
         return cls(products / squares if squares else None, modules, hidden)
 
 
-def hidden_updates(plan: MergePlan, kept: Pairs, norms: Pairs, lost: Pairs, sampled: int = SAMPLED) -> dict[str, float]:
+def hidden_updates(plan: MergePlan, kept: Pairs, norms: Pairs, lost: Pairs) -> dict[str, float]:
     """Modules whose gain cannot be measured, each with how many times smaller its update is than a step of the format.
 
     With E = W' − (W + ΔW), a gain has the standard error ‖E‖ / (‖ΔW‖ √n) on n elements, since E is as good as random
@@ -92,7 +92,6 @@ def hidden_updates(plan: MergePlan, kept: Pairs, norms: Pairs, lost: Pairs, samp
         kept: by module, on sampled rows; ‖ΔW‖² is what counts here.
         norms: ‖W‖² and ‖ΔW‖² of edited tensors.
         lost: ‖E‖² and ‖ΔW‖² of those that were packed anew, where all rows were looked at.
-        sampled: elements of a tensor that were looked at.
     """
     found: dict[str, float] = {}
     for span in plan.edited:
@@ -101,7 +100,7 @@ def hidden_updates(plan: MergePlan, kept: Pairs, norms: Pairs, lost: Pairs, samp
             squared = lost[name][0]  # ‖E‖²
         elif name in norms and is_finer(span.weight.exact, span.placed.dtype):
             squared = norms[name][0] * (STEP / 2 ** FLOAT_DIGITS[span.placed.dtype]) ** 2 / 12
-            elements = min(elements, sampled)
+            elements = min(elements, SAMPLED)
         else:
             continue
         for edit in span.edits:

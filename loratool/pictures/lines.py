@@ -67,10 +67,10 @@ def linear(label: str, low: float, high: float, shown: str = "g") -> Axis:
     return Axis(label, low, high, tuple((value, f"{round(value, 9):{shown}}") for value in values))
 
 
-def counting(label: str, high: int, low: int = 1) -> Axis:
-    """An axis of whole numbers, such as ranks: the ends and the quarters."""
-    marks = sorted({low, *(max(low, round(high * part)) for part in (0.25, 0.5, 0.75, 1))})
-    return Axis(label, low, max(high, low + 1), tuple((value, str(value)) for value in marks))
+def counting(label: str, high: int) -> Axis:
+    """An axis of whole numbers from 1 on, such as ranks: the ends and the quarters."""
+    marks = sorted({1, *(max(1, round(high * part)) for part in (0.25, 0.5, 0.75, 1))})
+    return Axis(label, 1, max(high, 2), tuple((value, str(value)) for value in marks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,14 +49,14 @@ def adalora(module: Module) -> Updates:
 
 
 def loha(module: Module, scaling: Scaling) -> Updates:
-    (up1, down1, _), (up2, down2, _) = (hadamard_factor(module, side, CORES) for side in "12")
+    (up1, down1, _), (up2, down2, _) = (hadamard_factor(module, side) for side in "12")
     sides = [up1.shape[0], down1.shape[1]], [up2.shape[0], down2.shape[1]]
     module.require(sides[0] == sides[1], f"its two products have different shapes: {sides[0]} and {sides[1]}")
     return {"weight": Hadamard(up1, down1, up2, down2, scaling.scale(module.name, down1.shape[0]))}
 
 
 def lokr(module: Module, scaling: Scaling) -> Updates:
-    left, right = (kronecker_factor(module, side, CORES) for side in "12")
+    left, right = (kronecker_factor(module, side) for side in "12")
     if len(right.shape) != 3:  # which `Kronecker` takes in an order of PEFT's own
         right = as_matrix(right)
     rank, ranks = kronecker_rank(module), scaling.expected(module.name)

@@ -25,12 +25,12 @@ class Tensors(Protocol):
 CORES = (3, 4, 5)  # dimensions of a Tucker core: two of ranks, and those of a kernel
 
 
-def hadamard_factor(tensors: Tensors, side: str, cores: Collection[int] = CORES) -> tuple[Any, Any, tuple[int, ...]]:
+def hadamard_factor(tensors: Tensors, side: str) -> tuple[Any, Any, tuple[int, ...]]:
     """One of the two products of LoHa, as two matrices, and the kernel of its Tucker core."""
     a, b, core = tensors.tensor(f"hada_w{side}_a"), tensors.tensor(f"hada_w{side}_b"), f"hada_t{side}"
     kernel: tuple[int, ...] = ()
     if core in tensors:
-        t = tensors.tensor(core, cores)
+        t = tensors.tensor(core, CORES)
         agree = (t.shape[0], t.shape[1]) == (a.shape[0], b.shape[0])
         tensors.require(agree, f"{core} is {list(t.shape)}; the rank is {a.shape[0]}")
         kernel = tuple(t.shape[2:])
@@ -40,7 +40,7 @@ def hadamard_factor(tensors: Tensors, side: str, cores: Collection[int] = CORES)
     return a, b, kernel
 
 
-def kronecker_factor(tensors: Tensors, side: str, cores: Collection[int] = CORES) -> Any:
+def kronecker_factor(tensors: Tensors, side: str) -> Any:
     """w1 or w2 of LoKr: stored whole, as a product, or as a Tucker core and two matrices.
 
     w2 of a convolution has its dimensions where it is whole or has a core, and is a matrix where it is a product.
@@ -51,7 +51,7 @@ def kronecker_factor(tensors: Tensors, side: str, cores: Collection[int] = CORES
         return tensors.tensor(whole, (2,) if side == "1" else (2, 3, 4, 5))
     left, right = tensors.tensor(a), tensors.tensor(b)
     if side == "2" and "lokr_t2" in tensors:
-        core = tensors.tensor("lokr_t2", cores)
+        core = tensors.tensor("lokr_t2", CORES)
         agree = (core.shape[0], core.shape[1]) == (left.shape[0], right.shape[0])
         tensors.require(agree, f"lokr_t2 is {list(core.shape)}; the rank is {left.shape[0]}")
         return Derived((left.shape[1], right.shape[1], *core.shape[2:]), (core, left, right), formulas.rebuilt)
