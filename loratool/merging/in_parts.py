@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +23,6 @@ from loratool.files.digests import sha256_of
 from loratool.files.journal import FinishedShard
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord, PublishedError, SharedOutput
-from loratool.files.process import peak_memory
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage
 from loratool.merging.dealing import across_files, plan_of, share_of
@@ -120,7 +118,7 @@ def make_parts(
     try:
         made = make(merge, parts, share, progress)
     except PublishedError:
-        return dataclasses.replace(report, cost=spent(merge))
+        return dataclasses.replace(report, cost=Cost.since(merge.started))
     return dataclasses.replace(
         report,
         made=tuple(part.name for part in made.made),
@@ -133,11 +131,6 @@ def make_parts(
         profile=made.profile,
         cost=made.cost,
     )
-
-
-def spent(merge: PartedMerge) -> Cost:
-    """What a command that computes nothing has cost so far."""
-    return Cost(seconds=time.monotonic() - merge.started, peak_memory=peak_memory())
 
 
 @dataclass(frozen=True)
@@ -250,7 +243,7 @@ def publish(merge: PartedMerge, progress: Progress | None = None, check: Check |
             output.publish(stage)
             output.clear()
             workers = workers_of(records)
-            took = dataclasses.replace(spent(merge), device=kind_of_device(stage))
+            took = Cost.since(merge.started, kind_of_device(stage))
             report = make_report(merged, stage, (), took, len(workers), Profile({}))
     except PublishedError:  # by another one, at the same time
         return complete_already

@@ -10,12 +10,13 @@ from loratool.errors import FitError, StoreError, printable
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import read_recorded
 from loratool.files.part_records import PublishedError
-from loratool.merging.in_parts import IncompleteError, make, making, publish, result_of, spent
+from loratool.merging.in_parts import IncompleteError, make, making, publish, result_of
 from loratool.merging.inputs import PathLike, Progress
 from loratool.merging.merge import Making, MergeOptions, cost
 from loratool.merging.parted_merge import PartedMerge, open_parts
 from loratool.merging.resources import runtime_for
 from loratool.notes import Note
+from loratool.results.base import Cost
 from loratool.results.merge import MergeReport
 from loratool.stores.begun import read_record
 from loratool.stores.bucket import Bucket
@@ -108,5 +109,5 @@ def complete_already(merge: PartedMerge) -> MergeReport:
         left_out=plan.left_out,
         notes=(*plan.notes, Note("complete-already", text)),
         digests={s.name: str(recorded[s.name]) for s in plan.shards if s.name in recorded},
-        cost=spent(merge),
+        cost=Cost.since(merge.started),
     )
