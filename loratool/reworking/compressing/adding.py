@@ -36,7 +36,7 @@ from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.provenance.record import versions
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.aligned_layers import contents_apart
-from loratool.reworking.compressing.compress import adapters_at, as_typed, file_name, stored_core
+from loratool.reworking.compressing.compress import adapters_at, as_typed, file_name, file_names, stored_core
 from loratool.reworking.compressing.files import DIGEST, OWN, Opened, open_shared
 from loratool.reworking.compressing.members import Member, told
 from loratool.reworking.compressing.options import CompressOptions
@@ -107,9 +107,7 @@ class Stated:
 
 def check(sources: Sequence[Contents], bases: Opened, folder: Path, options: CompressOptions) -> None:
     """Raise for adapters that cannot be added."""
-    names = [file_name(source.name) for source in sources]
-    if again := sorted({name for name in names if names.count(name) > 1 or name + ENDING == SHARED}):
-        raise UsageError("adapters need names that tell their files apart:", map(printable, again))
+    names = file_names(sources)
     there = [name for name in names if os.path.lexists(folder / f"{name}{ENDING}")]
     if there and not (options.overwrite or options.dry_run):
         raise UsageError(

@@ -107,17 +107,21 @@ def fleet_of(paths: Sequence[Path], options: CompressOptions) -> tuple[list[Cont
     before = contents_apart(paths, options.readings(len(paths)), "compress", base.config if base else {})
     plain = base is not None and DIALECTS.get(dialect_of(before[0]), WRITTEN).format.takes_model
     sources, manner = in_manner(before, WRITTEN.dialects[0] if plain else None, base)  # expand takes no model
-    sources = [replace(s, adapter=replace(s.adapter, name=file_name(s.name))) for s in sources]
-    if again := sorted(
-        {s.name for s in sources if sum(o.name == s.name for o in sources) > 1 or s.name + ENDING == SHARED}
-    ):
-        raise UsageError("adapters need names that tell their files apart:", map(printable, again))
-    return sources, before, manner
+    named = zip(sources, file_names(sources), strict=True)
+    return [replace(source, adapter=replace(source.adapter, name=name)) for source, name in named], before, manner
 
 
 def file_name(name: str) -> str:
     """The name of an adapter as that of a file, without its ending."""
     return name.removesuffix(ENDING).replace("/", "-")
+
+
+def file_names(sources: Sequence[Contents]) -> list[str]:
+    """The names of adapters as those of files, without their ending. Raises `UsageError` where two are the same."""
+    names = [file_name(source.name) for source in sources]
+    if again := sorted({name for name in names if names.count(name) > 1 or name + ENDING == SHARED}):
+        raise UsageError("adapters need names that tell their files apart:", map(printable, again))
+    return names
 
 
 @dataclass
