@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import WeightFile
@@ -40,6 +40,13 @@ PIECE = 1 << 18
 INTEGER_NAMES = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}  # of indices
 # of what is saved whole, a count of batches or a mask
 WHOLE_NAMES = {**INTEGER_NAMES, "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool"}
+
+LARGEST_SCALE = 3.4e38  # of a float32
+
+
+def is_scale(value: object) -> TypeGuard[float]:
+    """Whether a number of a file may multiply factors: it is none of JSON's booleans, and in the range of float32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SCALE
 
 
 @dataclass(frozen=True)

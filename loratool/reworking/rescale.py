@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, is_zero, stored_tensors
+from loratool.adapters.adapter import LARGEST_SCALE, Adapter, is_zero, stored_tensors
 from loratool.adapters.blocks import BlockWeights
 from loratool.adapters.formats import format_of, read_adapter
 from loratool.adapters.formats.format import Parts, Restated, Spelling
@@ -42,7 +42,6 @@ from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
-LARGEST = 3.4e38  # of a float32
 EVEN = 1e-9  # factors that differ by less are one
 
 
@@ -111,7 +110,7 @@ def rescale(
             for f in [wanted[t] * matched[t]]
         }
         alphas = {t: abs(m.after) * max(contents.layers[t].rank, 1) for t, m in modules.items()}
-        if huge := [t for t, value in alphas.items() if not bake and not value <= LARGEST]:
+        if huge := [t for t, value in alphas.items() if not bake and not value <= LARGEST_SCALE]:
             raise UsageError("alpha would overflow float32:", map(printable, huge))
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.adapter import Adapter, StoredTensor, is_scale
 from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, uneven_dora
 from loratool.adapters.formats.known import MlxFiles
 from loratool.adapters.formats.rows import entry_of
@@ -51,7 +51,6 @@ CONTAINERS = {
     **dict.fromkeys(("gemma4", "gemma4_text"), "switch_glu"),
 }
 NO_SCALE = "pass --input-alpha, which is divided by the rank (releases that wrote no config multiplied by 20, the first ones by 2)"
-LARGEST = 3.4e38  # of a float32
 MISSING_PARTNER, AGAINST_TENSORS = "missing-partner", "config-against-tensors"  # codes of problems
 
 
@@ -199,17 +198,12 @@ def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in INPUT_EMBEDDINGS
 
 
-def is_finite(value: object) -> bool:
-    """Whether a value of a config is a number of float32's range."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
-
-
 def scale_of(config: Mapping[str, Any], given: float | None, notes: list[Note]) -> float | None:
     """What multiplies a @ b; None where it takes the α that is `given`. Raises `InputError` where it is no number."""
     table = config.get("lora_parameters")
     parameters = table if isinstance(table, Mapping) else {}
     numbers = {name: parameters[name] for name in ("scale", "alpha", "rank") if parameters.get(name) is not None}
-    if bad := [name for name, value in numbers.items() if not is_finite(value)]:
+    if bad := [name for name, value in numbers.items() if not is_scale(value)]:
         shown = printable(repr(numbers[bad[0]]))
         raise InputError(f"{CONFIG}: {bad[0]} of lora_parameters is {shown}; expected a finite number")
     if "scale" not in numbers and given is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, Adapter, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, Adapter, StoredTensor, is_scale
 from loratool.adapters.formats.format import Config, Format, Restated
 from loratool.adapters.formats.known import WithSettings
 from loratool.adapters.reading import AS_STORED, Reading
@@ -30,7 +30,6 @@ from loratool.notes import Note
 from loratool.provenance.cards import Subject
 
 MISSING_PARTNER, NO_ALPHA = "missing-partner", "alpha-missing"  # codes of problems
-LARGEST = 3.4e38  # of a float32
 
 
 @dataclass
@@ -105,7 +104,7 @@ class Found:
         """α of all modules: the one the settings hold, else the caller's; 0 where a problem was told."""
         given = self.reading.input_alpha
         if own is not None:
-            if isinstance(own, bool) or not isinstance(own, (int, float)) or not abs(own) <= LARGEST:
+            if not is_scale(own):
                 self.problems.append(Problem(f"{where} is {printable(repr(own))}; expected a finite number"))
                 return 0.0
             if given is not None:

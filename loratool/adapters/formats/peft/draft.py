@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, WHOLE_NAMES, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, WHOLE_NAMES, StoredTensor, is_scale
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.reading import AS_STORED, Reading
@@ -285,22 +285,15 @@ class Draft:
         return found
 
     def number(self, name: str, default: float) -> float:
-        return float(self.setting(name, default, is_number, "a finite number"))
+        return float(self.setting(name, default, is_scale, "a finite number"))
 
     def whole(self, name: str, default: int) -> int:
         found: int = self.setting(name, default, is_whole, "a whole number of at least 1")
         return found
 
 
-LARGEST_SCALE = 3.4e38  # float32
-
-
 def is_whole(value: object) -> bool:
     return type(value) is int and 1 <= value <= 10**8
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_SCALE
 
 
 def tell_spelling(draft: Draft, slots: Collection[str]) -> None:

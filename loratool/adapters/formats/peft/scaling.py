@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from loratool.adapters.formats.peft.draft import Draft, UnusableError, is_number, is_whole
+from loratool.adapters.adapter import is_scale
+from loratool.adapters.formats.peft.draft import Draft, UnusableError, is_whole
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS
 from loratool.adapters.patterns import match_patterns
 from loratool.errors import Problem, printable
@@ -37,7 +38,7 @@ class Scaling:
                 draft.whole("r", 8)
             draft.number(alpha, 8)
             self.rslora = draft.flag("use_rslora")
-            self.ranks, self.alphas = self.pattern("rank_pattern", is_whole), self.pattern("alpha_pattern", is_number)
+            self.ranks, self.alphas = self.pattern("rank_pattern", is_whole), self.pattern("alpha_pattern", is_scale)
             patterns = [*self.ranks, *self.alphas]
             self.found = match_patterns(patterns, paths)
         except UnusableError as error:

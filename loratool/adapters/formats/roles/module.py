@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, StoredTensor, is_scale
 from loratool.adapters.formats.roles.names import ALPHA, canonical
 from loratool.algebra.updates.base import Update
 from loratool.errors import Problem, printable
@@ -16,7 +16,6 @@ from loratool.files.open_sources import OpenSources
 from loratool.notes import Note
 
 MALFORMED, MISSING_PARTNER, SAVED_TWICE = "malformed", "missing-partner", "saved-twice"  # codes of problems
-LARGEST_SCALE = 3.4e38  # float32
 # How one number of a dtype is unpacked. BF16 is the upper half of an F32.
 NUMBERS = {
     "F64": "<d",
@@ -174,7 +173,7 @@ class Slots:
         (value,) = (
             [of_e4m3(raw[0])] if stored.info.dtype == "F8_E4M3" else struct.unpack(NUMBERS[stored.info.dtype], raw)
         )
-        if not math.isfinite(value) or abs(value) > LARGEST_SCALE:
+        if not is_scale(value):
             self.fail(f"{self.name(role)} is {float(value):g}; expected a finite number")
         return float(value)
 
