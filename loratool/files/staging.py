@@ -213,21 +213,18 @@ class Stage:
         check_owned(
             self.home, self.journal, walk(self.home), self.home.stat().st_uid
         )  # what others put into it meanwhile is not published
+        there = os.path.lexists(self.out)
+        if there and replaced is None:
+            raise UsageError(
+                f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
+            )
         if self.single:
-            if os.path.lexists(self.out) and replaced is None:
-                raise UsageError(
-                    f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
-                )
             os.replace(self.folder / self.single, self.out)
             if (self.folder / PROVENANCE).is_file():
                 os.replace(self.folder / PROVENANCE, sidecar_of(self.out))
             elif replaced is not None and record_at(sidecar_of(self.out)):  # of the file that was replaced
                 sidecar_of(self.out).unlink()
-        elif os.path.lexists(self.out):
-            if replaced is None:
-                raise UsageError(
-                    f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
-                )
+        elif there and replaced is not None:
             # once swapped, the stage holds the old output: nothing in it may pass for a finished shard
             self.note("replaces", replaceable_files(self.out, printable(self.out), replaced))
             exchange(self.folder, self.out, self.home / REPLACED)
