@@ -173,9 +173,9 @@ class Slots:
         (value,) = (
             [of_e4m3(raw[0])] if stored.info.dtype == "F8_E4M3" else struct.unpack(NUMBERS[stored.info.dtype], raw)
         )
-        if not is_scale(value):
-            self.fail(f"{self.name(role)} is {float(value):g}; expected a finite number")
-        return float(value)
+        if not is_scale(number := float(value)):  # some are booleans
+            self.fail(f"{self.name(role)} is {number:g}; expected a finite number")
+        return number
 
     @property
     def alpha(self) -> float | None:
