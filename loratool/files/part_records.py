@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -105,9 +106,7 @@ class PartRecord:
 
     def is_of(self, part: FilePart, plan: str) -> bool:
         """Whether it is the record of a part, of that merge, with a digest for each of its chunks."""
-        chunks: dict[str, int] = {}
-        for tensor, _, _ in part.chunks:
-            chunks[tensor] = chunks.get(tensor, 0) + 1
+        chunks = dict(Counter(tensor for tensor, _, _ in part.chunks))
         tree = self.digest.tree
         listed = {} if tree is None else {name: len(each) for name, each in tree.tensors.items() if type(each) is tuple}
         return (self.name, self.plan, self.digest.size, listed) == (part.name, plan, part.size, chunks)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import Product
+from loratool.grouping import by_key
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.numpy_rounding import is_power_of_two
 
@@ -107,11 +108,11 @@ class Addend:
 
 def by_place(addends: Iterable[Addend]) -> Iterator[list[Addend]]:
     """The addends in groups, each of one place and of one kind: products of two factors, or values."""
-    groups: dict[tuple[object, ...], list[Addend]] = {}
-    for addend in addends:
-        place = addend.place
-        groups.setdefault((place.first, place.rows, str(place.columns), addend.down is None), []).append(addend)
-    yield from groups.values()
+
+    def alike(addend: Addend) -> tuple[object, ...]:
+        return addend.place.first, addend.place.rows, str(addend.place.columns), addend.down is None
+
+    yield from by_key((alike(addend), addend) for addend in addends).values()
 
 
 @dataclass(frozen=True)

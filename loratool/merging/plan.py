@@ -168,10 +168,13 @@ def edit_lines(plan: MergePlan) -> list[str]:
         for edit in span.edits:
             key = (edit.adapter, edit.target, edit.rule, span.placed.name, about)
             parts.setdefault(key, []).append(part_of(edit, span))
-    lines: dict[tuple[int, str, str, str, str], list[tuple[str, str, str]]] = {}
-    for (adapter, target, rule, tensor, about), where in parts.items():
-        like = (adapter, template_of(target)[0], rule, template_of(tensor)[0], about)
-        lines.setdefault(like, []).append((target.removesuffix(".weight"), tensor, first_few(where, 2)))
+    lines = by_key(
+        (
+            (adapter, template_of(target)[0], rule, template_of(tensor)[0], about),
+            (target.removesuffix(".weight"), tensor, first_few(where, 2)),
+        )
+        for (adapter, target, rule, tensor, about), where in parts.items()
+    )
 
     def line(like: tuple[int, str, str, str, str], members: Sequence[tuple[str, str, str]]) -> str:
         targets, tensors = (grouped(dict.fromkeys(m[side] for m in members)) for side in (0, 1))

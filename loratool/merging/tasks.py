@@ -15,6 +15,7 @@ from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources
 from loratool.files.seen_digests import SeenDigests
 from loratool.files.sink import Arrived
+from loratool.grouping import by_key
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.resources import MOST_SHELVED
 from loratool.merging.shared_updates import SharedUpdates
@@ -257,11 +258,8 @@ def tasks_on(outputs: Sequence[Output], ready: Callable[[], bool]) -> Iterator[t
     Until it is `ready`, for torch may still be on its way, only what needs no arithmetic comes; then that and the rest come
     in turns, so that processors and disk are busy at the same time.
     """
-    cells: dict[Hashable, Cell] = {}
-    for output in outputs:
-        for span in output.plan.spans:
-            for chunk in () if span.packed else chunks_in(output.plan, span):
-                cells.setdefault(chunk.origin, []).append((output, chunk))
+    spans = ((output, span) for output in outputs for span in output.plan.spans if not span.packed)
+    cells = by_key((chunk.origin, (output, chunk)) for output, span in spans for chunk in chunks_in(output.plan, span))
     copied = {key: all(chunk.span.carried for _, chunk in cell) for key, cell in cells.items()}
     others = computed(outputs, [cell for key, cell in cells.items() if not copied[key]])
     for run in runs(cell for key, cell in cells.items() if copied[key]):
@@ -283,11 +281,7 @@ def computed(outputs: Sequence[Output], cells: Iterable[Cell]) -> Iterator[tuple
 
 def repacks_of(output: Output) -> Iterator[Repack]:
     """The tasks for the weights of an output that are packed anew."""
-    groups: dict[str, list[Span]] = {}
-    for span in output.plan.spans:
-        if span.packed:
-            groups.setdefault(span.packed, []).append(span)
-    for spans in groups.values():
+    for spans in by_key((span.packed, span) for span in output.plan.spans if span.packed).values():
         (values,) = (span for span in spans if span.edits)
         work = EditedSpan(values, output.totals, output.job.shared)
         chunks = tuple(chunk for span in spans for chunk in chunks_in(output.plan, span))

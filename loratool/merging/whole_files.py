@@ -11,6 +11,7 @@ from loratool.files.journal import FinishedShard, Seen
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord
 from loratool.files.stand_ins import stand_in
+from loratool.grouping import by_key
 from loratool.merging.tasks import known_of
 from loratool.merging.totals import summed
 from loratool.stores.objects import StoredObject
@@ -30,10 +31,11 @@ def whole_file(
     a folder, so is one of a file in the Hub's cache, as in a merge by one process; in a store, by its own digests.
     """
     local = not any(isinstance(part, UploadPart) for part, _ in parts)
-    listed: dict[str, list[str]] = {}
-    for part, record in parts:
-        for (tensor, _, _), digest in zip(part.chunks, record.chunk_digests(), strict=True):
-            listed.setdefault(tensor, []).append(digest)
+    listed = by_key(
+        (tensor, digest)
+        for part, record in parts
+        for (tensor, _, _), digest in zip(part.chunks, record.chunk_digests(), strict=True)
+    )
     every: dict[str, Listed] = {}
     for span in shard.spans:
         name, reference = span.placed.name[len(shard.prefix) :], known_of(known, span)

@@ -15,6 +15,7 @@ from loratool.errors import BAKE, FitError, InputError, Problem, UsageError, pri
 from loratool.files.checkpoint import sort_side_files
 from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
+from loratool.grouping import by_key
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from loratool.adapters.layers import Contents, Form, Kind, Layer
     from loratool.adapters.training import Training
     from loratool.algebra.lowrank.products import Product
+    from loratool.algebra.updates.base import Update
     from loratool.algebra.updates.experts import ExpertFactors
     from loratool.files.heads import HasNames
     from loratool.files.tensor_writer import TensorFile, Triple
@@ -47,6 +49,12 @@ class Parts:
     lora_bias: bool = False
     tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)  # target → rows that are replaced
     saved: tuple[str, ...] = ()  # modules saved whole, besides those that the sources name
+
+
+def targets_by(adapter: Adapter, said: Callable[[str, Update], str]) -> dict[str, list[str]]:
+    """The targets of an adapter by what is `said` of each and its update; those of which nothing is said are left out."""
+    every = (*adapter.updates.items(), *adapter.bases.items())
+    return by_key((what, target) for target, update in every if (what := said(target, update)))
 
 
 def most_common(scales: Iterable[float]) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common
+from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common, targets_by
 from loratool.adapters.gguf_names import in_model, order_of
 from loratool.adapters.layers import Form, Kind, expert_place
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
@@ -165,10 +165,7 @@ def as_float32(value: float) -> float:
 
 def losses(adapter: Adapter) -> tuple[Note, ...]:
     """What of an adapter llama.cpp does not load."""
-    lost: dict[str, list[str]] = {}
-    for target, update in (*adapter.updates.items(), *adapter.bases.items()):
-        if what := unloadable(update):
-            lost.setdefault(what, []).append(target)
+    lost = targets_by(adapter, lambda _, update: unloadable(update))
     return tuple(Note("not-in-gguf", f"llama.cpp does not load {what}: {some(t)}") for what, t in lost.items())
 
 

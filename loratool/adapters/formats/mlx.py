@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor, is_scale
-from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, uneven_dora
+from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, targets_by, uneven_dora
 from loratool.adapters.formats.known import MlxFiles
 from loratool.adapters.formats.rows import entry_of
 from loratool.adapters.layers import EXPERT_LAYERS, Contents, Form, Kind, expert_place, is_expert
@@ -343,13 +343,11 @@ class Mlx(MlxFiles, Format):
         return stack_of(target, config)
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
-        lost: dict[str, list[str]] = {}
-        for target, update in (*adapter.updates.items(), *adapter.bases.items()):
-            what = unspeakable(update)
-            if is_expert(target) and isinstance(update, Magnitude):
-                what = "DoRA of experts"
-            if what is not None:
-                lost.setdefault(what, []).append(target)
+        def what(target: str, update: Update) -> str:
+            of_experts = is_expert(target) and isinstance(update, Magnitude)
+            return "DoRA of experts" if of_experts else unspeakable(update) or ""
+
+        lost = targets_by(adapter, what)
         notes = (Note("not-in-mlx", f"mlx-lm cannot store {what}: {some(t)}") for what, t in lost.items())
         return (*notes, *uneven_dora(adapter, "mlx-lm"))
 

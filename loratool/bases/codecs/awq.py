@@ -85,10 +85,11 @@ class Awq(Codec):
         if said is None or not (modules := packed_modules(base)):
             return None
         finder = Finder(base)
-        found: dict[str, AwqWeight] = {}
-        for module, group in settings_by_module(modules, said, finder, group_of).items():
-            if (weight := weight_of(finder, module, group)) is not None:
-                found[f"{module}.weight"] = weight
+        found = {
+            f"{module}.weight": weight
+            for module, group in settings_by_module(modules, said, finder, group_of).items()
+            if (weight := weight_of(finder, module, group)) is not None
+        }
         if entries := said.get(SKIPPED):  # without a list, loaders go by what is in the files
             note_unlisted(finder, found, lambda modules: skipped_by(entries, modules, base), SKIPPED)
         finder.refuse(self.title, WAY_OUT)

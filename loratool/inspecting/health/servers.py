@@ -20,6 +20,7 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import printable
+from loratool.grouping import by_key
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, quoted, some
@@ -236,12 +237,10 @@ def sglang(served: Served) -> Iterator[Finding]:
         yield note("sglang-dora", "refuses DoRA", served.merge)
     if (served.adapter.folder / "added_tokens.json").is_file():
         yield note("sglang-tokens", "refuses an added_tokens.json with token ids beyond the base's", served.merge)
-    layers: dict[str, set[str]] = {}
-    for module in served.modules:
-        parent, _, name = module.rpartition(".")
-        layers.setdefault(parent, set()).add(name)
+    paths = (module.rpartition(".") for module in served.modules)
+    layers = [{*names} for names in by_key((parent, name) for parent, _, name in paths).values()]
     for together in FUSED:
-        lacking = {name for found in layers.values() if found & set(together) for name in set(together) - found}
+        lacking = {name for found in layers if found & set(together) for name in set(together) - found}
         if lacking:
             yield note(
                 "sglang-fused",

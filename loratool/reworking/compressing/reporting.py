@@ -49,9 +49,10 @@ def module_of(fleet: Fleet, plan: Plan, outcome: Outcome, names: Sequence[str]) 
     """A module: its clusters, and the errors of its adapters next to those of truncation."""
     own = [names[aligned.adapter] for aligned in fleet.layers[outcome.target]]
     curves, ranks = plan.modules[outcome.target].alone[0], plan.truncated[outcome.target].ranks
-    cut = {}
-    for name, curve, rank in zip(own, curves, ranks, strict=True):
-        cut[name] = math.sqrt(max(0.0, 1 - curve.kept[rank] / curve.kept[-1])) if curve.kept[-1] else 0.0
+    cut = {
+        name: math.sqrt(max(0.0, 1 - curve.kept[rank] / curve.kept[-1])) if curve.kept[-1] else 0.0
+        for name, curve, rank in zip(own, curves, ranks, strict=True)
+    }
     clusters = plan.clusters(outcome.target)
     return CompressedModule(
         clusters=tuple(tuple(own[at] for at in cluster) for cluster, _ in clusters),

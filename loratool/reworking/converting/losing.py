@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import UNEVEN, Format
+from loratool.adapters.formats.format import UNEVEN, Format, targets_by
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import FitError, printable
@@ -19,10 +19,7 @@ REFUSED = "server-refuses"  # the code of a note
 
 def losses_of(adapter: Adapter, form: Format, dialect: str, server: Server | None) -> tuple[Note, ...]:
     """What of an adapter a dialect cannot say, or a server refuses."""
-    refused: dict[str, list[str]] = {}
-    for target, update in (*adapter.updates.items(), *adapter.bases.items()):
-        if server is not None and (what := server.refused(update)):
-            refused.setdefault(what, []).append(target)
+    refused = targets_by(adapter, lambda _, update: server.refused(update) if server is not None else "")
     notes = (Note(REFUSED, f"{server} does not take {what}: {some(t)}") for what, t in refused.items())
     return (*form.losses(adapter, dialect), *notes)
 

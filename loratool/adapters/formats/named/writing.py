@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import FactorsOnly, Format, Parts, Shape
+from loratool.adapters.formats.format import FactorsOnly, Format, Parts, Shape, targets_by
 from loratool.adapters.formats.named.card import common
 from loratool.adapters.formats.named.dialects import NORMS, ORIGINAL_NORMS
 from loratool.adapters.formats.roles.names import RESHAPE, of_factors
@@ -222,10 +222,7 @@ def only(values: Iterable[float]) -> str:
 
 def losses(adapter: Adapter, dialect: str) -> tuple[Note, ...]:
     """What of an adapter a dialect cannot hold."""
-    lost: dict[str, list[str]] = {}
-    for target, update in (*adapter.updates.items(), *adapter.bases.items()):
-        if what := unspeakable(adapter, target, update, DIALECTS[dialect]):
-            lost.setdefault(what, []).append(target)
+    lost = targets_by(adapter, lambda target, update: unspeakable(adapter, target, update, DIALECTS[dialect]))
     return tuple(Note("not-in-dialect", f"{dialect} cannot store {what}: {some(t)}") for what, t in lost.items())
 
 

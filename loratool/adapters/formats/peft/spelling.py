@@ -18,6 +18,7 @@ from loratool.adapters.layers import ATTENTION, Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
 from loratool.errors import FitError, printable
+from loratool.grouping import by_key
 from loratool.lazy import Tensor
 
 PREFIX = "base_model.model."
@@ -36,11 +37,9 @@ class Names:
             for target, kind in kinds.items()
             if kind is Kind.LINEAR and target.endswith(ATTENTION)
         }
-        self.nested: dict[str, list[str]] = {}  # module → its adapted parameters, innermost first
-        for target, kind in kinds.items():
-            if kind is Kind.PARAMETER:
-                module, _, parameter = target.rpartition(".")
-                self.nested.setdefault(module, []).append(parameter)
+        parts = (target.rpartition(".") for target, kind in kinds.items() if kind is Kind.PARAMETER)
+        # module → its adapted parameters, innermost first
+        self.nested = by_key((module, parameter) for module, _, parameter in parts)
         for parameters in self.nested.values():
             order = next((row for row in REGISTERED if set(parameters) <= set(row)), tuple(parameters))
             parameters.sort(key=order.index)
