@@ -50,7 +50,7 @@ from loratool.reworking.converting.copying import copies, may_be_copied, only_lo
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept, others_in, whole
 from loratool.reworking.converting.losing import lengths_lost, without_losses
-from loratool.reworking.converting.naming import Wanted, hint_of, respelled, with_experts_apart
+from loratool.reworking.converting.naming import LAYOUTS, Wanted, hint_of, respelled, with_experts_apart
 from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed, settled
@@ -127,6 +127,8 @@ class Goal:
         dialect = server.dialect if server is not None else options.to or ""
         if dialect not in DIALECTS:
             raise UsageError(f"{server} reads {dialect}, which this version does not write")
+        if options.architecture and dialect not in LAYOUTS:
+            raise UsageError(f"--architecture is for image and video models, and {dialect} is for language models")
         return cls(dialect, DIALECTS[dialect].format, server)
 
 
@@ -206,6 +208,7 @@ class Converter(Maker[str, str]):
         self.contents, self.wanted, self.goal, self.options = contents, wanted, goal, options
         self.kinds = kinds
         self.dtype = kept_name([contents], options.dtype)
+        self.most = options.rank if options.rank is None or goal.server is None else goal.server.raised(options.rank)
         self.own: dict[str, int] = {}  # the ranks that layers of the output have by themselves
         self.cut: dict[str, int] = {}  # those to which they are approximated
         self.ranks: dict[str, int] = {}  # those that they get
@@ -230,8 +233,8 @@ class Converter(Maker[str, str]):
 
     def begin(self, at_work: Session) -> None:
         """What has to be computed before a layer is written."""
-        self.at_work, options = at_work, self.options
-        self.contents = as_lora(self.contents, self.moved, options.rank, options.energy, at_work)
+        self.at_work = at_work
+        self.contents = as_lora(self.contents, self.moved, self.most, self.options.energy, at_work)
         self.targets = narrowed(self.targets, self.contents.layers, self.load)
 
     def keep(self, given: Adapter, others: Mapping[str, str]) -> None:
@@ -304,23 +307,27 @@ class Converter(Maker[str, str]):
             yield Note("written-as-lora", f"{count} layer{'s' * (count != 1)} of {kind} written as LoRA")
         updates = {target: self.contents.layers[target].update for target in self.kinds}
         yield from kind_unknown(updates, self.kernels)
+        if self.most != self.options.rank:
+            text = f"rank {self.options.rank} was raised to {self.most}, the next that {self.goal.server} takes"
+            yield Note("rank-raised", text)
         yield from self.goal.form.rank_notes(self.own, self.ranks)
         yield from told_beside(self.contents)
 
     def choose_ranks(self, names: Spelling) -> None:
         """The rank of every layer that is written: its own, or one to which it is approximated, padded where asked for."""
         self.own = {name: target.rank(self.contents.layers) for name, target in self.targets.items()}
-        if self.options.rank is not None:
-            self.cut = {name: self.options.rank for name, rank in self.own.items() if rank > self.options.rank}
+        if self.most is not None:
+            self.cut = {name: self.most for name, rank in self.own.items() if rank > self.most}
         if self.options.energy is not None:
             rule = RankRule.of({"energy": self.options.energy})
             given = [name for name, target in self.targets.items() if not set(target.sources) <= self.moved.keys()]
             enough = self.at_work.spread(lambda name: (name, max(1, rule.enough(self.energies(name)))), given)
-            self.cut = {name: rank for name, rank in enough if rank < self.cut.get(name, self.own[name])} | self.cut
+            self.cut |= {name: rank for name, rank in enough if rank < self.cut.get(name, self.own[name])}
         kept = {**self.own, **self.cut}
         self.ranks = evened(kept, names.of_one_rank())
         if self.goal.server is not None and self.goal.server.uniform:
             self.ranks = dict.fromkeys(kept, self.goal.server.rank(max(kept.values())))
+        self.cut = {name: self.ranks[name] for name in self.cut if self.ranks[name] < self.own[name]}
 
     def energies(self, name: str) -> list[float]:
         """Squares of the singular values of a layer of the output."""

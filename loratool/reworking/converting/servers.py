@@ -55,6 +55,10 @@ class Server:
             raise UsageError(f"{self} takes ranks up to {self.ranks[-1]}, and this adapter has {largest}; pass --rank")
         return fitting[0]
 
+    def raised(self, rank: int) -> int:
+        """The smallest rank of its that holds this one; the same where any can be asked for, or none is as large."""
+        return next((each for each in self.ranks if each >= rank), rank)
+
     def splits(self, config: Mapping[str, Any]) -> bool:
         """Whether experts of a model with this config, or of an unknown one, have to be apart for it."""
         return self.apart and not self.fused & model_types(config)
