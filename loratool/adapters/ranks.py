@@ -27,7 +27,7 @@ class Amount(Kind):
     annotation = "int | str"
 
     def taken(self, value: Any, flag: str) -> Any:
-        if amount(str(value)) is None:
+        if (amount(str(value)) or (0.0, False))[0] < 1:
             raise UsageError(f"{flag} {printable(value)}: must be {AMOUNT}")
         return str(value)
 
@@ -49,7 +49,7 @@ class RankRule:
         weights: Mapping[str, float] | None = None,
         uniform: bool = False,
     ) -> RankRule:
-        """The rule that was asked for, of `RULES`; raises `UsageError` where that is none, several, or out of range."""
+        """The rule that was asked for, of `RULES`; raises `UsageError` where that is none, or several."""
         given = {kind: value for kind in RULES if (value := asked.get(kind)) is not None}
         if len(given) != 1:
             said = " and ".join(f"--{kind}" for kind in given) or "none"
@@ -59,24 +59,8 @@ class RankRule:
             number, in_bytes = amount(str(value)) or (math.nan, False)
         else:
             number, in_bytes = float(value), False
-        valid = {
-            "rank": number >= 1 and number.is_integer() if math.isfinite(number) else False,
-            "energy": 0 < number <= 1,
-            "error": 0 <= number < 1,
-            "ratio": number > 1,
-            "cumulative": 0 < number <= 1,
-            "budget": number >= 1,
-        }[kind]
-        if not valid:
-            wanted = {
-                "rank": "a whole number of at least 1",
-                "energy": "a fraction of ‖ΔW‖² in (0, 1]",
-                "error": "a relative error in [0, 1)",
-                "ratio": "a number above 1",
-                "cumulative": "a fraction of the sum of singular values in (0, 1]",
-                "budget": AMOUNT,
-            }[kind]
-            raise UsageError(f"--{kind} {printable(value)}: must be {wanted}")
+        if kind == "error" and number >= 1:
+            raise UsageError(f"--error {printable(value)}: must be a relative error in [0, 1)")
         if weights and kind != "budget":
             raise UsageError("--layer-weights needs --budget")
         if bad := [pattern for pattern, weight in (weights or {}).items() if not is_weight(weight)]:

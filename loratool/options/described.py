@@ -150,6 +150,7 @@ class Number(Kind):
     low: float | None = None  # the least
     high: float | None = None  # the largest
     above: float | None = None  # less than all
+    zero: bool = True  # whether 0 is one
 
     @property
     def metavar(self) -> str:
@@ -188,6 +189,7 @@ class Number(Kind):
             (self.low is None or number >= self.low)
             and (self.high is None or number <= self.high)
             and (self.above is None or number > self.above)
+            and (self.zero or number != 0)
         )
 
     @property
@@ -204,7 +206,9 @@ class Number(Kind):
             return f"above {self.above:g} and at most {self.high:g}"
         if self.low is not None:
             return f"{noun} of at least {self.low:g}"
-        return noun if self.above is None else f"{noun} above {self.above:g}"
+        if self.above is not None:
+            return f"{noun} above {self.above:g}"
+        return noun if self.zero else f"{noun} other than 0"
 
     def word(self, value: Any) -> str:
         return repr(value).removesuffix(".0")

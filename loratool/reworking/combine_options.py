@@ -102,7 +102,7 @@ class CombineOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, 
     outliers: float = option(
         help="breadcrumbs: fraction of the largest entries to drop.", default=Setting.outliers, kind=NUMBER
     )
-    factor: float = option("--lambda", help="Multiply the result by this.", default=1.0, kind=NUMBER)
+    factor: float = option("--lambda", help="Multiply the result by this.", default=1.0, kind=Number(zero=False))
     match_norm: str = option(
         help="Rescale each layer to the mean, max or sum of the weighted updates' norms (pico: mean unless another is "
         "given).",
@@ -165,8 +165,6 @@ def combination_of(options: CombineOptions, count: int) -> Combination:
     if not row.least <= count <= row.most:
         wanted = str(row.least) if row.least == row.most else f"{row.least} or more"
         raise UsageError(f"{method} takes {wanted} adapters (got {count})")
-    if not count:
-        raise UsageError("pass at least one adapter")
     refuse_at_odds(options)
     part = row.density or 1.0 if options.density is None else options.density
     if method == "della" and not (0 <= options.window < part and part + options.window <= 1):
@@ -208,8 +206,6 @@ def refuse_at_odds(options: CombineOptions) -> None:
         raise UsageError("--rank-policy ctm needs --rank, and --space core if one is given")
     if options.density is not None and row.density is None:
         raise UsageError(f"--density does not apply to {method}, which keeps all entries")
-    if not options.factor:
-        raise UsageError("--lambda must be a finite number other than 0 (got 0)")
     refuse_idle(options)
     if row.family == FACTORWISE and options.match_norm != "none":
         raise UsageError("--match-norm does not apply to methods on factors")

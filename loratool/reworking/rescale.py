@@ -36,7 +36,7 @@ from loratool.errors import BAKE, FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.measuring.session import PathLike, Progress, Session, session
 from loratool.notes import Note
-from loratool.options.described import FLAG, NUMBER, Pairs, option
+from loratool.options.described import FLAG, Number, Pairs, option
 from loratool.options.shared import BlockOption, PublishOptions
 from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.reworking.dialects import Manner, OutputDialect, in_manner
@@ -49,13 +49,13 @@ EVEN = 1e-9  # factors that differ by less are one
 class RescaleOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, PublishOptions):
     """Of `rescale`."""
 
-    scale: float | None = option(help="Multiply every update by this.", kind=NUMBER)
-    alpha: float | None = option(help="Set alpha of every module.", kind=NUMBER)
+    scale: float | None = option(help="Multiply every update by this.", kind=Number(zero=False))
+    alpha: float | None = option(help="Set alpha of every module.", kind=Number(zero=False))
     frobenius: float | None = option(
-        help="Scale all updates so that their total Frobenius norm is NORM.", kind=NUMBER, metavar="NORM"
+        help="Scale all updates so that their total Frobenius norm is NORM.", kind=Number(above=0), metavar="NORM"
     )
     spectral: float | None = option(
-        help="Scale all updates so that their largest singular value is NORM.", kind=NUMBER, metavar="NORM"
+        help="Scale all updates so that their largest singular value is NORM.", kind=Number(above=0), metavar="NORM"
     )
     each: bool = option(
         help="With --frobenius or --spectral: scale each module separately to NORM.", default=False, kind=FLAG
@@ -197,11 +197,6 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
         )
     if each and not {"frobenius", "spectral"} & set(given):
         raise UsageError("--each needs --frobenius or --spectral")
-    for name, value in given.items():
-        positive = name in ("frobenius", "spectral")
-        if value == 0 or (positive and value < 0):
-            wanted = "above 0" if positive else "other than 0"
-            raise UsageError(f"--{name} must be a finite number {wanted} (got {value:g})")
 
 
 def by_name(factors: Mapping[str, float], blocks: BlockWeights, layers: Mapping[str, Layer]) -> dict[str, float]:

@@ -44,7 +44,7 @@ from loratool.files.safefile import FLOAT_NAMES, read_safefile
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import Batch, PathLike, Progress, Session, batches, session
 from loratool.notes import Note
-from loratool.options.described import FLAG, NUMBER, JsonFile, Number, PathKind, option
+from loratool.options.described import FLAG, JsonFile, Number, PathKind, option
 from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
 from loratool.reworking.dialects import Manner, OutputDialect, in_manner
@@ -63,15 +63,16 @@ class ResizeOptions(FactorOptions, OutputDialect, ReadingOptions, DeviceOption, 
 
     rank: int | None = option(
         help="Rank of every layer, limited by its shape; layers of a lower rank are padded with zeros.",
-        kind=Number(whole=True),
+        kind=Number(whole=True, low=1),
     )
     energy: float | None = option(
         help="Fraction of ‖ΔW‖² that each layer keeps, such as 0.99 (kohya's sv_fro P is P²).",
         kind=Number(above=0, high=1),
     )
-    error: float | None = option(help="Largest relative error of each layer, such as 0.05.", kind=NUMBER)
+    error: float | None = option(help="Largest relative error of each layer, such as 0.05.", kind=Number(low=0))
     ratio: float | None = option(
-        help="Keep singular values larger than the largest one divided by this (kohya's sv_ratio).", kind=NUMBER
+        help="Keep singular values larger than the largest one divided by this (kohya's sv_ratio).",
+        kind=Number(above=1),
     )
     cumulative: float | None = option(
         help="Fraction of the sum of singular values that each layer keeps, such as 0.9 (kohya's sv_cumulative).",

@@ -258,7 +258,7 @@ def values_of(option: Option, default: Any) -> st.SearchStrategy[Any]:
             st.integers(int(bounds[0]), int(bounds[1]))
             if kind.whole
             else st.floats(*bounds, exclude_min=kind.above is not None)
-        )
+        ).filter(kind.has)
     else:
         found = text
     found = st.lists(found, max_size=3) if option.many else found

@@ -720,7 +720,7 @@ WRONG_WORDS: dict[str, tuple[str, list[str]]] = {
     "a weight that is no number": ("-w 1 -w nan", ["--weight must be a finite number (got nan)"]),
     "an infinite weight": ("-w inf -w 1", ["--weight must be a finite number (got inf)"]),
     "lambda 0": ("--lambda 0", ["--lambda must be a finite number other than 0 (got 0)"]),
-    "an infinite lambda": ("--lambda inf", ["--lambda must be a finite number (got inf)"]),
+    "an infinite lambda": ("--lambda inf", ["--lambda must be a finite number other than 0 (got inf)"]),
     "a window outside of chances": ("--method della --density 0.1 --window 0.2", ["--window 0.2"]),
     "too many outliers": ("--method breadcrumbs --density 0.9 --outliers 0.2", ["--outliers 0.2"]),
     "negative outliers": ("--method breadcrumbs --outliers -0.1", ["--outliers -0.1"]),

@@ -514,14 +514,26 @@ def test_every_bad_input_gets_a_clear_answer_and_nothing_is_written(tmp_path: Pa
             ["BASE must be a model"],
             lambda: extract(tmp_path / "adapter" / "adapter_model.safetensors", tuned, tmp_path / "out"),
         ),
-        (UsageError, ["--rank 0"], lambda: extract(base, tuned, tmp_path / "out", rank=0)),
         (
             UsageError,
-            ["--rank must be a whole number or auto (got 'most')"],
+            ["--rank must be auto or a whole number of at least 1 (got 0)"],
+            lambda: extract(base, tuned, tmp_path / "out", rank=0),
+        ),
+        (
+            UsageError,
+            ["--rank must be auto or a whole number of at least 1 (got 'most')"],
             lambda: extract(base, tuned, tmp_path / "out", rank="most"),  # type: ignore[arg-type]
         ),
-        (UsageError, ["--energy 0"], lambda: extract(base, tuned, tmp_path / "out", energy=0.0)),
-        (UsageError, ["--energy 1.5"], lambda: extract(base, tuned, tmp_path / "out", energy=1.5)),
+        (
+            UsageError,
+            ["--energy must be above 0 and at most 1 (got 0.0)"],
+            lambda: extract(base, tuned, tmp_path / "out", energy=0.0),
+        ),
+        (
+            UsageError,
+            ["--energy must be above 0 and at most 1 (got 1.5)"],
+            lambda: extract(base, tuned, tmp_path / "out", energy=1.5),
+        ),
         (
             UsageError,
             ["--max-rank must be a whole number of at least 1 (got 0)"],

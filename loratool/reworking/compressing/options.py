@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.adapters.ranks import AMOUNT, Amount
+from loratool.adapters.ranks import Amount
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import FactorOptions
-from loratool.errors import UsageError, printable
+from loratool.errors import UsageError
 from loratool.options.described import Number, PathKind, amount, option
 from loratool.options.shared import DeviceOption, PublishOptions
 from loratool.reworking.dialects import ModelOption
@@ -42,8 +42,6 @@ class CompressOptions(FactorOptions, ReadingOptions, DeviceOption, ModelOption):
         if self.into is None and len(given) != 1:
             said = " and ".join(f"--{name}" for name in given) or "none"
             raise UsageError(f"pass exactly one of --rank, --energy, --budget (got {said})")
-        if self.budget is not None and self.limit[0] < 1:
-            raise UsageError(f"--budget {printable(self.budget)}: must be {AMOUNT}")
 
     @property
     def limit(self) -> tuple[float, bool]:

@@ -125,8 +125,6 @@ class Goal:
             )
         server = server_for(options.server) if options.server is not None else None
         dialect = server.dialect if server is not None else options.to or ""
-        if dialect not in DIALECTS:
-            raise UsageError(f"{server} reads {dialect}, which this version does not write")
         if options.architecture and dialect not in LAYOUTS:
             raise UsageError(f"--architecture is for image and video models, and {dialect} is for language models")
         return cls(dialect, DIALECTS[dialect].format, server)

@@ -12,7 +12,6 @@ from loratool.algebra.lowrank.products import Decomposition, negligible
 from loratool.algebra.lowrank.sketching import Rows, sketch
 from loratool.bases.packed import Packed
 from loratool.bases.weights import Held, Plain, Room, StoredWeight
-from loratool.errors import UsageError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
@@ -37,13 +36,7 @@ class Rule:
 
     @classmethod
     def of(cls, rank: int | str | None, energy: float | None, max_rank: int) -> Rule:
-        """The rule that was asked for; raises `UsageError` for numbers out of range."""
-        if rank not in (None, "auto") and (isinstance(rank, (bool, str)) or not isinstance(rank, int) or rank < 1):
-            raise UsageError(f"--rank {printable(rank)}: must be auto or a whole number of at least 1")
-        if energy is not None and not 0 < energy <= 1:
-            raise UsageError(f"--energy {printable(energy)}: must be a fraction of ‖M‖² in (0, 1]")
-        if isinstance(max_rank, bool) or max_rank < 1:
-            raise UsageError(f"--max-rank {printable(max_rank)}: must be a whole number of at least 1")
+        """The rule that was asked for."""
         if isinstance(rank, int):
             return cls(rank, False, energy)
         return cls(max_rank, rank == "auto" or energy is None, energy)

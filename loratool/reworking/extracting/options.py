@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from loratool.adapters.writer import FactorOptions
 from loratool.errors import UsageError, printable
-from loratool.options.described import FLAG, NUMBER, Kind, Number, option
+from loratool.options.described import FLAG, Kind, Number, option
 from loratool.options.shared import DeviceOption, OrientationOption, PublishOptions
 from loratool.reworking.dialects import DialectOption
 
@@ -26,8 +26,8 @@ class RankOrAuto(Kind):
         if value == "auto":
             return value
         number = Number(whole=True).number(value)
-        if number is None:
-            raise UsageError(f"{flag} must be a whole number or auto (got {printable(repr(value))})")
+        if number is None or number < 1:
+            raise UsageError(f"{flag} must be auto or a whole number of at least 1 (got {printable(repr(value))})")
         return number
 
 
@@ -39,7 +39,8 @@ class ExtractOptions(OrientationOption, FactorOptions, DialectOption, DeviceOpti
         help="Rank of every layer; auto keeps what rounding cannot explain [default: auto].", kind=RankOrAuto()
     )
     energy: float | None = option(
-        help="Fraction of ‖W_tuned − W_base‖² that each layer keeps; with --rank the smaller rank is used.", kind=NUMBER
+        help="Fraction of ‖W_tuned − W_base‖² that each layer keeps; with --rank the smaller rank is used.",
+        kind=Number(above=0, high=1),
     )
     max_rank: int = option(
         help="Largest rank of a layer, with auto or --energy.", default=MOST_RANK, kind=Number(whole=True, low=1)
