@@ -137,13 +137,8 @@ def shown(layer: Layer) -> str:
 
 
 def weights_of(source: Contents, weight: Weight) -> dict[str, float]:
-    """The weight of each of an adapter's layers; raises `UsageError` for numbers and patterns that mean nothing."""
+    """The weight of each of an adapter's layers; raises `UsageError` for patterns that mean nothing."""
     table = dict(weight) if isinstance(weight, Mapping) else {"default": weight}
-    for pattern, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(
-                f"{source.name}: the weight of {printable(pattern)} is {printable(value)}; expected a number"
-            )
     usual = float(table.pop("default", 1.0))
     found = by_pattern(table, source.layers, f"weights of {source.name}")
     return {target: float(found.get(target, usual)) for target in source.layers}
