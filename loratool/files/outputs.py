@@ -21,7 +21,7 @@ from loratool.files.system import create_file, shell_line, sync_file
 from loratool.files.weight_formats import read_weight_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from loratool.files.model_files import FileNames
 
@@ -115,6 +115,22 @@ def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) 
     names = replaceable_files(out, shown, replaced)
     if config and names and (config not in names or "config.json" in names):
         raise UsageError(f"{shown} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
+
+
+def check_file(path: Path, flag: str, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
+    """Raise `UsageError` where a file that is no model may not be written, because of what is there; `flag` names it."""
+    check_separators(path, flag)
+    hint = ANOTHER_OUT if flag == "-o" else ""
+    if path.is_dir():
+        raise UsageError(f"{flag} {printable(path)}: is a folder; expected a file", hint=hint)
+    if path.exists() and not is_ours(path):
+        raise UsageError(
+            f"{flag} {printable(path)} already exists and was not made by loratool, so it is never replaced; choose another "
+            "name",
+            hint=hint,
+        )
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{flag} {printable(path)} already exists; pass --overwrite to replace it", hint="--overwrite")
 
 
 def check_file_place(out: Path, shown: str, replace: bool) -> None:

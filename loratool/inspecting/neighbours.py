@@ -14,10 +14,9 @@ from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.sketching import SIZE, VERSION, spread
-from loratool.errors import ANOTHER_OUT, InputError, UsageError, printable
+from loratool.errors import InputError, UsageError, printable
 from loratool.files.inputs import json_value
-from loratool.files.names import check_separators
-from loratool.files.outputs import check_local, write_file
+from loratool.files.outputs import check_file, check_local, write_file
 from loratool.files.safefile import Layout, read_safefile
 from loratool.inspecting.twins import is_same
 from loratool.lazy import NDArray, numpy as np
@@ -68,23 +67,18 @@ def write_index(path: Path, entries: Sequence[Entry], sketches: Sequence[NDArray
 
 def check_index(path: Path, overwrite: bool) -> None:
     """Raise `UsageError` where an index may not be written to `path`; nothing but an index is replaced."""
-    shown = printable(path)
-    check_separators(path)
-    if path.is_dir():
-        raise UsageError(f"-o {shown}: is a folder; expected a file", hint=ANOTHER_OUT)
-    if path.exists() or path.is_symlink():
-        if not overwrite:
-            raise UsageError(f"-o {shown} already exists; pass --overwrite to replace it", hint="--overwrite")
-        try:
-            read_index(path)
-        except InputError:
-            raise UsageError(
-                f"-o {shown} was not made by loratool index, so --overwrite does not replace it; choose another name",
-                hint=ANOTHER_OUT,
-            ) from None
+    check_file(path, "-o", is_index, overwrite)
     check_local(path, "-o")
     if not path.parent.is_dir():
-        raise UsageError(f"-o {shown}: the folder {printable(path.parent)} does not exist")
+        raise UsageError(f"-o {printable(path)}: the folder {printable(path.parent)} does not exist")
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is an index, of this release or another."""
+    try:
+        return FORMAT in read_safefile(path).metadata
+    except InputError:
+        return False
 
 
 def read_index(path: Path) -> Index:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.errors import StorageError, UsageError, printable
 from loratool.files.names import check_separators
-from loratool.files.outputs import check_local, write_file
+from loratool.files.outputs import check_file, check_local, write_file
 from loratool.files.system import shell_word
 from loratool.pictures.drawing import MADE_HERE, svg_file
 from loratool.pictures.page import figures_of, html_page
@@ -103,20 +103,6 @@ def check_folder(folder: Path) -> None:
         raise UsageError(f"--svg {printable(folder)}: is not a folder")
     if not folder.absolute().parent.is_dir():
         raise UsageError(f"--svg {printable(folder)}: the folder {printable(folder.parent)} does not exist")
-
-
-def check_file(path: Path, flag: str, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
-    """Raise `UsageError` where a file may not be written, because of what is there."""
-    check_separators(path, flag)
-    if path.is_dir():
-        raise UsageError(f"{flag} {printable(path)}: is a folder; expected a file")
-    if path.exists() and not is_ours(path):
-        raise UsageError(
-            f"{flag} {printable(path)} already exists and was not made by loratool, so it is never replaced; choose another "
-            "name"
-        )
-    if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"{flag} {printable(path)} already exists; pass --overwrite to replace it", hint="--overwrite")
 
 
 def is_page(path: Path) -> bool:

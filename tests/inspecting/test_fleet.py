@@ -357,16 +357,22 @@ def dense_distance(*folders: Path) -> float:
 
 
 def test_an_index_replaces_nothing_but_an_index(zoo: Path, tmp_path: Path) -> None:
+    """That may be one of another release, which no longer can be read."""
     other = write_peft(tmp_path / "adapter", 2, 0) / "adapter_model.safetensors"
     before = other.read_bytes()
-    for overwrite, sentence in ((False, "already exists; pass --overwrite"), (True, "was not made by loratool index")):
-        with pytest.raises(UsageError, match=sentence):
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="was not made by loratool, so it is never replaced"):
             loratool.index(zoo / "text/a00", other, overwrite=overwrite)
     assert other.read_bytes() == before
     with pytest.raises(InputError, match="not an index of adapters; `loratool index DIR -o INDEX` makes one"):
         loratool.inspect(zoo / "text/a00", near=other)
     loratool.index(zoo / "text/a00", tmp_path / "one.index")
+    with pytest.raises(UsageError, match="already exists; pass --overwrite"):
+        loratool.index(zoo / "text/a01", tmp_path / "one.index")
     loratool.index(zoo / "text/a01", tmp_path / "one.index", overwrite=True)
+    old = {"sketches": np.zeros((0, 1024), np.float32)}
+    save_file(old, tmp_path / "old.index", {"loratool-index": "loratool-sketch-0"})
+    loratool.index(zoo / "text/a01", tmp_path / "old.index", overwrite=True)
     with pytest.raises(UsageError, match="does not exist"):
         loratool.index(zoo / "text/a01", tmp_path / "nowhere" / "one.index")
 
