@@ -20,6 +20,7 @@ from loratool.adapters.layers import Contents, Form, Layer
 from loratool.adapters.told import as_input
 from loratool.adapters.weight_files import MODEL_CONFIG, fates, module_files
 from loratool.algebra.lowrank.products import Product
+from loratool.algebra.rounding import round_once
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
@@ -325,7 +326,7 @@ def times(source: Contents, name: str, factor: float) -> Tensor:
     file = source.adapter.file
     dtype: torch.dtype = getattr(torch, FACTOR_NAMES[file.tensors[name].dtype])
     stored = StoredTensor(file, file.tensors[name]).load(torch.device("cpu"), torch.float64)
-    found: Tensor = (stored * factor).to(dtype)
+    found = round_once(stored * factor, dtype)
     if not bool(found.isfinite().all()):
         raise FitError(f"{printable(name)}: times {factor:g} it overflows {str(dtype).removeprefix('torch.')}")
     return found
@@ -358,7 +359,7 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
         if weight not in names.kinds:
             continue  # left out with its layer
         loaded = source.load_bias(target) * (factors or {}).get(weight, 1.0)
-        carried.tensors[names.bias(weight)] = loaded.to(torch_dtype(unloaded(bias.value).info.dtype))
+        carried.tensors[names.bias(weight)] = round_once(loaded, torch_dtype(unloaded(bias.value).info.dtype))
     if source.biases:  # that of an attention is read by nobody, and still asked for
         lengths = {t: layer.rows for t, layer in source.layers.items()}
         add_missing_biases(carried, names, lengths, kept_dtype([source], "keep"))
@@ -369,7 +370,7 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
         stored = unloaded(change.value)
         factor = (factors or {}).get(target, 1.0) * change.scale
         dtype = torch_dtype(next(stored_tensors(change)).info.dtype)
-        scaled_change = (stored.load(torch.device("cpu"), torch.float64) * factor).to(dtype)
+        scaled_change = round_once(stored.load(torch.device("cpu"), torch.float64) * factor, dtype)
         carried.tensors[names.change(target, source.is_norm(target))] = stored if factor == 1 else scaled_change
     for target, rows in source.rows.items():
         carried.tensors[names.rows(target)] = unloaded(rows.values)

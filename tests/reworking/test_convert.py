@@ -141,7 +141,8 @@ def test_an_output_that_differs_is_a_bug_and_is_not_published(tmp_path: Path, mo
         loratool.convert(adapter, tmp_path / "mlx", to="mlx")
     assert refusal.value.exit_code == 1
     monkeypatch.setattr(mlx.MlxNames, "stored", kept)
-    monkeypatch.setattr(rows, "times", lambda product, factor: product)
+    whole = rows.joined
+    monkeypatch.setattr(rows, "joined", lambda parts, load, scales: whole(parts, load, dict.fromkeys(scales, 1.0)))
     down = "model.layers.0.mlp.down_proj"
     other = write(tmp_path / "other", alpha_pattern={down: 3})
     with pytest.raises(LoratoolError, match="q_proj"):

@@ -355,11 +355,16 @@ def test_a_weight_that_is_changed_by_factors_and_in_full_becomes_one_change(
     path = f"{BLOCK}.attn1.to_q"
     name = f"lora_unet_{path.replace('.', '_')}"
     diff, given = numbers(4, 4, seed=9).to(dtype), {n: t.to(dtype) for n, t in factors(name, 4, 4).items()}
+    given[f"{name}.lora_up.weight"][0] = torch.tensor([2, 2.0**-19])
+    given[f"{name}.lora_down.weight"][:, 0] = torch.tensor([1, 2.0**-19])
+    diff[0, 0] = 2.0**-11  # so that the sum is 1 + 2⁻¹¹ + 2⁻³⁹, which float32 takes for half-way between two of float16
     style = saved(tmp_path / "style.safetensors", {**given, f"{name}.diff": diff})
     report = loratool.convert(style, tmp_path / "out.safetensors", to=dialect)
     found = load_file(tmp_path / "out.safetensors")
     whole = module.format(path if dialect == "comfy" else path.replace(".", "_"))
     up, down = (given[f"{name}.lora_{side}.weight"].double() for side in ("up", "down"))
     total = 0.5 * up @ down + diff.double()
-    same(found, {f"{whole}.diff": total.to(dtype)})
+    wanted = total.to(dtype)
+    wanted[0, 0] = 1 + (2.0**-10 if dtype == torch.float16 else 2.0**-11)
+    same(found, {f"{whole}.diff": wanted})
     assert "written-in-full" in [note.code for note in report.notes]

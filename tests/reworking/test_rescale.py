@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import read_tensors
 from peft import LoraConfig, PeftModel
+from peft_files import edit_config, save_peft
 from peft_zoo import Pair, make_zoo, output_of, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -63,6 +64,25 @@ def test_peft_adds_the_factor_times_what_it_added_before(
     report = loratool.rescale(pair.adapter, tmp_path / "out", scale=factor, bake=bake)
     assert_scaled(delta_by_peft(pair, tmp_path / "out"), delta_by_peft(pair, pair.adapter), factor)
     assert {round(layer.factor or 0, 9) for layer in report.modules.values()} == {factor}
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)], ids=str)
+def test_baked_and_converted_factors_are_rounded_once(dtype: torch.dtype, step: float, tmp_path: Path) -> None:
+    """A number that float32 takes for the one half-way between two."""
+    factors = {f"{side}": torch.ones(4, 4, dtype=dtype) for side in "AB"}
+    tensors = {
+        f"base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{s}.weight": t
+        for s, t in factors.items()
+    }
+    save_peft(tmp_path / "adapter", tensors, r=4, lora_alpha=4, target_modules=["to_q"])
+    factor = 1 + step / 2 + 2.0**-40
+    loratool.rescale(tmp_path / "adapter", tmp_path / "baked", scale=factor, bake=True)
+    edit_config(tmp_path / "adapter", lora_alpha=4 * factor)
+    loratool.convert(tmp_path / "adapter", tmp_path / "converted", to="diffusers", architecture="sd15")
+    for folder in ("baked", "converted"):
+        (file,) = (tmp_path / folder).glob("*.safetensors")
+        (up,) = (tensor for name, tensor in load_file(file).items() if "lora_B" in name)
+        assert torch.equal(up, torch.full((4, 4), 1 + step, dtype=dtype)), folder
 
 
 def test_without_baking_no_byte_of_a_tensor_changes(tmp_path: Path) -> None:

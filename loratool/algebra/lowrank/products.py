@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loratool.algebra.rounding import round_once
 from loratool.lazy import Tensor, torch
 
 # Relative error of up @ down by the dtype its factors are stored in: of 16 bits as measured on trained adapters, of
@@ -54,7 +55,8 @@ class Product:
         return self if factor == 1.0 else replace(self, up=self.up * factor)
 
     def to(self, dtype: torch.dtype) -> Product:
-        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype))
+        """The same in another dtype, each number rounded once."""
+        return replace(self, up=round_once(self.up, dtype), down=round_once(self.down, dtype))
 
     @property
     def is_finite(self) -> bool:

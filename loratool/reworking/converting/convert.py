@@ -26,7 +26,6 @@ from loratool.adapters.writer import (
     Rounded,
     check_adapter_target,
     files_beside,
-    kept_dtype,
     kept_name,
     told_beside,
 )
@@ -329,7 +328,7 @@ class Converter(Maker[str, str]):
 
     def energies(self, name: str) -> list[float]:
         """Squares of the singular values of a layer of the output."""
-        product = self.targets[name].product(self.load_exactly, self.factors[name], self.own[name])
+        product = self.targets[name].product(self.load, self.factors[name], self.own[name])
         values = singular_values(product)
         values = values * (values > negligible(values) * values[..., :1])
         squares = values.square()
@@ -358,7 +357,7 @@ class Converter(Maker[str, str]):
             return [Made((self.copied[task],), task)]
         target, dtype = self.targets[task], getattr(torch, output.dtype)
         if task in self.cut:
-            whole = target.product(self.load_exactly, self.factors[task], self.own[task])
+            whole = target.product(self.load, self.factors[task], self.own[task])
             product = padded(truncated(whole, self.cut[task])[0], self.ranks[task]).to(dtype)
         else:
             product = target.product(self.load, self.factors[task], self.ranks[task]).to(dtype)
@@ -368,15 +367,7 @@ class Converter(Maker[str, str]):
         return [Made((Rounded(task, product, product),), task)]
 
     def load(self, target: str) -> Product:
-        """The factors of a layer of the input, in their own dtype or a wider one."""
-        return self.contents.layers[target].load_factors(torch.device("cpu"), self.widest)
-
-    @cached_property
-    def widest(self) -> torch.dtype:
-        """The dtype that holds the factors of the input and of the output."""
-        return torch.promote_types(getattr(torch, self.dtype), kept_dtype([self.contents], "keep"))
-
-    def load_exactly(self, target: str) -> Product:
+        """The factors of a layer of the input, in float64: what is made of them is rounded once."""
         return self.contents.layers[target].load_factors(torch.device("cpu"), torch.float64)
 
     def take(self, made: Made[str]) -> None:

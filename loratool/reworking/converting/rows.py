@@ -137,7 +137,10 @@ def same_down(one: Rows, other: Rows, layers: Mapping[str, Layer]) -> bool:
 
 def joined(parts: Sequence[Rows], load: Load, scales: Mapping[str, float]) -> Product:
     """Rows of several layers as one product."""
-    found = [(part, times(part.cut(load(part.target)), scales[part.target])) if part.target else None for part in parts]
+    found = [
+        (part, part.cut(load(part.target)).to(torch.float64).scaled(scales[part.target])) if part.target else None
+        for part in parts
+    ]
     only = [each for each in found if each]
     if len(found) == len(only) == 1:
         return only[0][1]
@@ -157,13 +160,6 @@ def joined(parts: Sequence[Rows], load: Load, scales: Mapping[str, float]) -> Pr
     for row, place, block in places:
         up[row : row + block.shape[0], starts[place] : starts[place + 1]] = block
     return Product(up, torch.cat(distinct))
-
-
-def times(product: Product, factor: float) -> Product:
-    """The product with `up` multiplied; in float64, so that it is rounded once."""
-    if factor == 1.0:
-        return product
-    return replace(product, up=(product.up.double() * factor).to(product.up.dtype))
 
 
 def narrowed(targets: Mapping[str, Target], layers: Mapping[str, Layer], load: Load) -> dict[str, Target]:

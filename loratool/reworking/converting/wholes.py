@@ -14,6 +14,7 @@ from loratool.adapters.adapter import Adapter, Derived, StoredTensor, derived, s
 from loratool.adapters.formats.roles.names import of_factors
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.adapters.writer import torch_dtype
+from loratool.algebra.rounding import round_once
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.compound import Both
@@ -192,7 +193,7 @@ def written(update: Full) -> StoredTensor | Tensor:
     dtypes = [torch_dtype(tensor.info.dtype) for tensor in stored_tensors(update)]
     if isinstance(stored, Derived) and isinstance(stored.formula, Sum):
         dtypes.append(torch.float32)
-    return value_of(update).to(max(dtypes, key=lambda dtype: dtype.itemsize))
+    return round_once(value_of(update), max(dtypes, key=lambda dtype: dtype.itemsize))
 
 
 def value_of(update: Full) -> Tensor:
