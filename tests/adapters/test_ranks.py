@@ -13,6 +13,7 @@ from hypothesis import given, strategies as st
 
 from loratool.adapters.ranks import RankRule
 from loratool.errors import UsageError
+from loratool.reworking.resize import ResizeOptions
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Layer:
 
 
 def rule(weights: dict[str, float] | None = None, uniform: bool = False, **asked: Any) -> RankRule:
-    return RankRule.of(asked, weights, uniform)
+    return ResizeOptions(layer_weights=weights, uniform=uniform, **asked).rule()
 
 
 def choose(found: RankRule, energies: dict[str, list[float]], sizes: dict[str, tuple[int, int]] | None = None) -> Any:
@@ -150,23 +151,23 @@ def test_bytes_count_by_the_size_of_a_number() -> None:
         ({"rank": 4, "energy": 0.9}, "--rank and --energy"),
         ({"rank": 0}, "a whole number of at least 1"),
         ({"rank": -3}, "a whole number of at least 1"),
-        ({"energy": 0}, "(0, 1]"),
-        ({"energy": 1.5}, "(0, 1]"),
-        ({"energy": math.nan}, "(0, 1]"),
+        ({"energy": 0}, "above 0 and at most 1"),
+        ({"energy": 1.5}, "above 0 and at most 1"),
+        ({"energy": math.nan}, "above 0 and at most 1"),
         ({"error": 1}, "[0, 1)"),
-        ({"error": -0.1}, "[0, 1)"),
+        ({"error": -0.1}, "a finite number of at least 0"),
         ({"ratio": 1}, "above 1"),
         ({"budget": "much"}, "4M"),
         ({"budget": 0}, "4M"),
         ({"rank": 4, "weights": {"q": 2.0}}, "needs --budget"),
         ({"budget": 9, "weights": {"q": -1.0}}, "must be a number of at least 0"),
         ({"budget": 9, "weights": {"q": math.inf}}, "must be a number of at least 0"),
-        ({"rank": 2.5}, "--rank 2.5: must be a whole number"),
+        ({"rank": 2.5}, "--rank must be a whole number"),
         ({"rank": math.inf}, "a whole number of at least 1"),
         ({"rank": math.nan}, "a whole number of at least 1"),
-        ({"energy": -0.1}, "--energy -0.1"),
-        ({"energy": math.inf}, "(0, 1]"),
-        ({"error": math.nan}, "[0, 1)"),
+        ({"energy": -0.1}, "--energy must be above 0"),
+        ({"energy": math.inf}, "above 0 and at most 1"),
+        ({"error": math.nan}, "a finite number of at least 0"),
         ({"error": 1.5}, "[0, 1)"),
         ({"ratio": 0.5}, "above 1"),
         ({"ratio": math.nan}, "above 1"),
