@@ -21,6 +21,7 @@ from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import Carried, add_missing_biases, torch_dtype
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.methods.coefficients import cancel
+from loratool.algebra.rounding import round_once
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
@@ -201,7 +202,9 @@ class Beside:
                 dtypes[target] = torch.promote_types(dtypes.get(target, dtype), dtype)
         for target, bias_sum in total.items():
             weight_target = f"{target.removesuffix('bias')}weight"
-            bias_whole = (bias_sum * self.factor(weight_target) / (divisors.get(target) or 1.0)).to(dtypes[target])
+            bias_whole = round_once(
+                bias_sum * self.factor(weight_target) / (divisors.get(target) or 1.0), dtypes[target]
+            )
             if not bool(bias_whole.isfinite().all()):
                 narrow = str(dtypes[target]).removeprefix("torch.")
                 self.overflows.append(f"{printable(target)}: the sum of biases overflows {narrow}")
@@ -285,7 +288,7 @@ class Beside:
             raise UsageError("--saved mean needs weights with a sum above 0")
         mixed = sum((value * (weight / total) for (_, value), weight in zip(found, weights, strict=True)), start=0)
         assert not isinstance(mixed, int), "there is at least one"
-        return mixed.to(torch_dtype(like.info.dtype))
+        return round_once(mixed, torch_dtype(like.info.dtype))
 
     def loaded(self, value: StoredTensor) -> Tensor:
         return value.load(torch.device("cpu"), torch.float64)

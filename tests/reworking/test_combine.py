@@ -418,6 +418,19 @@ def test_saved_modules_that_differ_are_refused_or_made_one_as_asked(tmp_path: Pa
     torch.testing.assert_close(tensors_of(tmp_path / "mean")[START + HEAD], wanted)
 
 
+def test_a_mean_of_saved_modules_and_a_sum_of_biases_are_rounded_once(tmp_path: Path) -> None:
+    """What float32 takes for half-way between two numbers of float16."""
+    bias, each = f"{START}{QUERY}.lora_B.bias", []
+    for at, value in enumerate((1, 1 + 2.0**-10)):
+        extra = {bias: torch.full((20,), value / 2).half(), START + HEAD: torch.full((3, 20), value).half()}
+        more: dict[str, Any] = {"lora_bias": True, "modules_to_save": ["classifier"]}
+        each.append(adapter(tmp_path / f"{at}", at, {QUERY: 2}, extra, **more))
+    loratool.combine(each, tmp_path / "out", saved="mean", weights=[0.5 - 2.0**-30, 0.5 + 2.0**-30])
+    found = tensors_of(tmp_path / "out")
+    for name in (bias, START + HEAD):
+        assert {*found[name].flatten().tolist()} == {1 + 2.0**-10}, name
+
+
 def test_a_mean_needs_weights_that_have_a_sum(tmp_path: Path) -> None:
     each = [saving(tmp_path / "a", 1, draw(5, 3, 20)), saving(tmp_path / "b", 2, draw(6, 3, 20))]
     with pytest.raises(loratool.UsageError, match="sum above 0"):
