@@ -143,6 +143,7 @@ def show_schema(context: click.Context, _parameter: click.Parameter, name: str |
     cls=Commands,
     context_settings={**HELP, "max_content_width": 100},
     invoke_without_command=True,  # else Click's releases differ in what they do with the help
+    subcommand_metavar="COMMAND [ARGS]...",
     epilog=EXIT_CODES,
 )
 @click.version_option(__version__, prog_name="loratool")

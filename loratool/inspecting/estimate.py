@@ -226,7 +226,7 @@ def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
             names = list(dict.fromkeys(map(leaf, matrices)))
             near = difflib.get_close_matches(target, names, n=3, cutoff=0.5)
             told = (
-                f"the closest name is {', '.join(map(printable, near))}"
+                f"the closest name{'s are' if len(near) > 1 else ' is'} {', '.join(map(printable, near))}"
                 if near
                 else f"the base has {first_few(names, 12)}"
             )

@@ -155,7 +155,7 @@ def look_at(
             raise InputError(f"{printable(shown)}: not an adapter, which --near is for")
         if names := compressed_in(location):
             return look_at_compressed(place, shown, names, options)
-        return look_at_checkpoint(place, shown, options.tensors, options.check)
+        return look_at_checkpoint(place, shown, options)
     problems: tuple[str, ...] = ()
     try:
         if options.check:
@@ -196,7 +196,7 @@ def look_at(
 
 def look_at_compressed(place: Located, path: Path, names: Sequence[str], options: InspectOptions) -> OneFacts:
     """What is in a folder of compressed adapters: the file that all of them share, and their names."""
-    facts = look_at_checkpoint(replace(place, path=place.path / SHARED), path, options.tensors, options.check)
+    facts = look_at_checkpoint(replace(place, path=place.path / SHARED), path, options)
     if isinstance(facts, UnreadableFacts):
         return facts
     text = (
@@ -366,7 +366,7 @@ def kind_of(update: Update, layer: Layer | None) -> str:
     return names.get(type(update), type(update).__name__)
 
 
-def look_at_checkpoint(place: Located, path: Path, tensors: bool, check: bool) -> CheckpointFacts | UnreadableFacts:
+def look_at_checkpoint(place: Located, path: Path, options: InspectOptions) -> CheckpointFacts | UnreadableFacts:
     from loratool.provenance.inputs import weights_of
 
     try:
@@ -375,12 +375,15 @@ def look_at_checkpoint(place: Located, path: Path, tensors: bool, check: bool) -
             checkpoint_facts(checkpoint, path), history=history_of(checkpoint.root, tuple(weights_of(checkpoint)))
         )
     except LoratoolError as error:
-        if not check:
+        if not options.check:
             raise
         return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, place.path))
-    if tensors:
+    if options.values:
+        note = Note("values-not-measured", "values are measured only for adapters, so --values was ignored")
+        facts = replace(facts, notes=(*facts.notes, note))
+    if options.tensors:
         facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
-    if check:
+    if options.check:
         facts = replace(facts, findings=examine_model(checkpoint, path))
     return facts
 

@@ -50,6 +50,7 @@ from loratool.merging.output_layout import (
 )
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
+from loratool.results.text import plural
 from loratool.templates import listed
 
 if TYPE_CHECKING:
@@ -212,8 +213,8 @@ def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOpt
         )
     if weights and len(weights) != len(adapters):
         raise UsageError(
-            f"got {len(weights)} weights for {len(adapters)} adapter{'s' * (len(adapters) != 1)}; pass one weight per "
-            "adapter, in order"
+            f"got {plural(len(weights), 'weight')} for {plural(len(adapters), 'adapter')}; pass one weight per adapter, in "
+            "order"
         )
     return tuple(weights) or (1.0,) * len(adapters)
 

@@ -67,7 +67,7 @@ class ConvertReport(Written):
     def proof(self) -> list[tuple[str, object]]:
         """The worst layer, as it was read back."""
         if not self.worst:
-            return [("proof", "not read back, for nothing was written")]
+            return [("proof", "not read back, because nothing was written")]
         layers = self.modules.values()
         largest = self.beside[self.worst] if self.worst in self.beside else self.modules[self.worst].error
         error = f"‖ΔW − ΔW'‖ / ‖ΔW‖ = {largest:.2g}, at {printable(self.worst)}"

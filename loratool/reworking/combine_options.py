@@ -17,6 +17,7 @@ from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, Choice, JsonFile, Kind, Number, option
 from loratool.options.shared import BlockOption, DeviceOption, PublishOptions
+from loratool.results.text import plural
 from loratool.reworking.aligned_layers import SAVED, Weight
 from loratool.reworking.dialects import OutputDialect
 
@@ -153,7 +154,7 @@ class CombineOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, 
         """The weight of each of `count` adapters."""
         if self.weights and len(self.weights) != count:
             raise UsageError(
-                f"got {len(self.weights)} weights for {count} adapter{'s' * (count != 1)}; pass one weight per adapter, or omit -w"
+                f"got {plural(len(self.weights), 'weight')} for {plural(count, 'adapter')}; pass one weight per adapter, or omit -w"
             )
         return list(self.weights) or [1.0] * count
 

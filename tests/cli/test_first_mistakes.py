@@ -156,3 +156,30 @@ def test_a_demo_that_fails_leaves_an_empty_folder_as_it_was(tmp_path: Path, monk
     with pytest.raises(StorageError, match="No space left on device"):
         demos.demo(tmp_path, overwrite=True)
     assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- options that can have no effect
+
+
+@pytest.mark.usefixtures("here")
+def test_values_of_a_model_are_said_not_to_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mixed list of paths is measured as far as it can be."""
+    assert run(["inspect", "base", "--values"]) == 0
+    assert "values are measured only for adapters, so --values was ignored" in " ".join(capsys.readouterr().out.split())
+    assert run(["inspect", "base"]) == 0
+    assert "ignored" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_to_look_for_inputs_in_has_to_be_there(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown = said("reproduce merged -o again --from nowhere", capsys)
+    assert code == 3
+    assert "--from nowhere: no such folder" in shown
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("command", ["combine", "merge base"])
+def test_numbers_in_messages_are_in_agreement_with_their_nouns(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "got 1 weight for 2 adapters" in said(f"{command} adapter adapter -w 1 -o out", capsys)[1]

@@ -381,7 +381,7 @@ def test_every_target_that_is_not_there_is_told_with_the_nearest(
     with pytest.raises(FitError) as caught:
         loratool.estimate(seven, 8, targets)
     told = str(caught.value).splitlines()
-    assert told[1].startswith("  q_prj: the base has no such weight; the closest name is q_proj")
+    assert told[1].startswith("  q_prj: the base has no such weight; the closest names are q_proj")
     assert told[2] == "  norm: model.norm.weight [4096] is neither a linear layer nor an embedding"
     assert told[3].startswith("  proj: the base has no such weight; ")  # a part of a name is no name, as for PEFT
     assert told[4].startswith("  zzz: the base has no such weight; the base has embed_tokens, q_proj, k_proj")
