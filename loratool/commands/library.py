@@ -85,9 +85,12 @@ def operands_in(name: str, value: Any) -> Iterator[Operand]:
             yield Operand(os.fspath(each), ROLES.get(name, "any"), name)
 
 
-def option_words(described: Option, default: Any, value: Any) -> Iterator[str]:
-    """The words of a command line for an option, with paths as they were given."""
+def option_words(described: Option, default: Any, value: Any) -> list[str]:
+    """The words of a command line for an option, with paths as they were given, and so with what it does not take."""
+    as_given = [described.flags[0], str(value)]
     if isinstance(described.kind, PathKind) and isinstance(value, (str, os.PathLike)):
-        yield from (described.flags[0], os.fspath(value))
-    else:
-        yield from described.words(described.taken(value, default), default)
+        return as_given
+    try:
+        return [*described.words(described.taken(value, default), default)]
+    except LoratoolError:
+        return as_given
