@@ -167,9 +167,13 @@ def cli(context: click.Context) -> None:
         context.exit(UsageError.exit_code)
 
 
+stops: list[KeyboardInterrupt] = []  # that this process got; what is being imported may make another error of one
+
+
 def stop(terminated: bool) -> NoReturn:
     """Stop in good order."""
-    raise Terminated if terminated else KeyboardInterrupt
+    stops.append(Terminated() if terminated else KeyboardInterrupt())
+    raise stops[-1]
 
 
 def main() -> None:
@@ -227,16 +231,22 @@ def run_command(arguments: list[str], verbose: bool) -> int:
     except LoratoolError as error:
         return failed(arguments, error)
     except (KeyboardInterrupt, click.Abort) as error:
-        cause = error.__cause__ or error  # Click passes every interrupt on as an Abort
-        goes_on = arguments[:1] in (["merge"], ["push"], ["run"])
-        again = "run the same command again to continue" if goes_on else "nothing was written"
-        complain(f"Interrupted; {cause.args[0] if cause.args else again}.")
-        return 143 if isinstance(cause, Terminated) else 130
+        return interrupted(arguments, error.__cause__ or error)  # Click passes every interrupt on as an Abort
     except SystemExit:  # which Click makes of a broken pipe while it reads the words: only help is written then
         silence_stdout()
         return 141
     except Exception as error:
+        if stops:
+            return interrupted(arguments, stops[-1])
         return unexpected(arguments, error.__cause__ or error if isinstance(error, KeptError) else error, verbose)
+
+
+def interrupted(arguments: list[str], cause: BaseException) -> int:
+    """The exit code of a command that was stopped."""
+    goes_on = arguments[:1] in (["merge"], ["push"], ["run"])
+    again = "run the same command again to continue" if goes_on else "nothing was written"
+    complain(f"Interrupted; {cause.args[0] if cause.args else again}.")
+    return 143 if isinstance(cause, Terminated) else 130
 
 
 def unexpected(arguments: list[str], error: BaseException, verbose: bool) -> int:

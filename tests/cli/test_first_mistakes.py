@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from loratool import demo as demos
+from loratool import cli, demo as demos
 from loratool.cli import run
 from loratool.errors import StorageError
 from loratool.files import staging
@@ -146,6 +147,22 @@ def test_an_interrupted_demo_leaves_nothing_as_it_says(
     code, shown = said(f"demo {shlex.quote(str(tmp_path / 'demo'))}", capsys)
     assert (code, shown.strip()) == (130, "Interrupted; nothing was written.")
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_that_an_import_makes_another_error_of_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where numpy is being imported by torch, which then misses a name in it."""
+
+    def swallowed(*_arguments: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            cli.stop(terminated=True)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    monkeypatch.setattr(cli, "stops", [])
+    monkeypatch.setattr(demos, "check", swallowed)
+    code, shown = said(f"demo {shlex.quote(str(tmp_path / 'demo'))}", capsys)
+    assert (code, shown.strip()) == (143, "Interrupted; nothing was written.")
 
 
 def test_a_demo_that_fails_leaves_an_empty_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
