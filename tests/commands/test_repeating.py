@@ -174,6 +174,7 @@ class Command:
 VALUES: Mapping[str, Sequence[str]] = {
     "adapter_name": ("default", "it's"),
     "also_load": (f"{WITH_MORE}/{EXTRA}", EXTRA),
+    "architecture": ("sd15", "sd2"),
     "block_weights": ("L=0.5", "L00=-2"),
     "budget": ("300", "2kB", "1.5k"),
     "calibration": (GRAMS,),
@@ -241,7 +242,13 @@ COMMANDS = {
         },
         on={option: (*operands, ADAPTERS[1]) for option, operands in READING.items()},
     ),
-    "convert": Command(ConvertOptions, ADAPTERS[:1], ["--to", "mlx"], on=READING),
+    "convert": Command(
+        ConvertOptions,
+        ADAPTERS[:1],
+        ["--to", "mlx"],
+        {"architecture": ["--to", "kohya"]},
+        on={**READING, "architecture": (OF_PIPELINE,)},
+    ),
     "extract": Command(ExtractOptions, (BASE, TUNED)),
     "compress": Command(
         CompressOptions,
