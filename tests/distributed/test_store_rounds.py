@@ -158,7 +158,7 @@ def test_faults_of_every_kind_end_in_the_right_bytes_or_in_a_sentence(inside: St
         inside.fault = stormy(seed, lost=True, share=0.3 + 0.5 * (seed % 2), most=3 + 6 * (seed % 2))
         try:
             loratool.merge(BASE, [ADAPTER], out)
-        except HubError:
+        except (HubError, InputError):  # the latter of an object whose ETag is wrong each time that it is asked for
             told += 1
             inside.fault = lambda _asked: None
             if seed % 4 == 1:
