@@ -108,13 +108,17 @@ def clear(home: Path, overwrite: bool) -> None:
             f"{printable(home)} already exists; pass --overwrite to replace it, or choose another folder",
             hint="--overwrite",
         )
-    if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= MADE:
+    unfinished = {
+        stage_of(home / name).name for name in MADE
+    }  # of a demo that was killed: the next merge goes on there
+    if not home.is_dir() or not {entry.name for entry in home.iterdir()} <= MADE | unfinished:
         raise UsageError(f"{printable(home)}: contains files that no demo wrote; choose another folder")
-    for path in home.iterdir():
+    made = [path for path in home.iterdir() if path.name in MADE]
+    for path in made:
         if path.is_symlink() or not path.is_dir():
             raise UsageError(f"{printable(path)}: was not made by a demo; choose another folder")
         replaceable_files(path, printable(path), OUTPUT_FILES)
-    for path in home.iterdir():
+    for path in made:
         shutil.rmtree(path)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from loratool.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -47,8 +49,9 @@ class Pictures:
 
         if self.html is not None:
             write_page(results, self.html, overwrite=self.overwrite)
-        if self.svg is not None:
-            write_svgs(results, self.svg, overwrite=self.overwrite)
+        if self.svg is not None and not write_svgs(results, self.svg, overwrite=self.overwrite):
+            sentence = "nothing was written, as there are no figures of this"
+            click.echo(f"note: --svg {printable(self.svg)}: {sentence}", err=True)
 
 
 def apart(flag: str, path: Path, out: Path | None) -> None:

@@ -379,7 +379,7 @@ def look_at_checkpoint(place: Located, path: Path, options: InspectOptions) -> C
             raise
         return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, place.path))
     if options.values:
-        note = Note("values-not-measured", "values are measured only for adapters, so --values was ignored")
+        note = Note("values-not-measured", "values of a model are not measured; --values is for adapters")
         facts = replace(facts, notes=(*facts.notes, note))
     if options.tensors:
         facts = replace(facts, listing=tuple(listed(checkpoint.shards)))

@@ -44,7 +44,7 @@ def write_svgs(results: Result | Sequence[Result], folder: PathLike, *, overwrit
 
     Args:
         results: as for `write_page`.
-        folder: where the files go; it is made if it does not exist. Names begin with the command, as `merge-gain.svg`.
+        folder: where the files go; it is made if there are any and it does not exist. Names begin with the command, as `merge-gain.svg`.
         overwrite: replace figures that loratool made. No other file is ever replaced.
 
     Raises:
@@ -56,10 +56,11 @@ def write_svgs(results: Result | Sequence[Result], folder: PathLike, *, overwrit
     check_folder(folder)
     for path in figures:
         check_file(path, "--svg", is_figure, overwrite)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{printable(folder)}: {error.strerror or error}") from None
+    if figures:
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{printable(folder)}: {error.strerror or error}") from None
     for path, figure in figures.items():
         write_file(path, svg_file(figure).encode(errors="backslashreplace"))
     return [*figures]

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,14 +176,34 @@ def test_a_demo_that_fails_leaves_an_empty_folder_as_it_was(tmp_path: Path, monk
     assert os.listdir(tmp_path) == []
 
 
+def test_a_demo_goes_on_where_one_was_killed(tmp_path: Path) -> None:
+    """A kill leaves the merge's stage, which the next demo's merge knows as its own."""
+    home = tmp_path / "demo"
+    demos.demo(home)
+    shutil.rmtree(home / "merged")
+    killed = "import os, sys\nfrom loratool.files import staging\nstaging.Stage.publish = lambda *_: os._exit(9)\n"
+    program = f"{killed}import loratool\nhome = sys.argv[1]\nloratool.merge(home + '/base', [home + '/adapter'], home + '/merged')"
+    assert subprocess.run([sys.executable, "-c", program, str(home)], check=False).returncode == 9
+    assert sorted(os.listdir(home)) == ["adapter", "base", "merged.partial"]
+    demos.demo(home, overwrite=True)
+    assert sorted(os.listdir(home)) == ["adapter", "base", "merged"]
+
+
 # ---------------------------------------------------------------- options that can have no effect
+
+
+@pytest.mark.usefixtures("here")
+def test_figures_that_there_are_none_of_make_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "base", "--svg", "pictures"]) == 0
+    assert "note: --svg pictures: nothing was written, as there are no figures of this" in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.usefixtures("here")
 def test_values_of_a_model_are_said_not_to_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
     """A mixed list of paths is measured as far as it can be."""
     assert run(["inspect", "base", "--values"]) == 0
-    assert "values are measured only for adapters, so --values was ignored" in " ".join(capsys.readouterr().out.split())
+    assert "values of a model are not measured; --values is for adapters" in " ".join(capsys.readouterr().out.split())
     assert run(["inspect", "base"]) == 0
     assert "ignored" not in capsys.readouterr().out
 
