@@ -220,6 +220,7 @@ def run(arguments: list[str]) -> int:
 
 def run_command(arguments: list[str], verbose: bool) -> int:
     """The exit code of one command; `verbose` shows the traceback of a bug."""
+    stops.clear()  # of a command before this one in the same process
     try:
         code = cli.main(args=arguments, prog_name="loratool", standalone_mode=False, obj=tuple(arguments))
         sys.stdout.flush()

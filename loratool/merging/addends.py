@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from loratool.algebra.updates.base import Product
 from loratool.grouping import by_key
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.numpy_rounding import is_power_of_two
+from loratool.merging.numpy_rounding import roundings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -162,14 +162,8 @@ class Stack:
 
     @property
     def terms(self) -> int:
-        """Roundings of a term in an element, at most: of factors, the product, sums, scaling, and a constant added.
-
-        In whatever order r products and a constant are added, none of them is part of more than r sums. A power of two as
-        the scale adds none, any other is rounded, and so is what it scales.
-        """
-        if self.down is None:
-            return 5
-        return self.up.shape[1] + 1 + self.rounded + (0 if is_power_of_two(self.scale) else 2)
+        """Roundings of a term in an element, at most: of factors, the product, sums, scaling, and a constant added."""
+        return 5 if self.down is None else self.rounded + roundings(self.up.shape[1], self.scale)
 
     @cached_property
     def underflow(self) -> float:

@@ -212,6 +212,15 @@ def error_free_sums(
     return numpy.where(lost == 0, numpy.where(tie & (rest != 0), beyond, near), numpy.nan)
 
 
+def roundings(rank: int, scale: float) -> int:
+    """Roundings of a term in an element of scale · up @ down, with a constant added, at most.
+
+    In whatever order r products and a constant are added, none of them is part of more than r sums: with its own rounding a
+    product has r + 1. A power of two as the scale adds none, any other is rounded, and so is what it scales.
+    """
+    return rank + (1 if is_power_of_two(scale) else 3)
+
+
 def is_power_of_two(number: float) -> bool:
     """Or its negative; such that float64 scales products of float32 by it without rounding."""
     return abs(math.frexp(number)[0]) == 0.5 and MIDDLING[0] < abs(number) < MIDDLING[1]

@@ -23,7 +23,7 @@ from loratool.files.process import multiplies_alone
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
-from loratool.merging.numpy_rounding import RESULTS, Result, exactly, is_power_of_two
+from loratool.merging.numpy_rounding import RESULTS, Result, exactly, roundings
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit
@@ -155,12 +155,8 @@ class Added:
 
     @cached_property
     def margins(self) -> NDArray[Any]:
-        """(rows,) of float64: how far a computed element of ΔW, with a constant added, may be from the exact value.
-
-        In whatever order r products and a constant are added, none of them is part of more than r sums: with its own
-        rounding a product has r + 1. A power of two as the scale adds none, any other is rounded, and so is what it scales.
-        """
-        terms = len(self.down) + (1 if is_power_of_two(self.scale) else 3)
+        """(rows,) of float64: how far a computed element of ΔW, with a constant added, may be from the exact value."""
+        terms = roundings(len(self.down), self.scale)
         up, down = self.sizes
         size = self.up.itemsize
         # some machines take the smallest factors for 0
