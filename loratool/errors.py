@@ -18,6 +18,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from loratool.arguments import PathLike
+
 LONGEST_SHOWN = 200  # characters of a foreign name that a message repeats
 MOST_SHOWN = 20  # problems of one input that a message lists
 # Printable by Unicode's categories, and yet not to be seen: joiners, fillers, blanks, variation selectors.
@@ -199,7 +201,7 @@ class LoratoolError(Exception):
 
 
 @contextmanager
-def about(path: str | os.PathLike[str]) -> Iterator[None]:
+def about(path: PathLike) -> Iterator[None]:
     """Errors within are about `path`; of several that enclose each other, the outermost is what was given."""
     try:
         yield

@@ -25,6 +25,7 @@ MOST_PARAMETERS = 8  # of a function; `self` and `cls` do not count
 
 # The design's table: a package, or a module of its own, imports only from those before it.
 PACKAGES = (
+    "arguments",
     "errors",
     "notes",
     "shown",
@@ -61,6 +62,7 @@ PACKAGES = (
 # Those that work on headers and names, but for the reading of values below. They never use torch but in annotations.
 WITHOUT_TORCH = (
     *(
+        "arguments",
         "errors",
         "notes",
         "templates",
@@ -219,6 +221,21 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
             targets.add(dotted)
         graph[module_of(path)] = targets - {module_of(path), "loratool", ""}
     TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
+
+
+def test_types_of_arguments_are_defined_once() -> None:
+    """Whoever takes a path, or tells of progress, has the type from `loratool.arguments`, and does not write it out."""
+    home = PACKAGE / "arguments.py"
+    texts = {path: path.read_text(encoding="utf-8") for path in FILES}
+    types = {ast.unparse(node.value) for node in tree_of(home).body if isinstance(node, ast.Assign)}
+    made = {PACKAGE / "commands" / "keywords.py"}  # of the words with which options describe their values
+    quoted = {f'"{each}' for each in types}
+    assert len(types) == 2
+    for path in set(texts) - {home} - made:
+        text = texts[path]
+        for each in quoted:
+            text = text.replace(each, "")
+        assert [each for each in types if each in text] == [], path
 
 
 def test_relative_imports_are_not_used() -> None:

@@ -21,6 +21,7 @@ from loratool.adapters.told import as_input
 from loratool.adapters.weight_files import MODEL_CONFIG, fates, module_files
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.rounding import round_once
+from loratool.arguments import PathLike
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
@@ -180,7 +181,7 @@ def finish(
 
 
 def check_adapter_target(
-    out: str | os.PathLike[str], inputs: Sequence[Path], options: WritingOptions, form: Format = WRITTEN
+    out: PathLike, inputs: Sequence[Path], options: WritingOptions, form: Format = WRITTEN
 ) -> Path:
     """`out` as it will be written, for an adapter, which replaces nothing but adapters; raises as `check_target` does."""
     replaced = replaceable(options.overwrite or options.dry_run)

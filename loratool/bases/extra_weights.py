@@ -17,6 +17,7 @@ from pathlib import Path
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.weight_files import PICKLES, WeightFile, fates
+from loratool.arguments import PathLike
 from loratool.bases.binding import Bound
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -24,7 +25,6 @@ from loratool.files.containers import conversion
 from loratool.notes import Note
 from loratool.options.described import local_word
 
-PathLike = str | os.PathLike[str]
 ALSO_LOAD, IGNORE = "--also-load", "--ignore-files"
 
 

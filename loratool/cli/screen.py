@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,9 @@ from typing import Any
 
 import click
 
+from loratool.arguments import Progress
 from loratool.errors import escaped, printable
 from loratool.notes import as_records
-
-Progress = Callable[[int, int], None]
-
 
 NOTES = "loratool.notes"  # key of a context's `meta`: notes of operands that were not read as they were typed
 VERBOSITY = "loratool.verbosity"  # key of a context's `meta`: how often `-v` was given

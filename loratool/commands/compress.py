@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.commands.library import library_function
-from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import made_of
 from loratool.results.compress import CompressReport
 from loratool.reworking.compressing import adding, compress as compressing

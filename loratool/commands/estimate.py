@@ -12,7 +12,7 @@ from loratool.options.described import made_of
 from loratool.results.estimate import Estimate
 
 if TYPE_CHECKING:
-    from loratool.measuring.session import PathLike
+    from loratool.arguments import PathLike
 
 
 @with_next_step(EstimateOptions)

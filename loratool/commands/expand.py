@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.commands.library import library_function
 from loratool.commands.publish import with_push
-from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import made_of
 from loratool.results.compress import ExpandReport
 from loratool.reworking.compressing import expand as expanding

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.commands.library import library_function
 from loratool.lazy import Tensor
 from loratool.merging import in_memory
 from loratool.merging.in_memory import InMemoryOptions, MergedWeights
-from loratool.merging.inputs import PathLike, Progress
 from loratool.options.described import made_of
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from loratool.results.index import IndexReport
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from loratool.arguments import PathLike, Progress
     from loratool.commands.keywords import IndexKeywords
-    from loratool.measuring.session import PathLike, Progress
 
 
 @library_function(IndexOptions)

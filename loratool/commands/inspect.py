@@ -15,8 +15,8 @@ from loratool.results.facts import Facts
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from loratool.arguments import PathLike, Progress
     from loratool.commands.keywords import InspectKeywords
-    from loratool.measuring.session import PathLike, Progress
 
 
 @library_function(InspectOptions)

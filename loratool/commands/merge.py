@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loratool.arguments import PathLike, Progress
 from loratool.commands.library import library_function, step_after
 from loratool.commands.publish import with_push
 from loratool.errors import LoratoolError, UsageError
 from loratool.merging import merge as merging
-from loratool.merging.inputs import PathLike, Progress
 from loratool.merging.merge import MergeOptions
 from loratool.merging.options import ClusterOptions
 from loratool.options.described import made_of, option

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.commands.publish import with_push
 from loratool.inspecting import in_parts as inspecting
 from loratool.inspecting.inspect import InspectOptions
-from loratool.measuring.session import PathLike, Progress
 from loratool.options.described import keyword_options, made_of
 from loratool.options.sharing import Share
 from loratool.results.extract import ExtractReport
@@ -36,7 +35,7 @@ def verify_part(
     adapters: Sequence[PathLike] | PathLike = (),
     *,
     part: str | Share,
-    into: str | os.PathLike[str],
+    into: PathLike,
     progress: Progress | None = None,
     **keywords: Unpack[VerifyKeywords],
 ) -> PartialReport:
@@ -65,7 +64,7 @@ def finish_verify(
     base: PathLike | None = None,
     adapters: Sequence[PathLike] | PathLike = (),
     *,
-    into: str | os.PathLike[str],
+    into: PathLike,
     progress: Progress | None = None,
     **keywords: Unpack[VerifyKeywords],
 ) -> Verification:
@@ -93,7 +92,7 @@ def extract_part(
     out: PathLike,
     *,
     part: str | Share,
-    into: str | os.PathLike[str],
+    into: PathLike,
     progress: Progress | None = None,
     **keywords: Unpack[ExtractKeywords],
 ) -> PartialReport:
@@ -127,7 +126,7 @@ def finish_extract(
     tuned: PathLike,
     out: PathLike,
     *,
-    into: str | os.PathLike[str],
+    into: PathLike,
     progress: Progress | None = None,
     push_progress: Progress | None = None,
     **keywords: Unpack[ExtractKeywords],
@@ -157,7 +156,7 @@ def inspect_part(
     path: PathLike,
     *,
     part: str | Share,
-    into: str | os.PathLike[str],
+    into: PathLike,
     progress: Progress | None = None,
     **keywords: Unpack[InspectKeywords],
 ) -> PartialReport:
@@ -182,7 +181,7 @@ def inspect_part(
 def finish_inspect(
     path: PathLike,
     *,
-    into: str | os.PathLike[str],
+    into: PathLike,
     **keywords: Unpack[InspectKeywords],
 ) -> OneFacts:
     """What `inspect` with `values` returns, from the results of all workers.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
 from loratool.merging import in_parts
-from loratool.merging.inputs import PathLike, Progress
 from loratool.merging.merge import MergeOptions
 from loratool.options.described import keyword_options, made_of
 from loratool.options.sharing import Share

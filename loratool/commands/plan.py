@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
+from loratool.arguments import PathLike
 from loratool.commands.library import library_function
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import planning
 from loratool.merging.dry_run import DryRunOptions, dry_run
-from loratool.merging.inputs import PathLike
 from loratool.merging.options import PlanOptions
 from loratool.merging.plan import MergePlan
 from loratool.options.described import made_of

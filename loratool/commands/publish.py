@@ -12,7 +12,7 @@ from loratool.publishing.options import PushOptions
 from loratool.stores.names import is_in_store
 
 if TYPE_CHECKING:
-    from loratool.measuring.session import Progress
+    from loratool.arguments import Progress
     from loratool.results.base import Written
 
 

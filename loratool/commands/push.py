@@ -13,8 +13,8 @@ from loratool.results.push import PushReport
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from loratool.arguments import PathLike, Progress
     from loratool.commands.keywords import PushKeywords
-    from loratool.measuring.session import PathLike, Progress
 
 
 @library_function(PushOptions)

@@ -13,8 +13,8 @@ from loratool.results.record import Record
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from loratool.arguments import PathLike
     from loratool.commands.keywords import RecordKeywords
-    from loratool.measuring.session import PathLike
 
 
 @library_function(RecordOptions)

@@ -14,8 +14,8 @@ from loratool.results.reproduce import ReproduceReport
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from loratool.arguments import PathLike
     from loratool.commands.keywords import ReproduceKeywords
-    from loratool.measuring.session import PathLike
 
 
 @library_function(ReproduceOptions)

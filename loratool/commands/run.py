@@ -15,8 +15,8 @@ from loratool.results.run import RunReport, StepReport
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from loratool.arguments import PathLike
     from loratool.commands.keywords import ManifestKeywords
-    from loratool.measuring.session import PathLike
 
 
 @library_function(ManifestOptions)

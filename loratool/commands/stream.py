@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.commands.library import library_function
-from loratool.merging.inputs import PathLike, Progress
 from loratool.options.described import made_of
 from loratool.publishing import streaming
 from loratool.publishing.streaming import StreamOptions

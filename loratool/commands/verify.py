@@ -14,8 +14,8 @@ from loratool.verifying.options import VerifyOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from loratool.arguments import PathLike, Progress
     from loratool.commands.keywords import VerifyKeywords
-    from loratool.merging.inputs import PathLike, Progress
 
 
 @library_function(VerifyOptions)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike
 from loratool.errors import UsageError, about, printable
 from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["HubPath", "Located", "headers", "local", "parse", "place_of"]
 
 
-def place_of(operand: str | os.PathLike[str]) -> HubPath | StorePath | None:
+def place_of(operand: PathLike) -> HubPath | StorePath | None:
     """The place on the Hub or in a store that an operand names; None for one that is here, or can only be a path."""
     if os.path.lexists(operand):
         return None
@@ -38,7 +39,7 @@ def place_of(operand: str | os.PathLike[str]) -> HubPath | StorePath | None:
     return parse(operand)
 
 
-def local(operand: str | os.PathLike[str], role: Role = "any") -> Path:
+def local(operand: PathLike, role: Role = "any") -> Path:
     """The folder or file that an operand means: itself, a download of it that the Hub's cache keeps, or what stands for
     a place in a store.
 
@@ -88,7 +89,7 @@ class Located:
 
 
 @contextmanager
-def headers(operand: str | os.PathLike[str]) -> Iterator[Located]:
+def headers(operand: PathLike) -> Iterator[Located]:
     """A local operand itself; of a place on the Hub or in a store an outline with headers and configs.
 
     Small tensors are read by range requests, and no file of weights is downloaded.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapters.formats import format_at
+from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.hub_names import parse, with_owner
 
@@ -26,7 +27,7 @@ def named_base(path: Path) -> str:
     return f"{name}@{revision}" if named_revision else name
 
 
-def chosen_base(base: str | os.PathLike[str], adapters: Sequence[Path]) -> str | os.PathLike[str]:
+def chosen_base(base: PathLike, adapters: Sequence[Path]) -> PathLike:
     """The base itself, or the one that the adapters name where it is called "auto"."""
     return base_of(adapters) if os.fspath(base) == AUTO and not os.path.lexists(AUTO) else base
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from loratool.arguments import PathLike
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import HubError, InputError, printable
 from loratool.fetching import HubPath, local, place_of
@@ -108,7 +109,7 @@ class BaseFiles:
 
 
 @contextmanager
-def opened(base: str | os.PathLike[str], home: Callable[[str], Path]) -> Iterator[BaseFiles]:
+def opened(base: PathLike, home: Callable[[str], Path]) -> Iterator[BaseFiles]:
     """A base, its weights still where they are: on the Hub, or on this disk, where they are never dropped.
 
     `home` gives the folder into which a file of that name is fetched. Raises as `local` does.

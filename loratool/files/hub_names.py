@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from loratool.arguments import PathLike
 from loratool.errors import UsageError, printable
 
 ID = r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)"
@@ -59,7 +60,7 @@ def with_owner(name: str) -> str:
     return f"{owner}/{name}" if owner else name
 
 
-def slashed(operand: str | os.PathLike[str]) -> str:
+def slashed(operand: PathLike) -> str:
     """The text of an operand; a `Path` may hold the slashes of a name turned round, and has one of `s3://` or `hf://`."""
     text = operand.as_posix() if isinstance(operand, PurePath) else os.fspath(operand)
     return ONE_SLASH.sub(r"\1//", text)
@@ -70,7 +71,7 @@ def way_inside(folder: str, name: str) -> str:
     return f", such as {folder}/{name}" if folder.startswith("s3://") else " after a colon"
 
 
-def parse(operand: str | os.PathLike[str]) -> HubPath | None:
+def parse(operand: PathLike) -> HubPath | None:
     """The place on the Hub that a word names; None for a word that can only be a path.
 
     Raises `UsageError` for an `hf://` address of something else than a model, and for a subfolder that leads out.

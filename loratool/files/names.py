@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
+from loratool.arguments import PathLike
 from loratool.errors import ANOTHER_OUT, StorageError, UsageError, printable
 from loratool.files.system import create_file, shell_word
 from loratool.grouping import by_key
@@ -27,7 +28,7 @@ def has_other_parts(name: str) -> bool:
     return bool(path.drive) or path.parts != PurePosixPath(name).parts
 
 
-def at_home(operand: str | os.PathLike[str]) -> Path:
+def at_home(operand: PathLike) -> Path:
     """The path that an operand is, with `~` at its start for the user's folder unless something here is called so."""
     return Path(operand) if os.path.lexists(operand) else Path(os.path.expanduser(operand))
 

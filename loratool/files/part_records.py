@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loratool.arguments import Progress
 from loratool.errors import InputError
 from loratool.files.digests import Digest
 from loratool.files.inputs import json_object
@@ -192,7 +193,7 @@ class SharedOutput(Protocol):
         self,
         parts: Sequence[FilePart],
         records: Mapping[str, PartRecord],
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, str]:
         """Of those of some parts whose bytes are not what their records say: name → what is wrong."""
         ...

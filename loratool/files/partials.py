@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from loratool.arguments import PathLike
 from loratool.errors import StorageError, UsageError, VerificationError, printable
 from loratool.files.outputs import check_local
 from loratool.files.presence import draft_of, put_new
@@ -32,7 +33,7 @@ LARGEST = 256 << 20  # bytes of a partial result without tensors
 class Partials:
     """The partial results of one command."""
 
-    def __init__(self, folder: str | os.PathLike[str], command: str, fingerprint: str, costs: Sequence[float]) -> None:
+    def __init__(self, folder: PathLike, command: str, fingerprint: str, costs: Sequence[float]) -> None:
         """`fingerprint` tells inputs and options; `costs` are those of the units of work, in any measure.
 
         Raises `UsageError` for an address in a store.

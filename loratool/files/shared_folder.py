@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.arguments import Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
 from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import HASHES, PIECE, digest_of_part
@@ -204,7 +205,7 @@ class SharedFolder:
         self,
         parts: Sequence[FilePart],
         records: Mapping[str, PartRecord],
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, str]:
         """What is wrong with some parts, by name; all of their bytes are read from the disk, on all cores."""
         total, done, lock = sum(part.size for part in parts), [0], threading.Lock()

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loratool.arguments import PathLike
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base
@@ -82,7 +83,7 @@ class EstimateOptions(Options):
     )
 
 
-def estimate(base: str | os.PathLike[str] | None, options: EstimateOptions) -> Estimate:
+def estimate(base: PathLike | None, options: EstimateOptions) -> Estimate:
     """What LoRA of some ranks on some targets of `base` has and takes; `loratool.commands.estimate` says all of it."""
     started = time.monotonic()
     ranks = tuple(dict.fromkeys(options.ranks))

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.adapters.reading import ReadingOptions
+from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError, printable
 from loratool.files.partials import Partials
-from loratool.inspecting.inspect import InspectOptions, PathLike, Progress, inspect
+from loratool.inspecting.inspect import InspectOptions, inspect
 from loratool.measuring.shared_work import do_share
 from loratool.options.described import described_by
 from loratool.options.shared import NamingOptions, OrientationOption

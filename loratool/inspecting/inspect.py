@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
+from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, escaped, printable
 from loratool.fetching import Located, headers, local
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
@@ -56,9 +56,7 @@ if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit  # which loads all about bases
     from loratool.fetching.outline import Role
 
-Progress = Callable[[int, int], None]
 Measuring = Callable[[Adapter, "Fit | None", str, Progress | None], Values]
-PathLike = str | os.PathLike[str]
 NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 OF_BLOCK = re.compile(r".*(?:^|_)(?:[a-z]*blocks?|layers?|attentions|resnets)(?:_[0-9]+)+_")  # of a name without dots
 

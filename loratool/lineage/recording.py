@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratool.arguments import PathLike
 from loratool.lineage.bill import Part, bill_of
 from loratool.lineage.documents import FORMATS, document
 from loratool.lineage.locating import here
@@ -27,7 +27,7 @@ class RecordOptions(Options):
     )
 
 
-def record(out: str | os.PathLike[str], options: RecordOptions) -> Record:
+def record(out: PathLike, options: RecordOptions) -> Record:
     """The bill of an output; `loratool.commands.record` says all of it."""
     bill = bill_of(here(Path(out)))
     notes = tuple(remarks(bill))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.digests import is_plain, read_recorded
 from loratool.lineage.locating import Found, Search, Wanted, here, why_unlike_facts
@@ -24,7 +25,6 @@ from loratool.results.base import Cost
 from loratool.results.reproduce import Difference, FoundInput, ReproduceReport
 from loratool.stores.names import is_in_store
 
-PathLike = str | os.PathLike[str]
 # Keys of a record that are compared otherwise, or tell how the work was divided: a merge in parts has a fingerprint.
 APART = {"files", "plan"}
 

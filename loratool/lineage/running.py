@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratool.arguments import PathLike
 from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.bases import AUTO
@@ -34,7 +35,7 @@ class ManifestOptions(Options):
 
 
 def run(
-    manifest: str | os.PathLike[str],
+    manifest: PathLike,
     options: ManifestOptions,
     makers: Makers,
     told: Callable[[StepReport], None] | None = None,

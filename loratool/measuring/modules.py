@@ -18,6 +18,7 @@ from loratool.adapters.writer import factor_tensors, torch_dtype
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import singular_values
 from loratool.algebra.updates.additive import Add
+from loratool.arguments import Progress
 from loratool.bases.decoded import Decoded
 from loratool.errors import printable
 from loratool.measuring.delta_statistics import measure_on_base
@@ -27,7 +28,7 @@ from loratool.notes import Note
 from loratool.results.values import Measured, Suggestion, Values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -48,7 +49,7 @@ def measure(
     adapter: Adapter,
     fit: Fit | None = None,
     device: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     known: Mapping[str, Look] | None = None,
 ) -> Values:
     """Measure every low-rank update, a module at a time on each core; with a `fit` also the base's weights.
@@ -99,7 +100,7 @@ def looked_at(
     targets: Iterable[str],
     fit: Fit | None,
     at_work: Session,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Look]:
     """What is measured of some of the layers, in their order."""
     groups = fit.ties.groups if fit and fit.ties else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.writer import described
 from loratool.algebra.lowrank.products import working_dtype
+from loratool.arguments import Progress
 from loratool.devices import check_device, exact_arithmetic, kind_of, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-PathLike = str | os.PathLike[str]  # what every path argument takes
 Origins = tuple[dict[str, Any], ...]  # adapters, as provenance names them
-Progress = Callable[[int, int], None]
 CPU_BATCH = 1 << 20  # bytes of factors in float64 that are decomposed at a time
 CUDA_BATCH = 1 << 30
 MOST_WORKERS = 8  # on a CPU; each holds the factors of a batch

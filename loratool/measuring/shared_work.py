@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.options.sharing import Share, deal
 
 if TYPE_CHECKING:
+    from loratool.arguments import Progress
     from loratool.files.partials import Partials
 
 
@@ -15,7 +16,7 @@ def do_share(
     partials: Partials,
     share: Share,
     work: Callable[[int], tuple[Mapping[str, Any], bytes]],
-    tell: Callable[[int, int], None],
+    tell: Progress,
 ) -> tuple[int, int]:
     """Do the units of a share that are not done; how many were done now, and how many before."""
     partials.claim()

@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratool.arguments import PathLike
 from loratool.errors import UsageError
 from loratool.merging.forecasting import with_forecast
-from loratool.merging.inputs import PathLike, opened_inputs, planned, several
+from loratool.merging.inputs import opened_inputs, planned, several
 from loratool.merging.merge import MergeOptions, prepare
 from loratool.merging.one_file import as_one_file
 from loratool.merging.parted_merge import checked_place

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from loratool.arguments import Progress
 from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files import stopwatch
 from loratool.files.digests import new_state
@@ -70,7 +71,7 @@ class Engine:
         runtime: Future[Runtime],
         workers: int | None,
         max_memory: int | None,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
         sent: int = 0,  # bytes that a worker may hold of what it sends elsewhere
     ) -> None:
         self.jobs, self.runtime, self.sent = jobs, runtime, sent

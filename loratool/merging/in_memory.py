@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import chain, count, groupby, pairwise
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.bases.binding.telling import nearest
 from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
 from loratool.errors import InputError, printable
@@ -29,7 +30,7 @@ from loratool.lazy import Tensor, torch
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import Gains, gain_notes, hidden_updates
-from loratool.merging.inputs import PathLike, Progress, located, planned, read_inputs, several
+from loratool.merging.inputs import located, planned, read_inputs, several
 from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
 from loratool.merging.resources import (
     MOST_SHELVED,

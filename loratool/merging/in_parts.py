@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE
@@ -26,7 +27,6 @@ from loratool.files.part_records import FilePart, PartRecord, PublishedError, Sh
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage
 from loratool.merging.dealing import across_files, plan_of, share_of
-from loratool.merging.inputs import PathLike, Progress
 from loratool.merging.merge import (
     NOTHING,
     Making,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter
+from loratool.arguments import PathLike
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.fetching import local
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from loratool.adapters.reading import Reading
     from loratool.files.checkpoint import Checkpoint
     from loratool.merging.plan import MergePlan
-
-PathLike = str | os.PathLike[str]  # what every path argument takes
-Progress = Callable[[int, int], None]
 
 
 def opened_inputs(

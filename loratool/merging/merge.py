@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.formats import replaceable
 from loratool.adapters.told import as_input
+from loratool.arguments import PathLike, Progress
 from loratool.bases.extra_weights import name_beside
 from loratool.devices import Runtime, kind_of
 from loratool.errors import FitError, LoratoolError, VerificationError, printable
@@ -32,7 +33,7 @@ from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, hidden_updates
-from loratool.merging.inputs import PathLike, Progress, opened_inputs, planned, several
+from loratool.merging.inputs import opened_inputs, planned, several
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
 from loratool.merging.resources import ROUNDED_BY_NUMPY, Resources, check_limit, correcting_memory, runtime_for

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
+from loratool.arguments import PathLike, Progress
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import LoratoolError, StorageError, UsageError, about, printable
 from loratool.fetching import local
@@ -24,7 +25,7 @@ from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.in_store import making_in_store
-from loratool.merging.inputs import PathLike, Progress, planned, read_all
+from loratool.merging.inputs import planned, read_all
 from loratool.merging.merge import Making, MergeOptions, cost, make_all, making
 from loratool.merging.one_file import as_one_file, target_of
 from loratool.merging.parted_merge import PartedMerge, apart_from_inputs, checked_place, stored

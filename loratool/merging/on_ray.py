@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from loratool.arguments import PathLike, Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.files.part_records import FilePart
 from loratool.merging.by_tasks import Task, Words, merge_by_tasks, words_of
 from loratool.merging.dealing import deal
-from loratool.merging.inputs import PathLike, Progress
 from loratool.merging.merge import MergeOptions
 from loratool.merging.options import RAY, ClusterOptions
 from loratool.merging.resources import GPU_WORKERS, WAITING_WORKERS

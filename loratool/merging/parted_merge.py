@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
+from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.fetching.stores import brought
@@ -25,7 +26,7 @@ from loratool.files.sink import PAGE
 from loratool.files.weight_formats import read_weight_file
 from loratool.merging.dealing import parts_of
 from loratool.merging.fingerprints import content_fingerprint
-from loratool.merging.inputs import PathLike, located, planned, read_inputs, several
+from loratool.merging.inputs import located, planned, read_inputs, several
 from loratool.merging.merge import MergeOptions, output_names, prepare
 from loratool.merging.one_file import as_one_file, is_file
 from loratool.merging.upload_parts import upload_parts

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import parse
@@ -64,12 +65,12 @@ class Kind:
         return value
 
 
-def local_word(path: str | os.PathLike[str]) -> str:
+def local_word(path: PathLike) -> str:
     """A path as a record names it: by its last name, for a card tells nobody's folders."""
     return f"./{escaped(os.path.basename(os.path.abspath(path)))}"
 
 
-def place_word(place: str | os.PathLike[str]) -> str:
+def place_word(place: PathLike) -> str:
     """An input as a record names it: with its commit if it is from the Hub, else by its last name."""
     if origin := origin_of(Path(place)):
         return str(origin)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from loratool.arguments import PathLike
 from loratool.errors import StorageError, UsageError, printable
 from loratool.files.names import check_separators
 from loratool.files.outputs import check_file, check_local, write_file
@@ -14,8 +15,6 @@ from loratool.files.system import shell_word
 from loratool.pictures.drawing import MADE_HERE, svg_file
 from loratool.pictures.page import figures_of, html_page
 from loratool.results.base import Result
-
-PathLike = str | os.PathLike[str]
 
 LARGEST_HEAD = 1 << 16  # bytes in which a page's title ends
 PAGE_TITLE = re.compile(rb"<title>[^<]*\xc2\xb7 loratool [a-z]+</title>")

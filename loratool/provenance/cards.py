@@ -8,7 +8,6 @@ with the parser's release; a card is to be the same bytes wherever it is made.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratool.arguments import PathLike
 from loratool.errors import escaped, printable
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.hub_names import with_owner
@@ -90,7 +90,7 @@ class Terms:
     disputed: tuple[str, ...] = ()  # licences that differ, so that none is chosen
 
 
-def command(name: str, inputs: Sequence[str | os.PathLike[str]], options: Options, out: bool = True) -> str:
+def command(name: str, inputs: Sequence[PathLike], options: Options, out: bool = True) -> str:
     """The command line that repeats a run: `name` on these inputs, with these options.
 
     Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from loratool.arguments import PathLike
 from loratool.options.described import Options, place_word
 from loratool.provenance.cards import command
 
 
-def invocation(
-    name: str, inputs: Sequence[str | os.PathLike[str]], options: Options, out: bool = True
-) -> dict[str, Any]:
+def invocation(name: str, inputs: Sequence[PathLike], options: Options, out: bool = True) -> dict[str, Any]:
     """The entries "command", "operands" and "options" of a record: `name` on these inputs, with these options.
 
     `loratool reproduce` calls the library with the operands and the options; the command line says the same.

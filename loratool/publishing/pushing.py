@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.arguments import Progress
 from loratool.errors import UsageError
 from loratool.fetching.stores import brought
 from loratool.files.checkpoint import MODEL_INDEX
@@ -23,13 +24,11 @@ from loratool.results.push import PushReport
 from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
-    from loratool.merging.inputs import PathLike
+    from loratool.arguments import PathLike
     from loratool.publishing.options import PushOptions
 
 
-def push(
-    path: PathLike, repo: str, options: PushOptions, progress: Callable[[int, int], None] | None = None
-) -> PushReport:
+def push(path: PathLike, repo: str, options: PushOptions, progress: Progress | None = None) -> PushReport:
     """Upload a finished model or adapter in one commit; `loratool.commands.push` says all of it."""
     started = time.monotonic()
     check_message(options.message)

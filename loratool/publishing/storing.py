@@ -32,7 +32,7 @@ from loratool.stores.bucket import Bucket, each_of, home_of
 from loratool.stores.names import StorePath
 
 if TYPE_CHECKING:
-    from loratool.measuring.session import PathLike
+    from loratool.arguments import PathLike
     from loratool.results.base import Result
 
 Report = TypeVar("Report", bound="Result")

@@ -20,6 +20,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import stored_tensors
+from loratool.arguments import PathLike, Progress
 from loratool.errors import HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import HubPath, local
 from loratool.fetching.bases import chosen_base
@@ -39,7 +40,7 @@ from loratool.lazy import installed
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.gain import Gains
-from loratool.merging.inputs import PathLike, Progress, planned, read_all
+from loratool.merging.inputs import planned, read_all
 from loratool.merging.merge import NOTHING, MergeOptions, check_values, cost, describe, repeated, write_small_files
 from loratool.merging.resources import check_limit, correcting_memory, runtime_for
 from loratool.merging.tasks import Job

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypedDict, TypeVar
 
+from loratool.arguments import PathLike
 from loratool.errors import LoratoolError, printable
 from loratool.notes import Note
 from loratool.results.base import SCHEMA, Cost, Result, plain
@@ -25,7 +26,7 @@ class ResultsOfOutputs(Result, Generic[Each]):
     reports: Mapping[str, Each]
     errors: Mapping[str, LoratoolError]  # an output with an error is as it was before
 
-    def __getitem__(self, out: str | os.PathLike[str]) -> Each:
+    def __getitem__(self, out: PathLike) -> Each:
         """The result of one output; raises its error if it failed."""
         if os.fspath(out) in self.errors:
             raise self.errors[os.fspath(out)]

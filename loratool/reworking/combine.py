@@ -28,10 +28,11 @@ from loratool.algebra.lowrank.products import Product, change, decompose, gram, 
 from loratool.algebra.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
 from loratool.algebra.methods.mixture import UNSCALED, ZERO, Combination, Mixture, mix, mix_factors
 from loratool.algebra.methods.table import FACTORWISE, GRAM, METHODS
+from loratool.arguments import PathLike, Progress
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.lazy import torch
-from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
 from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart

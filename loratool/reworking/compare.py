@@ -26,10 +26,11 @@ from loratool.algebra.lowrank.pairwise import (
 )
 from loratool.algebra.lowrank.products import Decomposition, Product, by_ranks, decompose
 from loratool.algebra.lowrank.relations import Relation, relate
+from loratool.arguments import PathLike, Progress
 from loratool.errors import FitError, UsageError, printable
 from loratool.fetching import local
 from loratool.lazy import torch
-from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Number, option
 from loratool.options.shared import DeviceOption

@@ -32,9 +32,10 @@ from loratool.adapters.writer import (
 )
 from loratool.algebra.lowrank.noise import floor_of
 from loratool.algebra.lowrank.products import padded, singular_values
+from loratool.arguments import PathLike, Progress
 from loratool.errors import BAKE, FitError, InputError, UsageError, printable
 from loratool.fetching import local
-from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Number, Pairs, option
 from loratool.options.shared import BlockOption, PublishOptions

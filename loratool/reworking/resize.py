@@ -38,11 +38,12 @@ from loratool.algebra.lowrank.products import (
     padded,
     singular_values,
 )
+from loratool.arguments import PathLike, Progress
 from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.safefile import FLOAT_NAMES, read_safefile
 from loratool.lazy import Tensor, torch
-from loratool.measuring.session import Batch, PathLike, Progress, Session, batches, session
+from loratool.measuring.session import Batch, Session, batches, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, JsonFile, Number, PathKind, option
 from loratool.options.shared import DeviceOption, PublishOptions

@@ -20,8 +20,9 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import Form
 from loratool.adapters.writer import Carried, Copied, FactorOptions, Output, Rounded, adapter_output
+from loratool.arguments import PathLike, Progress
 from loratool.files.model_files import MADE_HERE
-from loratool.measuring.session import PathLike, Progress, Session
+from loratool.measuring.session import Session
 from loratool.notes import Note, as_records
 from loratool.options.described import Options
 from loratool.provenance.invocations import invocation

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loratool.arguments import Progress
 from loratool.errors import InputError, StoreError, UsageError, VerificationError, printable
 from loratool.files import stand_ins
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
@@ -228,7 +229,7 @@ class Bucket:
         self,
         parts: Sequence[FilePart],
         records: Mapping[str, PartRecord],
-        progress: Callable[[int, int], None] | None = None,  # noqa: ARG002 (nothing is read)
+        progress: Progress | None = None,  # noqa: ARG002 (nothing is read)
     ) -> dict[str, str]:
         """What is wrong with some parts, by name.
 

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from loratool.arguments import PathLike
 from loratool.errors import UsageError, printable, without_credentials
 from loratool.files.hub_names import slashed
 
@@ -49,12 +50,12 @@ class StorePath:
         return f"{self.key}/" if self.key else ""
 
 
-def is_in_store(operand: str | os.PathLike[str]) -> bool:
+def is_in_store(operand: PathLike) -> bool:
     """Whether a word begins as an address in a store does, and is not the name of something here."""
     return SCHEME.match(slashed(operand)) is not None and not os.path.lexists(operand)
 
 
-def parse_store(operand: str | os.PathLike[str]) -> StorePath | None:
+def parse_store(operand: PathLike) -> StorePath | None:
     """The place in a store that a word names; None for a word that names none.
 
     Raises `UsageError` for an address that begins with `s3:` and cannot be one.

@@ -24,7 +24,7 @@ from loratool.verifying.records import fetched, verify_record
 from loratool.verifying.verify import by_record
 
 if TYPE_CHECKING:
-    from loratool.merging.inputs import PathLike, Progress
+    from loratool.arguments import PathLike, Progress
     from loratool.options.sharing import Share
     from loratool.results.verify import Verification
     from loratool.verifying.distances import Distances

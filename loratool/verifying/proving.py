@@ -41,7 +41,7 @@ from loratool.verifying.updates import Updates, doubt_of, rounded_twice
 from loratool.verifying.without_torch import Halved, Tile, suffices
 
 if TYPE_CHECKING:
-    from loratool.merging.inputs import Progress
+    from loratool.arguments import Progress
     from loratool.merging.row_blocks import Worker
     from loratool.verifying.options import VerifyOptions
 

@@ -20,7 +20,7 @@ from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verifica
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from loratool.merging.inputs import PathLike
+    from loratool.arguments import PathLike
 
 
 def verify_record(merged: PathLike, reasons: Mapping[str, str] | None = None) -> Verification:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
+from loratool.arguments import PathLike, Progress
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
@@ -22,7 +23,7 @@ from loratool.fetching.bases import AUTO as AUTO_BASE
 from loratool.files.process import cores, peak_memory
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
-from loratool.merging.inputs import PathLike, Progress, located, planned, read_inputs, several
+from loratool.merging.inputs import located, planned, read_inputs, several
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS, PlanOptions
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import MOST_SHELVED

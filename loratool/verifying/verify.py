@@ -13,7 +13,7 @@ from loratool.verifying.options import VerifyOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from loratool.merging.inputs import PathLike, Progress
+    from loratool.arguments import PathLike, Progress
     from loratool.results.verify import Verification
 
 

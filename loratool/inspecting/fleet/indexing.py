@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError
 from loratool.files.names import at_home
 from loratool.inspecting.fleet.table import Fleet
-from loratool.inspecting.inspect import InspectOptions, PathLike, Progress
+from loratool.inspecting.inspect import InspectOptions
 from loratool.inspecting.neighbours import Entry, check_index, write_index
 from loratool.options.described import FLAG, Options, PlaceKind, option
 from loratool.results.base import Cost

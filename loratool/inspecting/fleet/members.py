@@ -13,6 +13,7 @@ from pathlib import Path
 from loratool.adapters.formats import FORMATS, NAMED
 from loratool.adapters.formats.known import RANK
 from loratool.adapters.weight_files import MODEL_CONFIG
+from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
 from loratool.files.inputs import read_bounded
@@ -40,7 +41,7 @@ class Member:
     named: bool = False  # by the user, not found in a folder
 
 
-def members(operands: Sequence[str | os.PathLike[str]]) -> list[Member]:
+def members(operands: Sequence[PathLike]) -> list[Member]:
     """All that some operands mean, in their order, each once; what is in a folder, by name.
 
     Names are those within the folder where one is all that was named, else whole paths, so that no two are the same.
@@ -177,6 +178,6 @@ def lone(folder: Path, names: frozenset[str]) -> Iterator[Path]:
             yield folder / name
 
 
-def is_table(operands: Sequence[str | os.PathLike[str]]) -> bool:
+def is_table(operands: Sequence[PathLike]) -> bool:
     """Whether any of some operands means several adapters."""
     return any(is_pattern(os.fspath(o)) or holds_fleet(folder_of(Path(o))) for o in operands)

@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import Located, headers, local
 from loratool.inspecting.fleet.conditions import conditions, sorted_by
 from loratool.inspecting.fleet.members import members
 from loratool.inspecting.fleet.rows import Reader
-from loratool.inspecting.inspect import InspectOptions, PathLike, Progress
+from loratool.inspecting.inspect import InspectOptions
 from loratool.inspecting.neighbours import Index, nearest, read_index
 from loratool.inspecting.twins import Sketched, is_same, twins
 from loratool.lazy import numpy as np

@@ -21,6 +21,7 @@ from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, difference, length, side_by_side, singular_values
 from loratool.algebra.lowrank.shared_bases import Fitter
 from loratool.algebra.lowrank.spending import Curve, spend
+from loratool.arguments import PathLike, Progress
 from loratool.errors import ANOTHER_OUT, FitError, InputError, UsageError, printable
 from loratool.fetching import local, place_of
 from loratool.files.checkpoint import PROVENANCE
@@ -32,7 +33,7 @@ from loratool.files.outputs import as_json, write_file
 from loratool.files.staging import staged
 from loratool.files.tensor_writer import tensor_file
 from loratool.lazy import Tensor, torch
-from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.measuring.session import Session, session
 from loratool.provenance.record import versions
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.aligned_layers import contents_apart

@@ -18,6 +18,7 @@ from loratool.adapters.writer import append, kept_dtype
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, inner
 from loratool.algebra.lowrank.shared_bases import Fitter, frame, shared_bases
+from loratool.arguments import PathLike, Progress
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import PROVENANCE
@@ -28,7 +29,7 @@ from loratool.files.outputs import as_json, check_target
 from loratool.files.staging import Stage, staged
 from loratool.files.tensor_writer import OF_DATA, TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor, torch
-from loratool.measuring.session import PathLike, Progress, session
+from loratool.measuring.session import session
 from loratool.notes import Note
 from loratool.provenance.cards import command
 from loratool.provenance.record import versions

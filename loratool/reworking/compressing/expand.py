@@ -13,13 +13,14 @@ from loratool.adapters.layers import Form
 from loratool.adapters.writer import Carried, adapter_output, called, check_adapter_target
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, padded
+from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, printable
 from loratool.fetching import local
 from loratool.files.containers import SHARED
 from loratool.files.digests import sha256_of
 from loratool.files.hub_cache import name_of
 from loratool.lazy import torch
-from loratool.measuring.session import PathLike, Progress, session
+from loratool.measuring.session import session
 from loratool.notes import Note
 from loratool.provenance.inputs import told_input
 from loratool.provenance.recorded import made_of

@@ -32,12 +32,13 @@ from loratool.adapters.writer import (
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, negligible, padded, singular_values
 from loratool.algebra.updates.replacing import Replace
+from loratool.arguments import PathLike, Progress
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import FitError, InputError, LoratoolError, UsageError, printable
 from loratool.fetching import local
 from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.lazy import torch
-from loratool.measuring.session import PathLike, Progress, Session, copying, hashing, session
+from loratool.measuring.session import Session, copying, hashing, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Choice, Number, PlaceKind, option
 from loratool.options.shared import PublishOptions

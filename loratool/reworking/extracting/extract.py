@@ -19,6 +19,7 @@ from loratool.adapters.training import Targets, Training
 from loratool.adapters.weight_files import weight_files
 from loratool.adapters.writer import Output, Rounded, called, check_adapter_target, factor_name
 from loratool.algebra.lowrank.products import Product, change as change_of, inner, padded
+from loratool.arguments import PathLike, Progress
 from loratool.bases.binding.orientation import module_of
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import Packed
@@ -28,7 +29,7 @@ from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.hub_cache import origin_of
 from loratool.lazy import torch
-from loratool.measuring.session import PathLike, Progress, Session, session
+from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.provenance.inputs import told_model
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport

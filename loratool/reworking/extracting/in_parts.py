@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from loratool import __version__
 from loratool.adapters.writer import Output, Rounded
 from loratool.algebra.lowrank.products import Product
+from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError
 from loratool.files.partials import Partials
 from loratool.lazy import torch
-from loratool.measuring.session import PathLike, Progress, session
+from loratool.measuring.session import session
 from loratool.measuring.shared_work import do_share
 from loratool.merging.fingerprints import sampled
 from loratool.results.base import Cost

@@ -16,6 +16,7 @@ from loratool.adapters.layers import Contents, contents_of
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import check_adapter_target, copied_output, scaled_output, told_beside
+from loratool.arguments import PathLike, Progress
 from loratool.bases.adapter_fit import Fit, fit_of
 from loratool.bases.binding import Place
 from loratool.bases.opening import open_checkpoint
@@ -25,7 +26,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
 from loratool.files.hub_cache import origin_of, sha256_of_link
 from loratool.files.system import shell_word
-from loratool.measuring.session import PathLike, Progress, session
+from loratool.measuring.session import session
 from loratool.notes import Note
 from loratool.options.described import FLAG, PlaceKind, option
 from loratool.options.shared import DeviceOption, NamingOptions, PublishOptions, WritingOptions
