@@ -1,7 +1,7 @@
 """What a merge into a quantised base costs, next to the same merge into a plain one; with `verify` next to `cat`.
 
     python benchmarks/quantised.py                            1B shape: nf4, GPTQ, AWQ, FP8
-    python benchmarks/quantised.py --families nf4 --json result.json
+    python benchmarks/quantised.py --families nf4 --rows merge,decode --json result.json
 
 Where bitsandbytes, peft and transformers are installed, as in the environment of `make acceptance`, PEFT's merge into the
 nf4 base runs too. It packs what it merges anew, as `--requantize` does. On a GPU, decoding is measured next to copying.
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from decoding import times_of
 from findings import Finding, aligned, at_most, finding_table, megabytes, ratio, seconds, write_result
-from machine import describe, gpus
+from machine import describe, filesystem, gpus
 from packed_shapes import FAMILIES, make_packed
 from running import HERE, Run, apart, loratool_run, say, scratch, set_cache
 from shapes import SHAPES, Shape, make
@@ -37,6 +37,7 @@ MORE_MEMORY = 60e6  # bytes
 LIMITS = {"nf4": (1.3, 2.0)}  # of touched-only and of --dequantize, over the merge into a plain base
 OTHERS = (1.5, 2.2)
 CAT = 2.5  # of verify, over reading the same files
+ROWS = ("merge", "verify", "decode")
 
 
 def command(folder: Path, family: str, *options: str) -> list[str]:
@@ -80,8 +81,12 @@ def take_turns(folder: Path, contenders: dict[str, list[str]], turns: int) -> di
     return runs
 
 
-def verified(folder: Path, turns: int) -> list[Finding]:
-    """`verify` over `cat` of the files that it reads: all of them in the page cache before each run, or none."""
+def verified(folder: Path, shape: str, turns: int) -> list[Finding]:
+    """`verify` over `cat` of the files that it reads: all of them in the page cache before each run, or none.
+
+    Files in memory are always in the cache.
+    """
+    caches = (True,) if filesystem(folder) == "tmpfs" else (True, False)
     merged, base, adapter = folder / "out", folder / PLAIN / "base", folder / PLAIN / "adapter"
     loratool_run(command(folder, f"{PLAIN}/base"))
     check = [sys.executable, "-m", "loratool", "verify", str(merged), "-q"]
@@ -90,7 +95,7 @@ def verified(folder: Path, turns: int) -> list[Finding]:
         "verify by the record": ((merged,), []),
     }
     found: list[Finding] = []
-    for (name, (places, words)), warm in product(ways.items(), (True, False)):
+    for (name, (places, words)), warm in product(ways.items(), caches):
         files = [str(path) for place in places for path in sorted(place.glob("*.safetensors"))]
         contenders = {"cat": ["sh", "-c", 'cat "$@" > /dev/null', "cat", *files], name: [*check, *words]}
         cache = "warm cache" if warm else "cold cache"
@@ -101,8 +106,9 @@ def verified(folder: Path, turns: int) -> list[Finding]:
             wall[each].append(loratool_run(command_line).wall)
             say(f"turn {turn + 1}: {each}, {cache} {wall[each][-1]:.2f} s")
         reading, taken = (median(wall[each]) for each in contenders)
-        found.append(Finding(f"{name}, {cache}: cat of the files read", seconds(reading), reading))
-        found.append(at_most(f"{name}, {cache}: over cat", taken / reading, CAT, ratio))
+        row = f"{shape}: {name}, {cache}"
+        found.append(Finding(f"{row}: cat of the files read", seconds(reading), reading))
+        found.append(at_most(f"{row}: over cat", taken / reading, CAT, ratio))
     shutil.rmtree(merged)
     return found
 
@@ -150,25 +156,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--shape", choices=list(SHAPES), default="llama-3.2-1b", help="[default: llama-3.2-1b]")
     add("--families", default=",".join(FAMILIES), help=f"comma-separated [default: {','.join(FAMILIES)}]")
     add("--turns", type=int, default=3, help="runs of each contender; medians count [default: 3]")
-    add("--no-verify", action="store_true", help="leave `verify` out")
+    add("--rows", default=",".join(ROWS), help=f"comma-separated [default: {','.join(ROWS)}]")
     add("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to make models [default: the system's]")
     add("--json", type=Path, metavar="FILE", help="write all that was measured there too")
     options = parser.parse_args(arguments)
-    families = options.families.split(",")
-    if unknown := sorted({*families} - {*FAMILIES}):
-        parser.error(f"--families: {', '.join(unknown)}: unknown; there are {', '.join(FAMILIES)}")
+    chosen = {name: getattr(options, name).split(",") for name in ("families", "rows")}
+    for name, known in (("families", FAMILIES), ("rows", ROWS)):
+        if unknown := sorted({*chosen[name]} - {*known}):
+            parser.error(f"--{name}: {', '.join(unknown)}: unknown; there are {', '.join(known)}")
+    families, wanted = chosen["families"], chosen["rows"]
     with scratch(options.folder, "quantised") as folder:
         facts = describe(folder, os.getloadavg()[0])
-        contenders = prepare(folder, SHAPES[options.shape], families)
-        runs = take_turns(folder, contenders, options.turns)
-        findings = judge(runs)
-        if not options.no_verify:
-            findings += verified(folder, options.turns)
-        if gpus():
+        contenders = prepare(folder, SHAPES[options.shape], [] if wanted == ["verify"] else families)
+        findings, rows = [], {}
+        if "merge" in wanted:
+            runs = take_turns(folder, contenders, options.turns)
+            findings += judge(runs)
+            size = SHAPES[options.shape].base_bytes
+            every = {name: [shown(one, size) for one in each] for name, each in runs.items()}
+            rows["merge into"] = {"shape": options.shape, "bytes": size, "runs": every}
+        if "verify" in wanted:
+            findings += verified(folder, options.shape, options.turns)
+        if "decode" in wanted and gpus():
             findings += decoded_on("cuda:0", folder, families)
-        size = SHAPES[options.shape].base_bytes
-        every = {name: [shown(one, size) for one in each] for name, each in runs.items()}
-        rows = {"merge into": {"shape": options.shape, "bytes": size, "runs": every}}
         write_result(options.json, facts, findings, turns=options.turns, rows=rows)
     print("\n\n".join([aligned(list(facts.items())), finding_table(findings)]))
 

@@ -779,7 +779,8 @@ def test_rows_that_an_adapter_leaves_alone_cost_no_memory(tmp_path: Path) -> Non
     weight[256:], up[256:] = 0, 0
     save_file({"wide.weight": weight.bfloat16()}, tmp_path / "model.safetensors")
     adapter = write_adapter(tmp_path / "adapter", {"wide": (down, up)})
-    done = command("merge", tmp_path / "model.safetensors", adapter, "-o", tmp_path / "out", "--json")
+    words = ("merge", tmp_path / "model.safetensors", adapter, "-o", tmp_path / "out", "--device", "cpu", "--json")
+    done = command(*words)
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
     assert table["cost"]["peak_memory"] <= bare_memory() + 200_000_000

@@ -71,7 +71,7 @@ def single(home: Path, name: str, *adapters: str, **settings: Any) -> faults.Pic
     "settings",
     [
         {},
-        {"workers": 3, "max_memory": "2GB"},
+        {"workers": 3, "max_memory": "8GB"},
         {"dtype": "float32", "shard_size": 300_000, "sha256": True},
         {"rounding": "compensated"},
     ],
