@@ -335,7 +335,7 @@ def test_an_output_with_backslashes_is_no_hidden_folder_but_a_question(
 MEANT = {
     "convert style -o out --to pefft": "convert style -o out --to peft",
     "convert style --to=mlxx --dtype float32 -o out": "convert style --dtype float32 -o out --to mlx",
-    "merge base style -o out --max-memory 512 --dry-run": "merge base style -o out --dry-run --max-memory 512MB",
+    "merge base style -o out --max-memory 8192 --dry-run": "merge base style -o out --dry-run --max-memory 8192MB",
     "estimate --preset llama-2-7B --rank 8 --target q_proj": "estimate --rank 8 --target q_proj --preset llama-2-7b",
 }
 

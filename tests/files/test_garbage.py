@@ -10,6 +10,7 @@ CODE = """
 import gc
 from loratool.files.process import without_collections
 
+gc.unfreeze()  # what the interpreter's start may have frozen
 with without_collections():
     assert not gc.isenabled()
     made = [[] for _ in range(10_000)]
