@@ -223,7 +223,7 @@ def run_command(arguments: list[str], verbose: bool) -> int:
     stops.clear()  # of a command before this one in the same process
     try:
         code = cli.main(args=arguments, prog_name="loratool", standalone_mode=False, obj=tuple(arguments))
-        sys.stdout.flush()
+        click.echo(nl=False)  # which flushes
         return code if isinstance(code, int) else 0  # what a command ended itself with
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -256,7 +256,8 @@ def unexpected(arguments: list[str], error: BaseException, verbose: bool) -> int
         silence_stdout()
         return 141
     if isinstance(error, OSError):
-        where = f"{printable(error.filename)}: " if error.filename else ""
+        written = "could not write to stdout: " if is_of_writing(error) else ""
+        where = f"{printable(error.filename)}: " if error.filename else written
         sentence = f"{where}{error.strerror or without_tokens(str(error))}"
         code = failed(arguments, StorageError(sentence, hint=same_command(arguments)))
         silence_stdout()  # which may be what is full
@@ -276,6 +277,14 @@ def unexpected(arguments: list[str], error: BaseException, verbose: bool) -> int
     sentence = f"this is a bug in loratool: {type(error).__name__}: {without_tokens(printable(error))}"
     way = "" if verbose else "-v"
     return failed(arguments, LoratoolError(f"{sentence}; please report it with the traceback", hint=way))
+
+
+def is_of_writing(error: OSError) -> bool:
+    """Whether an error is one of stdout, which it does not name: Click writes all texts, and nothing else."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and str(at.tb_frame.f_globals.get("__name__")).partition(".")[0] == click.__name__
 
 
 def same_command(arguments: list[str]) -> str:

@@ -5,6 +5,7 @@ Rows 53 to 61 of the table of run-time cases.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -680,6 +681,7 @@ def test_a_full_a_closed_and_a_broken_stdout_are_no_crash(bench: Workbench, case
     for outcome in outcomes:
         check_is_no_crash(outcome)
     assert outcomes[0].code == (usual or 6), outcomes[0]
+    assert usual or f"could not write to stdout: {os.strerror(errno.ENOSPC)}\n" in outcomes[0].err
     assert outcomes[1].code in (usual, 1, 6), outcomes[1]
     assert outcomes[2].code == (usual or 141), outcomes[2]
 
