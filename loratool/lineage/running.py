@@ -125,7 +125,7 @@ def why_stale(step: Step) -> str:
         home = place if place.is_dir() else place.parent
         for name, facts in Wanted(os.fspath(place), role, entry).files.items():
             if reason := why_unlike_facts(home / name, facts):
-                return f"{place_word(place)}: {printable(name)} {reason}"
+                return f"{printable(place_word(place))}: {printable(name)} {reason}"
     folder, only = (made.parent, made.name) if made.is_file() else (made, "")
     if problems := records.compare(folder, only).problems:
         return f"its output was changed: {problems[0]}"

@@ -66,8 +66,16 @@ class Kind:
 
 
 def local_word(path: PathLike) -> str:
-    """A path as a record names it: by its last name, for a card tells nobody's folders."""
-    return f"./{escaped(os.path.basename(os.path.abspath(path)))}"
+    """A path as a record names it: by its last name, for a card tells nobody's folders.
+
+    A name that is no Unicode is escaped, for JSON cannot hold it.
+    """
+    name = os.path.basename(os.path.abspath(path))
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        name = escaped(name)
+    return f"./{name}"
 
 
 def place_word(place: PathLike) -> str:
@@ -75,7 +83,7 @@ def place_word(place: PathLike) -> str:
     if origin := origin_of(Path(place)):
         return str(origin)
     named = None if os.path.lexists(place) else parse(place)
-    return escaped(str(named)) if named else local_word(place)
+    return str(named) if named else local_word(place)
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,10 @@ class PathKind(Kind):
         return os.path.expanduser(os.fspath(value))
 
     def word(self, value: Any) -> str:
-        return escaped(value) if self.beside else local_word(value)
+        return escaped(self.plain(value))
 
-    def plain(self, value: Any) -> Any:
-        return self.word(value)
+    def plain(self, value: Any) -> str:
+        return str(value) if self.beside else local_word(value)
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,7 @@ class PlaceKind(PathKind):
     name: str = "BASE"
     role: Literal["model", "any"] = "model"
 
-    def word(self, value: Any) -> str:
+    def plain(self, value: Any) -> str:
         return place_word(value)
 
 

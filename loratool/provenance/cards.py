@@ -95,7 +95,13 @@ def command(name: str, inputs: Sequence[PathLike], options: Options, out: bool =
 
     Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
     """
-    words = ["loratool", name, *map(place_word, inputs), *options.words(), *(("-o", OUT) if out else ())]
+    words = [
+        "loratool",
+        name,
+        *(escaped(place_word(each)) for each in inputs),
+        *options.words(),
+        *(("-o", OUT) if out else ()),
+    ]
     from loratool.provenance.secrets import without_secrets
 
     return without_secrets(shlex.join(words))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from malformed import f32, safetensors_bytes, write_adapter, write_base, write_j
 
 import loratool
 from loratool import cli
+from loratool.errors import escaped
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -77,6 +79,35 @@ def test_inputs_are_found_by_their_digests_under_other_names_and_the_bytes_are_t
     assert found.passes
     assert [each.how.rpartition(", ")[2] for each in found.inputs] == ["under another name"] * 2
     assert content(tmp_path / "again") == content(home / "merge")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["two\nlines", "a\tb \u200b"])
+def test_inputs_are_found_whatever_their_names(name: str, home: Path, tmp_path: Path) -> None:
+    """The record has names as they are: operands, and models and files that options name. The command line is shown."""
+    base, adapter, mlx = (tmp_path / f"{what} {name}" for what in ("base", "adapter", "mlx"))
+    shutil.copytree(home / "base", base)
+    shutil.copytree(home / "adapter", adapter)
+    extra = adapter / f"extra {name}.safetensors"
+    extra.write_bytes(safetensors_bytes({"new.weight": f32(np.arange(3.0))}))
+    out = tmp_path / f"out {name}"
+    loratool.merge(base, adapter, out, also_load=extra, allow_new_tensors=True, device="cpu")
+    loratool.convert(adapter, mlx, to="mlx", base=base)
+    for made in (out, mlx):
+        assert loratool.reproduce(made, tmp_path / f"again {made.name}").passes
+        table = json.loads((made / "loratool.json").read_bytes())
+        assert f"./{adapter.name}" in table["operands"]
+        assert escaped(table["command"]) == table["command"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_an_input_whose_name_is_no_unicode_is_found_by_its_digests(home: Path, tmp_path: Path) -> None:
+    """JSON cannot hold such a name, so it is escaped in the record."""
+    adapter = tmp_path / os.fsdecode(b"no \xff unicode")
+    shutil.copytree(home / "adapter", adapter)
+    loratool.rescale(adapter, tmp_path / "out", scale=2)
+    assert json.loads((tmp_path / "out" / "loratool.json").read_bytes())["operands"] == ["./no \\udcff unicode"]
+    assert loratool.reproduce(tmp_path / "out", tmp_path / "again", folders=[tmp_path]).passes
 
 
 CHANGED = {
