@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from loratool.merging.exact_rows import ExactSum, Scratch
     from loratool.merging.numpy_sums import Added, Tiles
-    from loratool.merging.totals import Seen
+    from loratool.merging.totals import BlockSeen
 
 
 def peft_merge(base: str, adapter: str, out: str, device: str = "cpu") -> None:
@@ -158,15 +158,15 @@ def merge_in_float32(
     tile: int,
     substitute: Callable[[Tensor, int], None] | None = None,
     measure: bool = False,
-) -> Seen:
+) -> BlockSeen:
     """What `ExactSum.merge` would do without exactness: the same measures, one product in float32, one rounding."""
     import torch
 
     from loratool.files.stopwatch import lap
     from loratool.merging.exact_rows import largest_of
-    from loratool.merging.totals import Seen
+    from loratool.merging.totals import BlockSeen
 
-    seen = Seen()
+    seen = BlockSeen()
     for at in range(0, before.shape[0], tile):
         stored, rounded = before[at : at + tile], after[at : at + tile]
         room = scratch.of(stored.shape[0], self.width, self.work, self.target)

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 from loratool.errors import StorageError, printable
 from loratool.files.digests import Digest, is_plain
 from loratool.files.inputs import json_object
+from loratool.files.seen import Seen
 from loratool.files.system import belongs_to, current_user, open_file
 
 FORMAT = 2  # loratool 0.1.0 wrote journals without a number
@@ -49,55 +49,13 @@ LARGEST_JOURNAL = 256 << 20  # bytes
 NAMING = ("files", "fetches", "replaces")  # lines that hold a list of names
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What was seen of a file while its bytes went by."""
-
-    changed: bool  # whether any weight, in this file or in one before it, differs from the base's
-    device: str = ""  # the kind that edited weights were computed on; empty where there are none
-    norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # edited tensor → ‖W‖² and ‖ΔW‖²
-    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # module → ⟨W' − W, ΔW⟩ and ‖ΔW‖², sampled
-    lost: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # packed anew → ‖W' − (W + ΔW)‖² and ‖ΔW‖²
-    nonfinite: Mapping[str, int] = field(default_factory=dict)  # edited tensor → NaN and inf that the base itself holds
-    effective: Sequence[tuple[int, str]] = ()  # updates, as (adapter's number, target), that change an element
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """Tensor → ‖ΔW‖/‖W‖, where W is not zero; 0 where something replaces W."""
-        return {name: math.sqrt(change / weight) for name, (weight, change) in self.norms.items() if weight > 0}
-
-    def table(self) -> dict[str, Any]:
-        """All of it as JSON holds it."""
-        return {
-            "changed": self.changed,
-            "device": self.device,
-            "norms": dict(self.norms),
-            "kept": dict(self.kept),
-            "lost": dict(self.lost),
-            "nonfinite": dict(self.nonfinite),
-            "effective": list(self.effective),
-        }
-
-    @classmethod
-    def of_table(cls, entry: Mapping[str, Any]) -> Seen:
-        """What such a table says; what is none of it is passed over."""
-        return Seen(
-            changed=bool(entry.get("changed")),
-            device=str(entry.get("device", "")),
-            norms=pairs_in(entry.get("norms")),
-            kept=pairs_in(entry.get("kept")),
-            lost=pairs_in(entry.get("lost")),
-            nonfinite=numbers_in(entry.get("nonfinite")),
-            effective=updates_in(entry.get("effective")),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinishedShard(Seen):
-    """An output file that is complete and on stable storage, with what was seen of it."""
+@dataclass(frozen=True)
+class FinishedShard:
+    """An output file that is complete and on stable storage."""
 
     name: str
     digest: Digest
+    seen: Seen  # while its bytes went by
 
     @property
     def size(self) -> int:
@@ -106,33 +64,14 @@ class FinishedShard(Seen):
 
     def record(self) -> dict[str, Any]:
         """Its entry of a journal."""
-        return {"name": self.name, **self.digest.record(), **self.table()}
+        return {"name": self.name, **self.digest.record(), **self.seen.table()}
 
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> FinishedShard | None:
         name, digest = entry.get("name"), Digest.of_record(entry)
         if digest is None or not isinstance(name, str) or not is_plain(name):
             return None
-        return cls(name=name, digest=digest, **vars(Seen.of_table(entry)))
-
-
-def numbers_in(table: object) -> dict[str, Any]:
-    """The entries of a table whose values are numbers, and no more."""
-    entries = table.items() if isinstance(table, Mapping) else ()
-    return {name: value for name, value in entries if type(value) in (int, float)}
-
-
-def pairs_in(table: object) -> dict[str, tuple[float, float]]:
-    """The entries of a table whose values are two numbers, and no more."""
-    entries = table.items() if isinstance(table, Mapping) else ()
-    pairs = ((name, value) for name, value in entries if isinstance(value, list) and len(value) == 2)
-    return {name: (one, other) for name, (one, other) in pairs if type(one) is float and type(other) is float}
-
-
-def updates_in(table: object) -> tuple[tuple[int, str], ...]:
-    """The entries of a list that name an update, and no more."""
-    entries = table if isinstance(table, list) else ()
-    return tuple((e[0], e[1]) for e in entries if isinstance(e, list) and [*map(type, e)] == [int, str])
+        return cls(name, digest, Seen.of_table(entry))
 
 
 @dataclass

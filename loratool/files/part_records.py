@@ -17,7 +17,7 @@ from loratool.arguments import Progress
 from loratool.errors import InputError
 from loratool.files.digests import Digest
 from loratool.files.inputs import json_object
-from loratool.files.journal import Seen
+from loratool.files.seen import Seen
 
 if TYPE_CHECKING:
     import threading

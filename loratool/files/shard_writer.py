@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from loratool.files.digests import Digest, digest_of_range
 from loratool.files.journal import FinishedShard
 from loratool.files.safefile import LocalSource, write_fully
-from loratool.files.sink import PAGE, Arrived, Memory, piece_of, pieces_of
+from loratool.files.sink import PAGE, Arrived, Destination, Memory, piece_of, pieces_of
 from loratool.files.stopwatch import lap
 from loratool.files.system import (
     NOT_DIRECT,
@@ -28,11 +28,11 @@ from loratool.files.system import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from loratool.files.journal import Seen
     from loratool.files.safefile import Layout
+    from loratool.files.seen import Seen
     from loratool.files.source import Source
     from loratool.files.staging import Stage
 
@@ -47,7 +47,7 @@ SYNC_CHUNK = 256 << 20  # bytes after which what lies in the page cache is sent 
 Pieces = list[tuple[int, bytes]]  # of a page, each with its place in the file
 
 
-class LocalFolder:
+class LocalFolder(Destination):
     """A stage's folder as the destination of a merge; the stage knows which files are finished."""
 
     def __init__(self, stage: Stage, sha256: bool = False) -> None:
@@ -57,9 +57,6 @@ class LocalFolder:
     def finished(self) -> Mapping[str, FinishedShard]:
         return self.stage.finished
 
-    def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
-        return [names]  # all at once
-
     def open(self, name: str, layout: Layout, stop: threading.Event) -> LocalFile:
         path = self.stage.folder / name
         if path.parent != self.stage.folder:  # never the folder itself: a run that was stopped may have removed it
@@ -67,7 +64,7 @@ class LocalFolder:
         return LocalFile(path, layout, stop, self.memory, partial(self.record, name), self.sha256)
 
     def record(self, name: str, seen: Seen, digest: Digest) -> None:
-        self.stage.record(FinishedShard(name=name, digest=digest, **vars(seen)))
+        self.stage.record(FinishedShard(name, digest, seen))
 
 
 class OpenFile:

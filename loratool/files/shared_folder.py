@@ -27,15 +27,7 @@ from loratool.errors import LoratoolError, StorageError, UsageError, Verificatio
 from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import HASHES, PIECE, digest_of_part
 from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.journal import (
-    JOURNAL,
-    MODEL,
-    NEW_JOURNAL,
-    PARTS,
-    Journal,
-    Seen,
-    look,
-)
+from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.part_records import FilePart, PartRecord, PublishedError
 from loratool.files.presence import Presence, Worker, alone, draft_of, put_new, workers_in
@@ -50,6 +42,7 @@ if TYPE_CHECKING:
     from loratool.files.digests import Digest
     from loratool.files.model_files import FileNames
     from loratool.files.safefile import Layout
+    from loratool.files.seen import Seen
 
 LARGEST_PART_RECORD = 16 << 20  # bytes
 GOING, GONE = 50, 0.1  # how often it is tried to remove a stage, and seconds in between

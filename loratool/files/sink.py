@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from loratool.files.digests import Digest
-    from loratool.files.journal import FinishedShard, Seen
+    from loratool.files.journal import FinishedShard
     from loratool.files.safefile import Layout
+    from loratool.files.seen import Seen
     from loratool.files.source import Source
 
 PAGE = max(4096, mmap.PAGESIZE)  # bytes: what a direct write begins and ends at, in the file and in memory
@@ -65,12 +66,15 @@ class Destination(Protocol):
 
     @property
     def finished(self) -> Mapping[str, FinishedShard]:
-        """Output files that are there already, by name: nothing is made for them."""
-        ...
+        """Output files that are there already, by name: nothing is made for them. By default there are none."""
+        return {}
 
     def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
-        """The files `names` that are to be made, in rounds: when one is asked for, the files of that before are recorded."""
-        ...
+        """The files `names` that are to be made, in rounds: when one is asked for, the files of that before are recorded.
+
+        By default there is one round.
+        """
+        return [names]
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:
         """What takes the file `name`, whose header is `layout.header`; `stop` is set when the work is to end early."""

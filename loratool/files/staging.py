@@ -178,8 +178,8 @@ class Stage:
     def keep_only(self, device: str) -> None:
         """Let go of finished shards that were computed on another kind of device, whose last bits may differ."""
         for shard in list(self.finished.values()):
-            if shard.device not in ("", device):
-                self.redone[shard.name] = f"was computed on {shard.device}"
+            if shard.seen.device not in ("", device):
+                self.redone[shard.name] = f"was computed on {shard.seen.device}"
                 del self.finished[shard.name], self.files[shard.name]
         self.drop_unfinished()
 

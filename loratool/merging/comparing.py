@@ -16,19 +16,19 @@ from loratool.devices import start_torch
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import LocalSource
-from loratool.files.sink import Arrived, Memory, piece_of, pieces_of
+from loratool.files.sink import Arrived, Destination, Memory, piece_of, pieces_of
 from loratool.files.source import expect
 from loratool.files.stand_ins import stand_in
 from loratool.merging.engine import Engine
 from loratool.merging.tasks import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from loratool.files.digests import Digest
-    from loratool.files.journal import FinishedShard, Seen
     from loratool.files.safefile import Layout
+    from loratool.files.seen import Seen
     from loratool.files.source import Source
     from loratool.merging.plan import MergePlan
 
@@ -60,20 +60,13 @@ def verify(plan: MergePlan, folder: Path, device: str = "auto") -> tuple[Differe
     return tuple(sorted(comparison.differences.values()))
 
 
-class Comparison:
+class Comparison(Destination):
     """The files of a finished output as the destination of a merge."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.ours, self.theirs = folder, Memory(), Memory()
         self.differences: dict[tuple[str, str], Difference] = {}  # the first of each tensor
         self.noting = threading.Lock()
-
-    @property
-    def finished(self) -> Mapping[str, FinishedShard]:
-        return {}  # every file is compared
-
-    def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
-        return [names]
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> ComparedFile:
         return ComparedFile(self, name, layout, stop)

@@ -6,14 +6,15 @@ Parts do not depend on how many workers there are, so that work can go on with a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 from loratool.files.part_records import FilePart
 from loratool.grouping import by_key
+from loratool.merging.chunks import Chunk, chunks_of
 from loratool.merging.resources import itemsize_of, sums_products
-from loratool.merging.tasks import Chunk, chunks_of
 from loratool.options import sharing
 from loratool.options.sharing import Share
 
@@ -29,7 +30,7 @@ FEWEST = 64  # parts of a large enough output
 COSTS = {"copy": 1.0, "convert": 1.5, "sum": 2.5, "formula": 16.0, "compensated": 4.5, "repack": 24.0}
 
 
-def kind_of_work(span: Span, rounding: str) -> str:
+def kind_of_work(span: Span) -> str:
     """What has to be done for the bytes of an output tensor; a key of `COSTS`."""
     if span.carried is not None:
         return "copy"
@@ -39,12 +40,12 @@ def kind_of_work(span: Span, rounding: str) -> str:
         return "convert"
     if not sums_products(span):
         return "formula"
-    return "compensated" if is_compensated(span, rounding) else "sum"
+    return "compensated" if is_compensated(span) else "sum"
 
 
-def is_compensated(span: Span, rounding: str) -> bool:
+def is_compensated(span: Span) -> bool:
     """Whether what is added to a weight depends on all of its rows."""
-    return rounding == "compensated" and bool(span.edits) and itemsize_of(span.computed) == 2
+    return span.rounding == "compensated" and bool(span.edits) and itemsize_of(span.computed) == 2
 
 
 def cost(part: FilePart) -> float:
@@ -52,10 +53,25 @@ def cost(part: FilePart) -> float:
     return sum(COSTS[kind] * size for kind, size in part.work.items())
 
 
+def in_order(shard: ShardPlan) -> list[Chunk]:
+    """The chunks of an output file in the order of their bytes."""
+    return sorted((c for s in shard.spans for c in chunks_of(s) if c.size), key=lambda c: shard.place(c.span, c.start))
+
+
+def part_of(number: int, shard: ShardPlan, start: int, stop: int, chunks: Iterable[Chunk]) -> FilePart:
+    """Bytes `start` … `stop` of output file `number`, with all chunks that lie in them, in their order."""
+    work: Counter[str] = Counter()
+    own: list[tuple[str, int, int]] = []
+    for chunk in chunks:
+        work[kind_of_work(chunk.span)] += chunk.size
+        own.append((shard.own_name(chunk.span), shard.place(chunk.span, chunk.start), chunk.size))
+    return FilePart(f"part-{number:05d}-{start:015d}", shard.name, start, stop, tuple(own), dict(work))
+
+
 def parts_of(plan: MergePlan) -> tuple[FilePart, ...]:
     """The parts of all weight files, in the order of files and bytes."""
     size = part_size(sum(shard.layout.size for shard in plan.shards))
-    return tuple(part for number, shard in enumerate(plan.shards) for part in cut(plan, number, shard, size))
+    return tuple(part for number, shard in enumerate(plan.shards) for part in cut(number, shard, size))
 
 
 def part_size(total: int) -> int:
@@ -63,47 +79,28 @@ def part_size(total: int) -> int:
     return min(SMALL, max(SMALLEST, total // FEWEST))
 
 
-def cut(plan: MergePlan, number: int, shard: ShardPlan, least: int) -> Iterator[FilePart]:
+def cut(number: int, shard: ShardPlan, least: int) -> Iterator[FilePart]:
     """The parts of output file `number`, of `least` bytes and up to `LARGE`, but the last.
 
     One ends early where copies begin or end, unless it is less than half of that. Chunks that have to be made together
     are in one part, however large it becomes.
     """
-    chunks = sorted(
-        (chunk for span in shard.spans for chunk in chunks_of(span) if chunk.size),
-        key=lambda chunk: place(shard, chunk),
-    )
-    kinds = [kind_of_work(chunk.span, plan.rounding) for chunk in chunks]
-    tied = tied_chunks(chunks, plan.rounding)
+    chunks = in_order(shard)
+    copies, tied = [chunk.span.carried is not None for chunk in chunks], tied_chunks(chunks)
     firsts, size = [0], 0
     for at in range(1, len(chunks)):
         size += chunks[at - 1].size
-        turns = (kinds[at] == "copy") != (kinds[at - 1] == "copy")
+        turns = copies[at] != copies[at - 1]
         full = size >= least or size + chunks[at].size > LARGE or (turns and 2 * size >= least)
         if full and at not in tied:
             firsts.append(at)
             size = 0
-    for first, last in zip(firsts, [*firsts[1:], len(chunks)], strict=True):
-        start = place(shard, chunks[first]) if first else 0
-        stop = place(shard, chunks[last]) if last < len(chunks) else shard.layout.size
-        work: dict[str, int] = {}
-        for chunk, kind in zip(chunks[first:last], kinds[first:last], strict=True):
-            work[kind] = work.get(kind, 0) + chunk.size
-        own = tuple((own_name(shard, c.span), place(shard, c), c.size) for c in chunks[first:last])
-        yield FilePart(f"part-{number:05d}-{start:015d}", shard.name, start, stop, own, work)
+    edges = [0, *(shard.place(chunks[at].span, chunks[at].start) for at in firsts[1:]), shard.layout.size]
+    for (first, last), (start, stop) in zip(pairwise([*firsts, len(chunks)]), pairwise(edges), strict=True):
+        yield part_of(number, shard, start, stop, chunks[first:last])
 
 
-def place(shard: ShardPlan, chunk: Chunk) -> int:
-    """The byte of its file at which a chunk begins."""
-    return shard.layout.data_start + chunk.span.placed.start + chunk.start
-
-
-def own_name(shard: ShardPlan, span: Span) -> str:
-    """The name of a tensor in its file."""
-    return span.placed.name[len(shard.prefix) :]
-
-
-def tied_chunks(chunks: Sequence[Chunk], rounding: str) -> set[int]:
+def tied_chunks(chunks: Sequence[Chunk]) -> set[int]:
     """The numbers of chunks that must be in one part with the chunk before them.
 
     Those are all chunks from the first to the last of a weight that is made as a whole.
@@ -112,7 +109,7 @@ def tied_chunks(chunks: Sequence[Chunk], rounding: str) -> set[int]:
     for number, chunk in enumerate(chunks):
         if chunk.span.packed:
             groups.setdefault(f"packed {chunk.span.packed}", []).append(number)
-        elif is_compensated(chunk.span, rounding):
+        elif is_compensated(chunk.span):
             groups.setdefault(f"whole {chunk.span.placed.name}", []).append(number)
     return {number for group in groups.values() for number in range(group[0] + 1, group[-1] + 1)}
 
@@ -145,5 +142,5 @@ def plan_of(plan: MergePlan, parts: Sequence[FilePart]) -> MergePlan:
 def shard_of(shard: ShardPlan, part: FilePart) -> ShardPlan:
     """A part as a file of a plan, with the tensors that have bytes in it."""
     names = {tensor for tensor, _, _ in part.chunks}
-    spans = tuple(span for span in shard.spans if own_name(shard, span) in names and span.placed.nbytes)
+    spans = tuple(span for span in shard.spans if shard.own_name(span) in names and span.placed.nbytes)
     return dataclasses.replace(shard, name=part.name, spans=spans, cut=(part.start, part.stop))

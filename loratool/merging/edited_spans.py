@@ -7,10 +7,11 @@ import threading
 from typing import TYPE_CHECKING
 
 from loratool.bases.weights import Held
+from loratool.files.seen import summed
 from loratool.lazy import torch
 from loratool.merging.output_layout import Span
 from loratool.merging.shared_updates import SharedUpdates
-from loratool.merging.totals import Seen, Totals, summed
+from loratool.merging.totals import BlockSeen, Totals, effects_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,13 +23,12 @@ if TYPE_CHECKING:
 class EditedSpan:
     """A span on its way through the workers, with its factors loaded once per device."""
 
-    def __init__(self, span: Span, totals: Totals, shared: SharedUpdates, rounding: str = "nearest") -> None:
-        self.span, self.totals, self.shared, self.rounding = span, totals, shared, rounding
+    def __init__(self, span: Span, totals: Totals, shared: SharedUpdates) -> None:
+        self.span, self.totals, self.shared = span, totals, shared
         self.lock, self.held = threading.Lock(), Held()
         self.loaded: dict[str, LoadedEdits] = {}
         self.corrected: Added | None = None  # what numpy adds in place of the one edit, where rounding is compensated
-        self.waiting = {(edit.adapter, edit.target) for edit in span.edits}  # updates that have changed nothing so far
-        totals.measured |= self.waiting
+        self.waiting = effects_in([span])  # updates that have changed nothing so far
 
     def edits_on(self, device: torch.device) -> LoadedEdits:
         """The edits ready to apply on `device`."""
@@ -37,7 +37,7 @@ class EditedSpan:
         with self.lock:
             key = str(device)
             if key not in self.loaded:
-                self.loaded[key] = load_edits(self.span, self.shared, device, self.rounding)
+                self.loaded[key] = load_edits(self.span, self.shared, device)
             return self.loaded[key]
 
     def corrected_by(self, correct: Callable[[], Added]) -> Added:
@@ -71,9 +71,9 @@ class EditedSpan:
             self.totals.norms[name] = weight, change
             if differs:
                 self.totals.changed = True
-                self.totals.effective |= {(edit.adapter, edit.target) for edit in self.span.edits}
+                self.totals.effective |= effects_in([self.span])
 
-    def seen(self, rows: int, block: Seen, whole: float, nonfinite: int) -> None:
+    def seen(self, rows: int, block: BlockSeen, whole: float, nonfinite: int) -> None:
         """Account for a block that has been written; `whole` is ‖ΔW‖ of all blocks, or infinite where nobody knows."""
         name = self.span.placed.name
         change = whole**2 * rows / self.span.rows if math.isfinite(whole) else block.change

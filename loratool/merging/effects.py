@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.measuring.large_updates import LARGEST_RATIO, larger
+from loratool.merging.totals import effects_in
 from loratool.notes import Note
 from loratool.results.merge import AdapterEffect
 from loratool.templates import listed
@@ -12,19 +13,19 @@ from loratool.templates import listed
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from loratool.files.seen import Seen
     from loratool.merging.plan import MergePlan
-    from loratool.merging.totals import Totals
 
 
-def effects_of(plan: MergePlan, totals: Totals) -> tuple[AdapterEffect, ...]:
-    """What each adapter did, as far as its updates were looked at; a module that it saved whole is one with effect."""
+def effects_of(plan: MergePlan, seen: Seen) -> tuple[AdapterEffect, ...]:
+    """What each adapter did; a module that it saved whole is one with effect."""
     sources = {id(tensor.file) for span in plan.spans for tensor in span.weight.tensors}
-    effects = []
+    every, effective, effects = effects_in(plan.edited), {*seen.effective}, []
     for number, (adapter, weight) in enumerate(zip(plan.adapters, plan.weights, strict=True)):
         if weight:
-            looked_at = {target for which, target in totals.measured if which == number}
-            still = {target for which, target in totals.measured - totals.effective if which == number}
-            modules = len(looked_at) + (id(adapter.file) in sources)
+            own = {effect for effect in every if effect[0] == number}
+            still = {target for _, target in own - effective}
+            modules = len(own) + (id(adapter.file) in sources)
         else:
             still, modules = set(adapter.updates), len(adapter.updates)
         effects.append(AdapterEffect(adapter.name, weight, modules, tuple(sorted(still))))

@@ -21,15 +21,14 @@ from loratool.arguments import Progress
 from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files import stopwatch
 from loratool.files.digests import new_state
-from loratool.files.journal import Seen
 from loratool.files.process import cores, share_heaps
 from loratool.files.sink import PAGE, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
+from loratool.merging.chunks import bytes_in, ranges_behind, ranges_of
 from loratool.merging.resources import (
     Resources,
     choose_resources,
-    correcting_memory,
     factor_memory,
     most_workers,
     read_ahead,
@@ -43,11 +42,7 @@ from loratool.merging.tasks import (
     Output,
     Repack,
     Task,
-    bytes_in,
     compare_replaced,
-    effects_in,
-    ranges_behind,
-    ranges_of,
     tasks_on,
 )
 from loratool.merging.without_torch import NumpyWorker
@@ -80,6 +75,7 @@ class Engine:
         self.bytes_all = sum(bytes_in(shard) for job in jobs for shard in job.plan.shards)
         self.counted = max_memory is not None and sent + read_ahead(self.spans) > 0  # the memory of those who copy, too
         self.bytes_done = 0
+        self.gpu_memory = 0  # bytes
         self.lanes = max(1, min(MOST_LANES, cores() // 4))
         self.slots = threading.Semaphore((self.lanes + FINISHING_SHARDS) * len(jobs))
         self.taking = threading.Lock()  # of the task stream
@@ -114,9 +110,7 @@ class Engine:
             if self.resources().on_gpu:
                 import torch
 
-                memory = sum(torch.cuda.max_memory_reserved(d) for d in self.resources().devices)
-                for job in self.jobs:
-                    job.totals.gpu_memory = memory
+                self.gpu_memory = sum(torch.cuda.max_memory_reserved(d) for d in self.resources().devices)
 
     def make(self, shards: Sequence[tuple[Job, ShardPlan]]) -> None:
         """Make some files; all threads have ended when this returns."""
@@ -147,9 +141,8 @@ class Engine:
                 if not all(map(sums_products, self.spans)):
                     load_linear_algebra(devices)
                 used = resident_memory() + more_factors(self.jobs, self.workers or most_workers())
-                more = self.sent + max(correcting_memory(job.plan.spans, job.plan.rounding) for job in self.jobs)
                 self.chosen = choose_resources(
-                    self.spans, devices, self.workers, self.max_memory, used, more, has_torch
+                    self.spans, devices, self.workers, self.max_memory, used, self.sent, has_torch
                 )
             return self.chosen
 
@@ -323,15 +316,14 @@ class Engine:
             return
         digests.clear()  # of one that failed midway
         for chunk in task.chunks:
-            tensor = chunk.source
-            start, state = tensor.file.position(tensor.info) + chunk.start, new_state()
+            state = new_state()
 
             def look(piece: memoryview, update: Callable[[memoryview], object] = state.update) -> None:
                 update(piece)
                 lap("digest", len(piece))
                 self.tell(len(piece))
 
-            part.copy(output.sources.of(tensor.file), start, chunk.size, look)
+            part.copy(output.sources.of(chunk.source.file), chunk.source_start, chunk.size, look)
             if output.job.stop.is_set():
                 return
             digests.append(state.hexdigest())
@@ -382,10 +374,8 @@ class Engine:
             if output.job.stop.is_set():
                 return
             at, state = output.place(chunk), new_state()
-            part, data = (
-                output.sink.part(at, chunk.size),
-                made[chunk.span.placed.name[len(output.plan.prefix) :]][chunk.start : chunk.stop],
-            )
+            part = output.sink.part(at, chunk.size)
+            data = made[output.plan.own_name(chunk.span)][chunk.start : chunk.stop]
             for piece in data.split(most):  # type: ignore[no-untyped-call]
                 memory = worker.lent(piece, at % PAGE)
                 state.update(piece_of(memory, at))
@@ -411,19 +401,9 @@ class Engine:
         output.sources.check_unchanged()
         output.sources.close()
         with self.telling:
-            spans, totals = output.plan.spans, output.totals
+            spans = output.plan.spans
             device = "" if all(span.carried for span in spans) else self.resources().kind
-            names = [span.placed.name for span in spans]
-            seen = Seen(
-                changed=totals.changed,
-                device=device,
-                norms=totals.norms_of(names),
-                kept=totals.kept_in(names),
-                lost={name: totals.lost[name] for name in names if name in totals.lost},
-                nonfinite={name: totals.nonfinite[name] for name in names if name in totals.nonfinite},
-                effective=sorted(effects_in(output.plan) & totals.effective),
-            )
-            output.sink.record(seen, digest)
+            output.sink.record(output.totals.of(spans, device), digest)
 
 
 def more_factors(jobs: Sequence[Job], workers: int) -> int:

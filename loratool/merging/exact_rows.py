@@ -19,7 +19,7 @@ from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.addends import GENEROUS, MOST_TERMS, ROUNDOFF, Addend, Stack, by_place
 from loratool.merging.single_elements import SingleElements
-from loratool.merging.totals import Seen
+from loratool.merging.totals import BlockSeen
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,7 +89,7 @@ class Block:
     first: int  # their first row
     after: Tensor  # (n, width) of the target dtype
     measure: bool  # whether to measure ‖ΔW‖
-    seen: Seen = field(default_factory=Seen)
+    seen: BlockSeen = field(default_factory=BlockSeen)
     places: list[Tensor] = field(default_factory=list)  # in the flat rows
     sums: list[Tensor] = field(default_factory=list)  # of W and ΔW, in the working dtype
     weights: list[Tensor] = field(default_factory=list)  # of W
@@ -127,7 +127,7 @@ class ExactSum:
         tile: int,
         substitute: Callable[[Tensor, int], None] | None = None,
         measure: bool = False,
-    ) -> Seen:
+    ) -> BlockSeen:
         """Put W + ΔW of some rows into `after`.
 
         Args:

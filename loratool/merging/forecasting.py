@@ -14,10 +14,11 @@ from loratool.bases.weights import Memory, Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import cores
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.seen import Seen, together
 from loratool.lazy import numpy, torch
 from loratool.measuring.sampling import sample
 from loratool.merging.addends import Place
-from loratool.merging.gain import Gains, Pairs, gain_notes, hidden_updates, measure_kept
+from loratool.merging.gain import Gains, gain_notes, gains_of, measure_kept
 from loratool.merging.loaded_edits import LoadedEdit
 from loratool.merging.numpy_rounding import rounded_once
 from loratool.merging.numpy_sums import Added, readable, suits
@@ -25,7 +26,6 @@ from loratool.merging.output_layout import Span
 from loratool.merging.plan import MergePlan
 from loratool.merging.resources import MOST_SHELVED, itemsize_of
 from loratool.merging.shared_updates import SharedUpdates
-from loratool.merging.totals import summed
 
 MOST_WEIGHTS = 512  # that are looked at; a model of many experts has tens of thousands
 SAMPLED = 1 << 17  # elements of a weight: its gain is right to 0.03, and that of all weights to 0.01
@@ -50,8 +50,7 @@ def forecast_gains(plan: MergePlan) -> Gains:
     shared = SharedUpdates(MOST_SHELVED)
     with ThreadPoolExecutor(cores(), "loratool-forecast") as pool:
         seen = [*pool.map(partial(seen_of, shared=shared), spans[:MOST_WEIGHTS])]
-    kept, norms = (summed(each[number] for each in seen) for number in (0, 1))
-    return Gains.of(kept, hidden_updates(plan, kept, norms, {}))
+    return gains_of(plan, together(seen))
 
 
 def can_forecast(span: Span) -> bool:
@@ -65,13 +64,13 @@ def is_here(span: Span) -> bool:
     return all(tensor.file.path.is_file() for tensor in span.weight.tensors)
 
 
-def seen_of(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
-    """⟨W' − W, ΔW⟩ and ‖ΔW‖² of each module that edits a weight, and its ‖W‖² and ‖ΔW‖², by some of its rows."""
+def seen_of(span: Span, shared: SharedUpdates) -> Seen:
+    """What some rows of a weight tell of it."""
     by_numpy = suits(span) and span.placed.dtype == "BF16"
     return seen_by_numpy(span) if by_numpy else seen_by_torch(span, shared)
 
 
-def seen_by_numpy(span: Span) -> tuple[Pairs, Pairs]:
+def seen_by_numpy(span: Span) -> Seen:
     """The same of one product added to a weight that goes to the output in bfloat16, without torch."""
     (edit,), weight = span.edits, readable(span.weight)
     assert weight is not None
@@ -88,7 +87,7 @@ def seen_by_numpy(span: Span) -> tuple[Pairs, Pairs]:
             squares = [one + float(numpy.vdot(each, each)) for one, each in zip(squares, (base, change), strict=True)]
     weights, changes = (times * square for square in squares)
     kept = {edit.target: (times * product, changes)} if math.isfinite(product) and math.isfinite(changes) else {}
-    return kept, {span.placed.name: (weights, changes)}
+    return Seen(kept=kept, norms={span.placed.name: (weights, changes)})
 
 
 def sampled(span: Span) -> tuple[list[tuple[int, int]], int]:
@@ -97,7 +96,7 @@ def sampled(span: Span) -> tuple[list[tuple[int, int]], int]:
     return runs, max(1, span.rows // sum(count for _, count in runs))
 
 
-def seen_by_torch(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
+def seen_by_torch(span: Span, shared: SharedUpdates) -> Seen:
     """The same of any edits."""
     device, wide = torch.device("cpu"), torch.float64
     stored, target = (getattr(torch, FLOAT_NAMES[dtype]) for dtype in (span.weight.exact, span.placed.dtype))
@@ -107,7 +106,7 @@ def seen_by_torch(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
         edits.append(LoadedEdit(edit, loaded, edit.strength))
         modules.append((edit.target, Place(edit.first_row, edit.rows, edit.columns, span.width)))
     runs, times = sampled(span)
-    found, norms = [], []
+    found: list[Seen] = []
     with OpenSources() as sources:
         for first, count in runs:
             before = span.matrix.rows(first, count, device, stored, Room(sources))
@@ -117,7 +116,7 @@ def seen_by_torch(span: Span, shared: SharedUpdates) -> tuple[Pairs, Pairs]:
                 each.apply(block, first, base)
             rows = torch.arange(first, first + count)
             change = block - base
-            found.append(measure_kept(before, change, round_once(block, target), rows, modules, times))
+            kept = measure_kept(before, change, round_once(block, target), rows, modules, times)
             sizes = [times * float(torch.linalg.vector_norm(each)) ** 2 for each in (base, change)]
-            norms.append({span.placed.name: (sizes[0], sizes[1])})
-    return summed(found), summed(norms)
+            found.append(Seen(kept=kept, norms={span.placed.name: (sizes[0], sizes[1])}))
+    return together(found)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from loratool.errors import FitError, printable
 from loratool.files.safefile import FLOAT_DIGITS
+from loratool.files.seen import Pairs, Seen
 from loratool.lazy import Tensor, torch
 from loratool.merging.addends import Place
 from loratool.merging.plan import MergePlan
@@ -19,7 +20,6 @@ LEAST_GAIN = 0.9  # less than this of an update is worth a warning
 MANY = 10.0  # times the whole: too many percent to read
 UNSURE = 0.1  # a gain with a larger standard error is no measurement
 STEP = 1.5  # of a dtype with d binary digits at the size of a number, on average, times 2⁻ᵈ of that number
-Pairs = Mapping[str, tuple[float, float]]
 
 
 def rows_apart(rows: int, width: int) -> int:
@@ -71,41 +71,37 @@ class Gains:
     # modules whose gain cannot be measured → how many times smaller their updates are than the steps of the format
     hidden: dict[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, kept: Mapping[str, tuple[float, float]], hidden: Mapping[str, float] | None = None) -> Gains:
-        """From both numbers of every module."""
-        hidden = {name: hidden[name] for name in kept if name in hidden} if hidden else {}
-        seen = {name: pair for name, pair in kept.items() if name not in hidden}
-        products, squares = sum(one for one, _ in seen.values()), sum(other for _, other in seen.values())
-        modules = {name: product / squared for name, (product, squared) in seen.items() if squared}
-        return cls(products / squares if squares else None, modules, hidden)
+
+def gains_of(plan: MergePlan, seen: Seen) -> Gains:
+    """The gains of a merge, from what was seen of its weights."""
+    every = hidden_updates(plan, seen)
+    hidden = {name: every[name] for name in seen.kept if name in every}
+    kept = {name: pair for name, pair in seen.kept.items() if name not in hidden}
+    products, squares = sum(one for one, _ in kept.values()), sum(other for _, other in kept.values())
+    modules = {name: product / squared for name, (product, squared) in kept.items() if squared}
+    return Gains(products / squares if squares else None, modules, hidden)
 
 
-def hidden_updates(plan: MergePlan, kept: Pairs, norms: Pairs, lost: Pairs) -> dict[str, float]:
+def hidden_updates(plan: MergePlan, seen: Seen) -> dict[str, float]:
     """Modules whose gain cannot be measured, each with how many times smaller its update is than a step of the format.
 
     With E = W' − (W + ΔW), a gain has the standard error ‖E‖ / (‖ΔW‖ √n) on n elements, since E is as good as random
     where W is on no value of the format: then it says nothing of an update that is much smaller than the format's steps.
-
-    Args:
-        plan: of the merge.
-        kept: by module, on sampled rows; ‖ΔW‖² is what counts here.
-        norms: ‖W‖² and ‖ΔW‖² of edited tensors.
-        lost: ‖E‖² and ‖ΔW‖² of those that were packed anew, where all rows were looked at.
+    Where weights were packed anew, ‖E‖ is known, for all rows were looked at.
     """
     found: dict[str, float] = {}
     for span in plan.edited:
         name, elements = span.placed.name, span.rows * span.width
-        if name in lost:
-            squared = lost[name][0]  # ‖E‖²
-        elif name in norms and is_finer(span.weight.exact, span.placed.dtype):
-            squared = norms[name][0] * (STEP / 2 ** FLOAT_DIGITS[span.placed.dtype]) ** 2 / 12
+        if name in seen.lost:
+            squared = seen.lost[name][0]  # ‖E‖²
+        elif name in seen.norms and is_finer(span.weight.exact, span.placed.dtype):
+            squared = seen.norms[name][0] * (STEP / 2 ** FLOAT_DIGITS[span.placed.dtype]) ** 2 / 12
             elements = min(elements, SAMPLED)
         else:
             continue
         for edit in span.edits:
             part = edit.rows / span.rows
-            change = kept.get(edit.target, (0.0, 0.0))[1]
+            change = seen.kept.get(edit.target, (0.0, 0.0))[1]
             noise = math.sqrt(squared * part / change) if change else 0.0
             if noise > UNSURE * math.sqrt(max(1.0, elements * part)):
                 found[edit.target] = max(found.get(edit.target, 0.0), noise * math.sqrt(12))
@@ -128,7 +124,7 @@ class Errors:
     tensors: dict[str, float]
 
     @classmethod
-    def of(cls, lost: Mapping[str, tuple[float, float]]) -> Errors:
+    def of(cls, lost: Pairs) -> Errors:
         """From both numbers of every tensor, squared."""
         errors, changes = (sum(pair[at] for pair in lost.values()) for at in (0, 1))
         tensors = {name: math.sqrt(error / change) for name, (error, change) in lost.items() if change}

@@ -27,23 +27,23 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.pipelines import identities, itself
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
+from loratool.merging.chunks import chunks_of
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
-from loratool.merging.gain import Gains, gain_notes, hidden_updates
+from loratool.merging.gain import gain_notes, gains_of
 from loratool.merging.inputs import located, planned, read_inputs, several
 from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
 from loratool.merging.resources import (
     MOST_SHELVED,
     Resources,
     choose_resources,
-    correcting_memory,
     rows_of_block,
     sums_products,
     work_memory,
 )
 from loratool.merging.row_blocks import Worker
 from loratool.merging.shared_updates import SharedUpdates
-from loratool.merging.tasks import chunks_of, compare_replaced
+from loratool.merging.tasks import compare_replaced
 from loratool.merging.totals import Totals
 from loratool.options.described import FLAG, described_by, option
 from loratool.options.shared import DeviceKind
@@ -175,11 +175,10 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
             load_linear_algebra(devices)
         if devices[0] == "cpu":
             used += max(one + other for one, other in pairwise(sizes))  # the tensor that a consumer has, and the next
-        more = correcting_memory(self.plan.spans, self.plan.rounding)
-        chosen = choose_resources(self.plan.spans, devices, options.threads, limit, used, more)
+        chosen = choose_resources(self.plan.spans, devices, options.threads, limit, used)
         self.resources, self.ahead = chosen, AHEAD * chosen.workers * chosen.block
         if limit is not None and not chosen.on_gpu:
-            needed = used + work_memory(self.plan.spans, chosen.workers, chosen.block, chosen.on_gpu, more)
+            needed = used + work_memory(self.plan.spans, chosen.workers, chosen.block, chosen.on_gpu)
             self.ahead = min(self.ahead, limit - needed)
 
     @cached_property
@@ -222,10 +221,9 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         """Names and tensors, in the order of the base; after the last one, warnings of what is probably not meant."""
         totals = Totals()
         yield from self.stream(self.spans.values(), totals, progress)
-        notes = [n for n in (*self.plan.notes, *effect_notes(effects_of(self.plan, totals))) if n.is_warning]
-        kept = totals.kept_in(self.spans)
-        gains = Gains.of(kept, hidden_updates(self.plan, kept, totals.norms_of(self.spans), totals.lost))
-        for note in (*notes, *gain_notes(self.plan, gains)):
+        seen = totals.of(self.spans.values())
+        notes = [n for n in (*self.plan.notes, *effect_notes(effects_of(self.plan, seen))) if n.is_warning]
+        for note in (*notes, *gain_notes(self.plan, gains_of(self.plan, seen))):
             warnings.warn(str(note), stacklevel=2)
 
     def stream(
@@ -268,9 +266,7 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
             sources, mine = OpenSources(), list(group)
             files.callback(sources.close)
             for span in mine:
-                filling = Filling(
-                    EditedSpan(span, totals, self.shared, self.plan.rounding), sources, span is mine[-1], device
-                )
+                filling = Filling(EditedSpan(span, totals, self.shared), sources, span is mine[-1], device)
                 filling.begin()
                 if span.carried is not None and span.edits:
                     compare_replaced(span, totals)

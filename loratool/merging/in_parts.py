@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,9 @@ from loratool.errors import UsageError, VerificationError, printable
 from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
-from loratool.files.journal import FinishedShard
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord, PublishedError, SharedOutput
-from loratool.files.shard_writer import LocalFolder
+from loratool.files.sink import Destination
 from loratool.files.staging import Stage
 from loratool.merging.dealing import across_files, plan_of, share_of
 from loratool.merging.merge import (
@@ -44,7 +43,7 @@ from loratool.merging.merge import (
     write_small_files,
 )
 from loratool.merging.parted_merge import PartedMerge, open_parts, unfinished
-from loratool.merging.resources import Resources, check_limit, correcting_memory, runtime_for
+from loratool.merging.resources import check_limit, runtime_for
 from loratool.merging.tasks import Job
 from loratool.merging.whole_files import whole_file
 from loratool.notes import Note
@@ -73,18 +72,11 @@ class IncompleteError(VerificationError):
 
 
 @dataclass(frozen=True)
-class PartDestination:
+class PartDestination(Destination):
     """Where the engine sends parts: each is a file of its plan."""
 
     output: SharedOutput
     parts: Mapping[str, FilePart]
-
-    @property
-    def finished(self) -> Mapping[str, FinishedShard]:
-        return {}
-
-    def rounds(self, names: Sequence[str]) -> Iterable[Sequence[str]]:
-        return [names]
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:  # noqa: ARG002 (that of the whole file)
         return self.output.open(self.parts[name], stop)
@@ -148,8 +140,7 @@ class Made:
 
 def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None) -> Made:
     """Make those of some parts that are not there; raises `PublishedError` where the output is complete."""
-    options = merge.options
-    runtime = runtime_for(plan_of(merge.plan, parts).spans, options.device, options.is_simple, options.max_memory)
+    runtime = runtime_for(plan_of(merge.plan, parts).spans, merge.options)
     return result_of(making(merge, parts, share, runtime), merge, runtime, progress)
 
 
@@ -171,12 +162,10 @@ def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: F
     """Make some parts, as a generator: it gives its job, and is to be sent the engine that has run it."""
     if merge.published:
         raise PublishedError
-    output, options, limit = merge.output, merge.options, merge.options.max_memory
+    output = merge.output
     check_values(merge.plan)
-    if limit is not None:  # refused before anything is written
-        spans = plan_of(merge.plan, parts).spans
-        more = output.held(merge.parts) + correcting_memory(spans, merge.plan.rounding)
-        check_limit(spans, runtime.result(), options.threads, limit, more)
+    if merge.options.max_memory is not None:  # refused before anything is written
+        check_limit(plan_of(merge.plan, parts).spans, runtime.result(), merge.options, output.held(merge.parts))
     with output.at_work(share, parts):
         records = output.records()
         there = [part for part in parts if part.name in records]
@@ -243,20 +232,18 @@ def publish(merge: PartedMerge, progress: Progress | None = None, check: Check |
             output.publish(stage)
             output.clear()
             workers = workers_of(records)
-            took = Cost.since(merge.started, kind_of_device(stage))
-            report = make_report(merged, stage, (), took, len(workers), Profile({}))
+            report = make_report(merged, stage, Cost.since(merge.started, merged.device))
     except PublishedError:  # by another one, at the same time
         return complete_already
     verified = len(stage.files) if merge.options.verify and not output.read_to_check else 0
     report = dataclasses.replace(
-        report, out=output.out, verified=verified, notes=(*report.notes, *copied_notes(merge.parts))
+        report,
+        out=output.out,
+        workers=len(workers),
+        verified=verified,
+        notes=(*report.notes, *copied_notes(merge.parts)),
     )
     return dataclasses.replace(complete_already, workers=workers, published=True, merge=report, cost=report.cost)
-
-
-def kind_of_device(stage: Stage) -> str:
-    """The kind of device that edited weights were computed on: the GPU where any was."""
-    return "cuda" if any(shard.device == "cuda" for shard in stage.finished.values()) else "cpu"
 
 
 def workers_of(records: Mapping[str, PartRecord]) -> tuple[str, ...]:
@@ -317,10 +304,8 @@ def put_together(merge: PartedMerge, stage: Stage, records: Mapping[str, PartRec
     for shard in plan.shards:
         own = [(part, records[part.name]) for part in merge.parts if part.file == shard.name]
         stage.keep(whole_file(plan, shard, own, known))
-    resources = Resources((kind_of_device(stage),), len(workers_of(records)), 0)
     unchanged = f"{printable(output.out)}: not written, {NOTHING}"
-    job, invoked = Job(plan, LocalFolder(stage), known), repeated(plan, merge.paths, options)
-    merged = describe(job, resources, merge.digests, invoked, unchanged)
+    merged = describe(plan, stage.finished, merge.digests, repeated(plan, merge.paths, options), unchanged)
     merged.table["base"] |= told_model(plan.base, ModelDigests.of(plan.base, compute=full))
     merged.table["plan"] = output.plan
     for name in (PROVENANCE, CARD, *(file.name for file in plan.side_files)):  # of a run that was killed here

@@ -39,7 +39,7 @@ def merge_into_store(
 ) -> MergeReport:
     """Merge into a store; `loratool.commands.merge` says all of it. Raises as `merge` does."""
     merge = open_parts(base, adapters, out, options, joining=False)
-    runtime = runtime_for(merge.plan.spans, options.device, options.is_simple, options.max_memory)
+    runtime = runtime_for(merge.plan.spans, options)
     return result_of(making_in_store(merge, runtime), merge, runtime, progress)
 
 
@@ -94,18 +94,11 @@ def complete_already(merge: PartedMerge) -> MergeReport:
         edited=len(plan.edited),
         adapters=(),
         copied=plan.copied,
-        converted=sum(not (span.edits or span.untouched or span.packed) for span in plan.spans),
+        converted=plan.converted,
         bytes_read=0,
         bytes_written=0,
         workers=0,
-        gpu_memory=0,
         resumed=tuple(shard.name for shard in plan.shards),
-        relative_norms={},
-        gain=None,
-        gains={},
-        error_added=None,
-        errors_added={},
-        nonfinite={},
         left_out=plan.left_out,
         notes=(*plan.notes, Note("complete-already", text)),
         digests={s.name: str(recorded[s.name]) for s in plan.shards if s.name in recorded},

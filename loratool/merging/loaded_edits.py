@@ -30,7 +30,7 @@ from loratool.merging.output_layout import Span
 from loratool.merging.resources import sums_products
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.stochastic import random_numbers, round_at_random
-from loratool.merging.totals import Effect, Seen
+from loratool.merging.totals import BlockSeen, Effect
 
 LOOKED_AT = 1 << 19  # elements in which the effect of an update is looked for at a time
 LOOKED_AT_FIRST = 1 << 14  # elements in which it is looked for at first; most show it there
@@ -116,12 +116,14 @@ class LoadedEdits:
         chosen = [tuple(e for e in edits if e.effect == effect) for edits in (self.replacements, self.others)]
         return replace(self, replacements=chosen[0], others=chosen[1], rounding="nearest")
 
-    def merge(self, before: torch.Tensor, first: int, after: torch.Tensor, scratch: Scratch, measure: bool) -> Seen:
+    def merge(
+        self, before: torch.Tensor, first: int, after: torch.Tensor, scratch: Scratch, measure: bool
+    ) -> BlockSeen:
         """Put rows from `first` on, with all edits, into `after`; `before` has them as they are stored.
 
         ‖ΔW‖ is seen where `measure` asks for it.
         """
-        seen = Seen()
+        seen = BlockSeen()
         if not self.replacements and not self.others:
             seen.largest = largest_of(before)
             after.copy_(convert(before, after.dtype, math.isfinite(seen.largest)))
@@ -199,7 +201,7 @@ class LoadedEdits:
         for each in self.replacements:
             each.apply(rows, first, rows)
 
-    def merge_formulas(self, before: torch.Tensor, first: int, after: torch.Tensor, seen: Seen) -> None:
+    def merge_formulas(self, before: torch.Tensor, first: int, after: torch.Tensor, seen: BlockSeen) -> None:
         """The same in float64, step by step; rounded once in the end."""
         block = before.double()
         seen.weight = float(torch.linalg.vector_norm(block)) ** 2
@@ -229,7 +231,7 @@ def numbers_in(rows: range, device: torch.device) -> torch.Tensor:
     return torch.arange(rows.start, rows.stop, rows.step, device=device)
 
 
-def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding: str = "nearest") -> LoadedEdits:
+def load_edits(span: Span, shared: SharedUpdates, device: torch.device) -> LoadedEdits:
     """Read the factors."""
     replacements, others = [], []
     exact = torch.float64 if span.weight.exact == "F64" else torch.float32
@@ -251,7 +253,7 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device, rounding
     read = partial(read_rows, span, tuple(replacements))
     shape = span.rows, span.width
     loaded = LoadedEdits(
-        tuple(replacements), tuple(others), *shape, target, exact, norm, span.placed.name, rounding, read
+        tuple(replacements), tuple(others), *shape, target, exact, norm, span.placed.name, span.rounding, read
     )
     loaded.prepare()
     if device.type == "cuda":  # the factors must be complete for the streams of other workers too

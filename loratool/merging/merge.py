@@ -22,9 +22,10 @@ from loratool.files import stopwatch
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import recorded
 from loratool.files.hub_cache import is_hub_id
-from loratool.files.journal import Journal
+from loratool.files.journal import FinishedShard, Journal
 from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import as_json, check_stage, stage_of
+from loratool.files.seen import Seen, together
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, staged
 from loratool.files.stopwatch import lap
@@ -32,13 +33,12 @@ from loratool.files.system import forget_cached
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
-from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, hidden_updates
+from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, gains_of
 from loratool.merging.inputs import opened_inputs, planned, several
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
-from loratool.merging.resources import ROUNDED_BY_NUMPY, Resources, check_limit, correcting_memory, runtime_for
+from loratool.merging.resources import check_limit, runtime_for
 from loratool.merging.tasks import Job
-from loratool.merging.totals import summed
 from loratool.notes import Note, as_records
 from loratool.options.described import FLAG, Choice, option
 from loratool.options.shared import OverwriteOption
@@ -83,11 +83,6 @@ class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
         recorded=False,
     )
 
-    @property
-    def is_simple(self) -> bool:
-        """Whether sums are rounded in a way that numpy knows."""
-        return self.rounding in ROUNDED_BY_NUMPY
-
 
 def merge(
     base: PathLike,
@@ -101,7 +96,7 @@ def merge(
     try:
         prepared = prepare(base, adapters, out, options)
         lap("plan")
-        runtime = runtime_for(prepared[0].spans, options.device, options.is_simple, options.max_memory)
+        runtime = runtime_for(prepared[0].spans, options)
         (report,) = make_all([making(prepared, out, options, runtime, started)], options, runtime, progress, watch)
     finally:
         stopwatch.end()
@@ -126,10 +121,10 @@ def making(
     known, full = KnownDigests(plan.base.root), options.digests == "full"
     state = {**local_state(plan, options.device), "digests": options.digests}
     wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
-    workers, max_memory = options.threads, options.max_memory
-    if max_memory is not None or check_stage(stage_of(target)) is not None:  # refused before anything is touched
-        more = correcting_memory(plan.spans, plan.rounding)
-        check_limit(plan.spans, runtime.result(), workers, max_memory, more)
+    if (
+        options.max_memory is not None or check_stage(stage_of(target)) is not None
+    ):  # refused before anything is touched
+        check_limit(plan.spans, runtime.result(), options)
     single = target.name if is_file(target) else ""
     with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find, single) as stage:
         if stage.finished:
@@ -143,15 +138,20 @@ def making(
         if job.failure is not None:
             raise job.failure
         unchanged = f"{printable(out)}: not written, {NOTHING}"
-        merged = describe(job, engine.resources(), digests, invoked, unchanged)
+        merged = describe(plan, stage.finished, digests, invoked, unchanged)
         merged.table["base"] |= told_model(plan.base, of_base)
         write_small_files(stage, plan, () if single else plan.side_files, merged.table, card=not single)
         if options.verify:
             read_again(stage)
     lap("publish")
-    profile = Profile(stopwatch.together(engine.watches))
-    report = make_report(merged, stage, resumed, cost(runtime, started), engine.resources().workers, profile)
-    return dataclasses.replace(report, verified=len(stage.files) if options.verify else 0)
+    return dataclasses.replace(
+        make_report(merged, stage, cost(runtime, started)),
+        workers=engine.resources().workers,
+        gpu_memory=engine.gpu_memory,
+        resumed=resumed,
+        verified=len(stage.files) if options.verify else 0,
+        profile=Profile(stopwatch.together(engine.watches)),
+    )
 
 
 Report = TypeVar("Report")
@@ -215,42 +215,46 @@ def make_all(
 class Merged:
     """The weights of a merge are made; this is what is to be said of them."""
 
-    job: Job
+    plan: MergePlan
+    seen: Seen
     effects: tuple[AdapterEffect, ...]
-    ratios: dict[str, float]  # tensor → ‖ΔW‖/‖W‖
     gains: Gains
     errors: Errors
     notes: tuple[Note, ...]  # besides those of the plan
     table: dict[str, Any]  # `loratool.json`, but for "files"
 
+    @property
+    def device(self) -> str:
+        """The kind that edited weights were computed on."""
+        return self.seen.device or "cpu"
+
 
 def describe(
-    job: Job, resources: Resources, digests: Sequence[Mapping[str, str]], invoked: Mapping[str, Any], unchanged: str
+    plan: MergePlan,
+    finished: Mapping[str, FinishedShard],
+    digests: Sequence[Mapping[str, str]],
+    invoked: Mapping[str, Any],
+    unchanged: str,
 ) -> Merged:
     """What is to be said of weight files that are all made.
 
     Args:
-        job: it has been run.
-        resources: what it was run with.
+        plan: of the merge.
+        finished: its weight files, by name.
         digests: of each adapter's files, for the record.
         invoked: what repeats the merge, for the record.
         unchanged: the text of the `FitError` that is raised where no weight differs from the base's.
     """
-    plan, totals, finished = job.plan, job.totals, job.destination.finished
-    if plan.adapters and not (plan.replaces or any(shard.changed for shard in finished.values())):
+    seen = together(finished[shard.name].seen for shard in plan.shards)
+    if plan.adapters and not (plan.replaces or seen.changed):
         raise FitError(unchanged)
-    effects = effects_of(plan, totals)
-    kept, norms, lost = (
-        summed(getattr(finished[shard.name], table) for shard in plan.shards) for table in ("kept", "norms", "lost")
-    )
-    gains, errors = Gains.of(kept, hidden_updates(plan, kept, norms, lost)), Errors.of(lost)
+    effects, gains, errors = effects_of(plan, seen), gains_of(plan, seen), Errors.of(seen.lost)
     check_loss(plan, gains, errors)
     notes = (*effect_notes(effects), *gain_notes(plan, gains))
     told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
-    table = provenance(told, digests, effects, resources.on_gpu, invoked)
+    table = provenance(told, digests, effects, seen.device or "cpu", invoked)
     table |= {"gain": round(gains.total, GAIN_DIGITS)} if gains.total is not None else {}
-    ratios = {name: ratio for shard in plan.shards for name, ratio in finished[shard.name].ratios.items()}
-    return Merged(job, effects, ratios, gains, errors, (*notes, *size_notes(plan, ratios)), table)
+    return Merged(plan, seen, effects, gains, errors, (*notes, *size_notes(plan, seen.ratios)), table)
 
 
 def prepare(
@@ -339,7 +343,7 @@ def provenance(
     plan: MergePlan,
     digests: Sequence[Mapping[str, str]],
     effects: Sequence[AdapterEffect],
-    on_gpu: bool,
+    device: str,
     invoked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`loratool.json`, but for "files": what made this model. The same inputs and settings give the same bytes."""
@@ -362,7 +366,7 @@ def provenance(
         ],
         "dtype": plan.dtype,
         "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
-        "device": "cuda" if on_gpu else "cpu",
+        "device": device,
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
         "notes": as_records(plan.notes),
     }
@@ -387,32 +391,26 @@ def cost(runtime: Future[Runtime], started: float) -> Cost:
     return Cost.since(started, ", ".join(ready.devices), ready.seconds)
 
 
-def make_report(
-    merged: Merged, stage: Stage, resumed: tuple[str, ...], cost: Cost, workers: int, profile: Profile
-) -> MergeReport:
-    """What is to be said of a merge that is published."""
-    plan = merged.job.plan
-    finished = [stage.finished[shard.name] for shard in plan.shards]
+def make_report(merged: Merged, stage: Stage, cost: Cost) -> MergeReport:
+    """What is to be said of a merge that is published, but for how it was run."""
+    plan = merged.plan
     return MergeReport(
         out=stage.out,
         edited=len(plan.edited),
         adapters=merged.effects,
         copied=plan.copied,
-        converted=sum(not (span.edits or span.untouched or span.packed) for span in plan.spans),
+        converted=plan.converted,
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        workers=workers,
-        gpu_memory=merged.job.totals.gpu_memory,
-        resumed=resumed,
-        relative_norms=merged.ratios,
+        workers=0,
+        relative_norms=merged.seen.ratios,
         gain=merged.gains.total,
         gains=merged.gains.modules,
         error_added=merged.errors.total,
         errors_added=merged.errors.tensors,
-        nonfinite={name: count for shard in finished for name, count in shard.nonfinite.items()},
+        nonfinite={**merged.seen.nonfinite},
         left_out=plan.left_out,
         notes=(*plan.notes, *merged.notes, *of_resuming(stage)),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
-        profile=profile,
         cost=cost,
     )

@@ -99,8 +99,7 @@ def merge_many(
         ready = [each for each in ready if each.wanted.key not in errors]
         lap("plan")
         spans = [span for each in ready for span in each.plan.spans]
-        simple = all(each.wanted.options.is_simple for each in ready)
-        runtime = runtime_for(spans, options.device, simple, options.max_memory)
+        runtime = runtime_for(spans, options)
         makings = [
             making_in_store(into_stores[each.wanted.key], runtime)
             if each.wanted.stored

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loratool.merging.output_layout import Span
 
 Read = Callable[["NDArray[Any]", int], None]
+ROUNDINGS = ("nearest", "compensated")  # that numpy knows
 TILE = 1 << 18  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 TOGETHER = 1 << 17  # numbers of undecided elements that are computed at a time: more would take fresh memory each time
 SINGLE = 16  # such numbers besides the products of an element
@@ -45,9 +46,9 @@ SMALLEST = 2.0**-120  # of results: both dtypes have fewer digits from 2^-126 on
 
 def suits(span: Span) -> bool:
     """Whether a span is a weight with no edit or one of the most common kind, in the output in bfloat16 or float32."""
-    if span.packed or span.placed.dtype not in RESULTS or readable(span.weight) is None or len(span.edits) > 1:
+    if span.packed or span.rounding not in ROUNDINGS or span.placed.dtype not in RESULTS or len(span.edits) > 1:
         return False
-    return not span.edits or is_one_product(span)
+    return readable(span.weight) is not None and (not span.edits or is_one_product(span))
 
 
 def is_one_product(span: Span) -> bool:

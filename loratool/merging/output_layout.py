@@ -38,6 +38,7 @@ class Span:
     placed: TensorInfo  # in the output
     edits: tuple[Edit, ...] = ()
     packed: str = ""  # the weight that is packed anew, where this is one of its tensors
+    rounding: str = "nearest"  # of what edits make of it
 
     @property
     def computed(self) -> str:
@@ -103,6 +104,14 @@ class ShardPlan:
     prefix: str = ""  # of the tensors' names in the plan, where they are those of one component; the file has none
     cut: tuple[int, int] | None = None  # the bytes of the file that are made, where it is only a part of it
 
+    def own_name(self, span: Span) -> str:
+        """The name of a tensor in the file."""
+        return span.placed.name[len(self.prefix) :]
+
+    def place(self, span: Span, at: int = 0) -> int:
+        """The byte of the file that is byte `at` of a tensor."""
+        return self.layout.data_start + span.placed.start + at
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -130,6 +139,7 @@ class OutputChanges:
     plain: Collection[str] = ()  # packed weights that are not packed any more
     anew: Collection[str] = ()  # packed weights that are packed anew
     kind: str = ""  # the type of edited matrices of a GGUF model; empty for what each is by itself
+    rounding: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,7 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         placed = [
             replace(layout.tensors[own_name], name=e.name) for (own_name, _, _), e in zip(head, entries, strict=True)
         ]
-        spans = tuple(span_of(e, at, changes.edits, here) for e, at in zip(entries, placed, strict=True))
+        spans = tuple(span_of(e, at, changes, here) for e, at in zip(entries, placed, strict=True))
         plans.append(ShardPlan(draft.name, layout, spans, prefix))
     return tuple(plans)
 
@@ -203,16 +213,17 @@ def is_digest(key: str) -> bool:
     return key == "modelspec.hash_sha256" or key.startswith("sshs_")
 
 
-def span_of(entry: Origin, placed: TensorInfo, edits: Mapping[str, tuple[Edit, ...]], here: Collection[str]) -> Span:
+def span_of(entry: Origin, placed: TensorInfo, changes: OutputChanges, here: Collection[str]) -> Span:
     """A tensor of the output with its edits: those of a weight that is packed anew are with its packed values.
 
     Scales in another file than those, which has the weights `here`, are copied: they stay the base's own.
     """
     if entry.packed in here and entry.packed:
-        own = () if isinstance(entry.weight, Plain) else edits[entry.packed]
+        own = () if isinstance(entry.weight, Plain) else changes.edits[entry.packed]
         return Span(entry.weight, placed, own, entry.packed)
     stays_packed = entry.stored is not None
-    return Span(entry.weight, placed, () if stays_packed else edits.get(entry.name, ()))
+    own = () if stays_packed else changes.edits.get(entry.name, ())
+    return Span(entry.weight, placed, own, rounding=changes.rounding)
 
 
 def files_of_base(base: Checkpoint, changes: OutputChanges) -> list[FileDraft]:
@@ -314,7 +325,7 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan], component: bool = 
     """The output's index: the base's bytes where they still hold, a new one, or None for a single file."""
     if base.is_gguf:
         return None
-    weight_map = {span.placed.name[len(shard.prefix) :]: shard.name for shard in shards for span in shard.spans}
+    weight_map = {shard.own_name(span): shard.name for shard in shards for span in shard.spans}
     total = sum(span.placed.nbytes for shard in shards for span in shard.spans)
     if base.index is None and len(shards) == 1:
         return None

@@ -64,7 +64,7 @@ class MergePlan(Result):
     def peak_memory(self) -> int:
         """Bytes that the merge is expected to keep resident."""
         workers = self.run.workers if isinstance(self.run.workers, int) else None
-        return estimated_memory(self.spans, self.run.device, workers, self.run.max_memory, self.rounding)
+        return estimated_memory(self.spans, self.run.device, workers, self.run.max_memory)
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -78,6 +78,11 @@ class MergePlan(Result):
     def copied(self) -> int:
         """Tensors that are carried over byte for byte."""
         return sum(span.untouched for span in self.spans)
+
+    @property
+    def converted(self) -> int:
+        """Tensors that only change their dtype."""
+        return sum(not (span.edits or span.untouched or span.packed) for span in self.spans)
 
     @property
     def replaces(self) -> bool:

@@ -86,7 +86,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     anew = packed_anew(base, changes) if options.requantize else frozenset[str]()
     plain = becoming_plain(base, changes, anew, options.dequantize, notes)
     kind = (options.gguf_type or "").upper()
-    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain, anew, kind)
+    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain, anew, kind, options.rounding)
     shards = plan_shards(base, layout, options.dtype, options.shard_size)
     files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config, plain)
     files |= {index.name: index for index in plan_indexes(base, shards)}

@@ -13,6 +13,7 @@ from loratool.algebra.rounding import bits_of
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
+from loratool.files.seen import summed
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, torch
 from loratool.merging.addends import Place
@@ -20,7 +21,6 @@ from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import kept_of
 from loratool.merging.resources import rows_of_block
 from loratool.merging.row_blocks import Worker
-from loratool.merging.totals import summed
 
 
 @dataclass

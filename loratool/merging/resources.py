@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from loratool.bases.edits import Edit
+    from loratool.merging.options import RunOptions
     from loratool.merging.output_layout import Span
 
-ROUNDED_BY_NUMPY = ("nearest", "compensated")
 CPU_BLOCK = 3 << 20  # bytes of weight: near a core's cache
 NUMPY_BLOCKS = 4  # of those at a time where numpy computes, whose tiles are smaller: a block costs calls and a write
 FEW_WORKERS = 4  # more of them take
@@ -77,20 +77,16 @@ class Resources:
         return kind_of(self.devices)
 
 
-def runtime_for(
-    spans: Iterable[Span], device: str, simple: bool = False, max_memory: int | None = None
-) -> Future[Runtime]:
+def runtime_for(spans: Sequence[Span], options: RunOptions) -> Future[Runtime]:
     """Torch on its way in the background, and not at all where `needs_torch` does not say so."""
-    return start_torch(device) if needs_torch(tuple(spans), device, simple, max_memory) else without_torch()
+    needed = needs_torch(spans, options.device, options.max_memory)
+    return start_torch(options.device) if needed else without_torch()
 
 
-def needs_torch(spans: Sequence[Span], device: str, simple: bool, max_memory: int | None) -> bool:
-    """Whether any span is neither a copy nor computed by numpy.
-
-    `simple` tells whether sums are `ROUNDED_BY_NUMPY`.
-    """
+def needs_torch(spans: Sequence[Span], device: str, max_memory: int | None) -> bool:
+    """Whether any span is neither a copy nor computed by numpy."""
     computed = [span for span in spans if not span.carried]
-    return bool(computed) and not (simple and by_numpy(computed, device, max_memory))
+    return bool(computed) and not by_numpy(computed, device, max_memory)
 
 
 def by_numpy(spans: Sequence[Span], device: str, max_memory: int | None = None) -> bool:
@@ -114,13 +110,12 @@ def choose_resources(
     workers: int | None,
     max_memory: int | None,
     used: int,
-    more: int = 0,
+    sent: int = 0,
     has_torch: bool = True,
 ) -> Resources:
     """Workers and block size that keep the process within `max_memory` bytes, of which `used` are gone.
 
-    `more` are bytes that each worker may hold besides: of what it sends elsewhere, or to correct updates. Without torch,
-    numpy computes.
+    `sent` are bytes that each worker may hold of what it sends elsewhere. Without torch, numpy computes.
     Raises `UsageError` with the smallest limit that would do.
     """
     used = max(used, NUMPY_MEMORY)  # which may not have been imported so far
@@ -134,7 +129,7 @@ def choose_resources(
         chosen, block = workers or min(most_workers(), NUMPY_WORKERS), NUMPY_BLOCKS * CPU_BLOCK
     if max_memory is None:
         return Resources(devices, chosen, block)
-    while (needed := used + work_memory(spans, chosen, block, on_gpu, more, has_torch)) > max_memory:
+    while (needed := used + work_memory(spans, chosen, block, on_gpu, sent, has_torch)) > max_memory:
         if block > SMALLEST_BLOCK:
             block //= 2
         elif chosen > 1:
@@ -148,42 +143,38 @@ def choose_resources(
     return Resources(devices, chosen, block, max_memory)
 
 
-def check_limit(
-    spans: Sequence[Span], runtime: Runtime, workers: int | None, max_memory: int | None, more: int
-) -> None:
+def check_limit(spans: Sequence[Span], runtime: Runtime, options: RunOptions, sent: int = 0) -> None:
     """Raise `UsageError` where a limit leaves no room for what is to be computed."""
-    choose_resources(spans, runtime.devices, workers, max_memory, resident_memory(), more, runtime.has_torch)
+    workers, limit, used = options.threads, options.max_memory, resident_memory()
+    choose_resources(spans, runtime.devices, workers, limit, used, sent, runtime.has_torch)
 
 
-def estimated_memory(
-    spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None, rounding: str = "nearest"
-) -> int:
+def estimated_memory(spans: Sequence[Span], device: str, workers: int | None, max_memory: int | None) -> int:
     """Bytes that a merge is expected to keep resident, told without importing torch."""
     on_gpu = device.startswith("cuda")
     devices = tuple(device.split(",")) if on_gpu else ("cpu",)
-    has_torch = needs_torch(spans, device, rounding in ROUNDED_BY_NUMPY, max_memory)
+    has_torch = needs_torch(spans, device, max_memory)
     of_torch = RUNTIME_MEMORY + CUDA_MEMORY if on_gpu else runtime_memory()
     used = of_torch if has_torch else NUMPY_MEMORY
-    more = correcting_memory(spans, rounding)
-    chosen = choose_resources(spans, devices, workers, max_memory, used, more, has_torch)
-    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu, more, has_torch)
+    chosen = choose_resources(spans, devices, workers, max_memory, used, has_torch=has_torch)
+    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu, has_torch=has_torch)
 
 
 def work_memory(
-    spans: Sequence[Span], workers: int, block: int, on_gpu: bool, more: int = 0, has_torch: bool = True
+    spans: Sequence[Span], workers: int, block: int, on_gpu: bool, sent: int = 0, has_torch: bool = True
 ) -> int:
     """Bytes of host memory that `workers` need besides what Python and its libraries take."""
     touched = [span for span in spans if not span.untouched]
     buffers = max((block_memory(span, block, on_gpu, has_torch) for span in touched), default=0)
     kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
-    return kept + workers * (COPY_PIECE + buffers + read_ahead(spans) + more) + factor_memory(touched, workers)
+    each = COPY_PIECE + buffers + read_ahead(spans) + correcting_memory(touched) + sent
+    return kept + workers * each + factor_memory(touched, workers)
 
 
-def correcting_memory(spans: Iterable[Span], rounding: str) -> int:
+def correcting_memory(spans: Iterable[Span]) -> int:
     """Bytes that a worker takes to correct updates; nothing where rounding does not ask for it."""
-    if rounding != "compensated":
-        return 0
-    return max((memory_for(e.rows, span.width, e.update.rank) for span in spans for e in span.edits), default=0)
+    edits = ((span, edit) for span in spans if span.rounding == "compensated" for edit in span.edits)
+    return max((memory_for(edit.rows, span.width, edit.update.rank) for span, edit in edits), default=0)
 
 
 def read_ahead(spans: Iterable[Span]) -> int:

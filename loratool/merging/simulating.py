@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.files.part_records import FilePart
-from loratool.merging.dealing import deal, own_name, parts_of
+from loratool.merging.dealing import deal, parts_of
 from loratool.merging.upload_parts import upload_parts
 from loratool.options.described import FLAG, SIZE, Number, Options, option
 from loratool.results.simulation import Limit, Simulation
@@ -211,7 +211,7 @@ def summed(loads: Iterable[Load]) -> Load:
 
 def loads_of(plan: MergePlan, parts: Iterable[FilePart]) -> dict[str, Load]:
     """What each part takes, by its name."""
-    spans = {shard.name: {own_name(shard, span): span for span in shard.spans} for shard in plan.shards}
+    spans = {shard.name: {shard.own_name(span): span for span in shard.spans} for shard in plan.shards}
     return {
         part.name: uploaded(part, spans[part.file]) if isinstance(part, UploadPart) else load_of(part, spans[part.file])
         for part in parts

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
 from loratool.files.stand_ins import stand_in
-from loratool.merging.dealing import kind_of_work, own_name, part_size, place, tied_chunks
-from loratool.merging.tasks import Chunk, chunks_of
+from loratool.merging.chunks import Chunk
+from loratool.merging.dealing import in_order, part_of, part_size, tied_chunks
 from loratool.stores.limits import Limits
 from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import Fringe, UploadPart
@@ -57,7 +57,7 @@ def upload_parts(plan: MergePlan, limits: Limits, find: Find = stand_in) -> tupl
     found: list[UploadPart] = []
     for number, shard in enumerate(plan.shards):
         piece = limits.piece
-        parts = [*cut(plan, number, shard, limits, size, find)]
+        parts = [*cut(number, shard, limits, size, find)]
         while sum(len(part.pieces) for part in parts) > limits.most:
             piece *= 2
             if piece > limits.largest:
@@ -65,72 +65,57 @@ def upload_parts(plan: MergePlan, limits: Limits, find: Find = stand_in) -> tupl
                     f"{printable(shard.name)}: would take more than {limits.most} parts of an upload; pass --shard-size "
                     "to write smaller files"
                 )
-            parts = [*cut(plan, number, shard, replace(limits, piece=piece), size, find)]
+            parts = [*cut(number, shard, replace(limits, piece=piece), size, find)]
         found += parts
     return tuple(found)
 
 
-def cut(plan: MergePlan, number: int, shard: ShardPlan, limits: Limits, least: int, find: Find) -> Iterator[UploadPart]:
+def cut(number: int, shard: ShardPlan, limits: Limits, least: int, find: Find) -> Iterator[UploadPart]:
     """The parts of output file `number`; those that are sent have `least` bytes or more, where there are so many."""
-    chunks = sorted((c for s in shard.spans for c in chunks_of(s) if c.size), key=lambda c: place(shard, c))
-    origins = [*origins_of(plan, shard, chunks, find if limits.copies else nowhere)]
-    tied, first = tied_chunks(chunks, plan.rounding), 1
+    chunks = in_order(shard)
+    places = [shard.place(chunk.span, chunk.start) for chunk in chunks]
+    origins = [*origins_of(shard, chunks, find if limits.copies else nowhere)]
+    tied, first = tied_chunks(chunks), 1
     for run in large_enough(joined(origins), limits.smallest):
         if run.source is not None:
+            part = replace(part_of(number, shard, run.start, run.stop, ()), work={"copy": run.size})
             cuts = even(run.start, run.stop, limits.largest)
-            yield UploadPart(
-                name_of(number, run.start), shard.name, run.start, run.stop, (), {"copy": run.size}, first, cuts, (),
-                run.source, run.source_start,
-            )  # fmt: skip
+            yield UploadPart(**vars(part), first=first, cuts=cuts, source=run.source, source_start=run.source_start)
             first += len(cuts) - 1
             continue
         own = [at for at, chunk in enumerate(chunks) if is_inside(shard, chunk, run)]
-        edges = [place(shard, chunks[at]) for at in own if at not in tied]
+        edges = [places[at] for at in own if at not in tied]
         for start, stop in spread(run, edges, run.size if limits.uniform else max(least, limits.smallest), limits):
-            mine = [chunks[at] for at in own if start <= place(shard, chunks[at]) < stop]
+            part = part_of(number, shard, start, stop, (chunks[at] for at in own if start <= places[at] < stop))
             cuts = steps(start, stop, limits) if limits.uniform else even(start, stop, limits.piece)
-            work: dict[str, int] = {}
-            for chunk in mine:
-                kind = kind_of_work(chunk.span, plan.rounding)
-                work[kind] = work.get(kind, 0) + chunk.size
-            named = tuple((own_name(shard, chunk.span), place(shard, chunk), chunk.size) for chunk in mine)
-            fringes = tuple(fringes_of(origins, named, start, stop))
-            yield UploadPart(name_of(number, start), shard.name, start, stop, named, work, first, cuts, fringes)
+            fringes = tuple(fringes_of(origins, part.chunks, start, stop))
+            yield UploadPart(**vars(part), first=first, cuts=cuts, fringes=fringes)
             first += len(cuts) - 1
-
-
-def name_of(number: int, start: int) -> str:
-    return f"part-{number:05d}-{start:015d}"
 
 
 def nowhere(_path: Path) -> None:
     """The object that a file stands for, where nothing is to be copied."""
 
 
-def origins_of(plan: MergePlan, shard: ShardPlan, chunks: Sequence[Chunk], find: Find) -> Iterator[Run]:
+def origins_of(shard: ShardPlan, chunks: Sequence[Chunk], find: Find) -> Iterator[Run]:
     """Where the bytes of a file are from, from its first to its last one."""
     at = shard.layout.data_start
     yield Run(0, at, *header_in(chunks, shard, find))
     for chunk in chunks:
-        start = place(shard, chunk)
+        start = shard.place(chunk.span, chunk.start)
         if start > at:
             yield Run(at, start)
         at = start + chunk.size
-        there = stored_copy(chunk, plan, find)
+        there = stored_copy(chunk, find)
         yield Run(start, at, *(there or ()))
     if at < shard.layout.size:
         yield Run(at, shard.layout.size)
 
 
-def stored_copy(chunk: Chunk, plan: MergePlan, find: Find) -> tuple[StoredObject, int] | None:
+def stored_copy(chunk: Chunk, find: Find) -> tuple[StoredObject, int] | None:
     """The object that a chunk is a range of, and its first byte there; None for one that is made here."""
-    if kind_of_work(chunk.span, plan.rounding) != "copy":
-        return None
-    tensor = chunk.source
-    there = find(tensor.file.path)
-    if not isinstance(there, StoredObject):
-        return None
-    return there, tensor.file.position(tensor.info) + chunk.start
+    there = find(chunk.source.file.path) if chunk.span.carried is not None else None
+    return (there, chunk.source_start) if isinstance(there, StoredObject) else None
 
 
 def header_in(chunks: Sequence[Chunk], shard: ShardPlan, find: Find) -> tuple[StoredObject, int] | tuple[()]:
@@ -174,7 +159,7 @@ def large_enough(runs: Sequence[Run], smallest: int) -> list[Run]:
 
 def is_inside(shard: ShardPlan, chunk: Chunk, run: Run) -> bool:
     """Whether all of the tensor that a chunk is of lies in a run."""
-    start = shard.layout.data_start + chunk.span.placed.start
+    start = shard.place(chunk.span)
     return run.start <= start and start + chunk.span.placed.nbytes <= run.stop
 
 

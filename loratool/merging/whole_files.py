@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.files.digests import CopiedRange, Digest, Listed, Reference, Tree, digest_of_part
-from loratool.files.journal import FinishedShard, Seen
+from loratool.files.journal import FinishedShard
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord
+from loratool.files.seen import together
 from loratool.files.stand_ins import stand_in
 from loratool.grouping import by_key
 from loratool.merging.tasks import known_of
-from loratool.merging.totals import summed
 from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import UploadPart
 
@@ -38,7 +38,7 @@ def whole_file(
     )
     every: dict[str, Listed] = {}
     for span in shard.spans:
-        name, reference = span.placed.name[len(shard.prefix) :], known_of(known, span)
+        name, reference = shard.own_name(span), known_of(known, span)
         if isinstance(reference, Reference) and local:
             every[name] = reference
         elif name in listed:
@@ -49,24 +49,7 @@ def whole_file(
             every[name] = reference or version_of(plan, span.carried)
     copies = tuple(copy for part, record in parts for copy in copies_in(plan, part, record))
     whole = Digest(shard.layout.size, tree=Tree.of(shard.layout, every), copies=copies)
-    return FinishedShard(name=shard.name, digest=whole, **vars(together([record.seen for _, record in parts])))
-
-
-def together(seen: Sequence[Seen]) -> Seen:
-    """What was seen of all parts of a file."""
-    nonfinite: dict[str, int] = {}
-    for each in seen:
-        for name, count in each.nonfinite.items():
-            nonfinite[name] = nonfinite.get(name, 0) + count
-    return Seen(
-        changed=any(each.changed for each in seen),
-        device=max((each.device for each in seen), default=""),  # "cuda" where any was
-        norms=summed(each.norms for each in seen),
-        kept=summed(each.kept for each in seen),
-        lost={name: pair for each in seen for name, pair in each.lost.items()},
-        nonfinite=nonfinite,
-        effective=sorted({effect for each in seen for effect in each.effective}),
-    )
+    return FinishedShard(shard.name, whole, together(record.seen for _, record in parts))
 
 
 def version_of(plan: MergePlan, tensor: Any) -> Reference:

@@ -20,7 +20,7 @@ from loratool.merging.numpy_rounding import RESULTS, Result
 from loratool.merging.numpy_sums import Added, Measured, Read, Tiles, readable
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
-from loratool.merging.totals import Seen
+from loratool.merging.totals import BlockSeen
 
 if TYPE_CHECKING:
     from threading import Semaphore
@@ -72,7 +72,7 @@ class NumpyWorker:
         if not meant.is_workable:
             return False
         added = meant
-        if work.rounding == "compensated" and span.placed.dtype == "BF16":
+        if span.rounding == "compensated" and span.placed.dtype == "BF16":
             added = work.corrected_by(partial(corrected, meant, read))
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
         every = rows_apart(span.rows, span.width)
@@ -89,7 +89,7 @@ class NumpyWorker:
             work.totals.effective |= work.waiting
         every = rows_apart(span.rows, span.width)
         kept = {edit.target: (every * seen.kept[0], every * seen.kept[1])} if seen.sampled else {}
-        work.seen(count, Seen(weight=seen.weight, kept=kept), meant.norm, 0)
+        work.seen(count, BlockSeen(weight=seen.weight, kept=kept), meant.norm, 0)
 
     def by_torch(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """The same rows by a worker that has torch."""

@@ -42,7 +42,7 @@ from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.gain import Gains
 from loratool.merging.inputs import planned, read_all
 from loratool.merging.merge import NOTHING, MergeOptions, check_values, cost, describe, repeated, write_small_files
-from loratool.merging.resources import check_limit, correcting_memory, runtime_for
+from loratool.merging.resources import check_limit, runtime_for
 from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model, weights_of
@@ -95,7 +95,7 @@ def stream(
         stage = cache(lambda: draft if options.dry_run else stack.enter_context(workplace(home)))
         source = stack.enter_context(opened(chosen_base(base, paths), lambda name: stage().place_for(name)))
         plan = planned(source.checkpoint, read_all(paths, ways), options)
-        runtime = runtime_for(plan.spans, options.device, options.is_simple, options.max_memory)
+        runtime = runtime_for(plan.spans, options)
         check_values(plan)
         invoked = repeated(plan, paths, options, f" --stream --push-to-hub {repo}")
         others = partial(small_files, plan, repo=repo, options=options)
@@ -107,8 +107,7 @@ def stream(
         report = expected(plan, repo, options, notes, cost(runtime, started))
         if options.dry_run:
             return report
-        workers, max_memory, more = options.threads, options.max_memory, correcting_memory(plan.spans, plan.rounding)
-        check_limit(plan.spans, runtime.result(), workers, max_memory, more)
+        check_limit(plan.spans, runtime.result(), options)
         private = open_repo(repo, options.public, options.revision, notes)[1]
         name = fingerprint(plan, source, digests, options.device)
         there = Repository(repo, options.revision, plan, name, stage())
@@ -118,10 +117,10 @@ def stream(
         resumed = tuple(sorted(there.finished))
         if done is None:
             job = Job(plan, there)
-            engine = Engine([job], runtime, workers, max_memory, progress)
+            engine = Engine([job], runtime, options.threads, options.max_memory, progress)
             engine.run()
             unchanged = f"{printable(repo)}: not completed, {NOTHING}; {COPIES}"
-            merged = describe(job, engine.resources(), digests, invoked, unchanged)
+            merged = describe(plan, there.finished, digests, invoked, unchanged)
             notes, effects, gains = [*notes, *there.doubts, *merged.notes], merged.effects, merged.gains
             last = others(there.stage, with_base(merged.table, source) | {"plan": name})
             done = there.end(last, options.message or "Merge with loratool")

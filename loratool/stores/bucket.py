@@ -23,11 +23,11 @@ from loratool.errors import InputError, StoreError, UsageError, VerificationErro
 from loratool.files import stand_ins
 from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.files.digests import Digest, Tree
-from loratool.files.journal import Seen
 from loratool.files.part_records import FilePart, PartRecord, PublishedError
 from loratool.files.presence import Worker
 from loratool.files.process import host_name
 from loratool.files.safefile import Layout
+from loratool.files.seen import Seen
 from loratool.files.sink import Memory
 from loratool.files.staging import Stage, workplace
 from loratool.stores import uploads
@@ -264,7 +264,7 @@ class Bucket:
         if part.source is None:
             sink = self.open(part, threading.Event())
             sink.finish()
-            sink.record(Seen(changed=False), empty)
+            sink.record(Seen(), empty)
             return
         tags, copies = [], []
         for piece in part.pieces:
@@ -277,7 +277,7 @@ class Bucket:
                 raise changed(part.source) from None
             tags.append(tag)
             copies.append([piece.start, piece.stop, md5])
-        self.put_record(part, empty, Seen(changed=False), {"tags": tags, "copies": copies})
+        self.put_record(part, empty, Seen(), {"tags": tags, "copies": copies})
 
     def put_record(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, Any]) -> None:
         """Make a record known. One that another worker has published first stands, if it can be read."""

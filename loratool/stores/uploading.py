@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from loratool.files.digests import Digest
-    from loratool.files.journal import Seen
     from loratool.files.safefile import Layout
+    from loratool.files.seen import Seen
     from loratool.files.source import Source
     from loratool.stores.upload_part import Piece, UploadPart
 

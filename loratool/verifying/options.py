@@ -9,6 +9,7 @@ from loratool.options.described import Choice, option
 
 AUTO, TWICE = "auto", "twice"
 RESIDUAL = "residual"  # rounded before the trained update is added: W without the part that its initialisation took
+STEPWISE = TWICE, RESIDUAL  # as no merge of ours does: rounded before the last sum, too
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,12 @@ class Pair:
     def name(self) -> str:
         return self.span.placed.name
 
+    def rounded(self, rounding: str) -> Pair:
+        """The same, if sums are rounded in that way."""
+        if self.span.rounding == rounding:
+            return self
+        return dataclasses.replace(self, span=dataclasses.replace(self.span, rounding=rounding))
+
     @property
     def nbytes(self) -> int:
         """That are read for it."""

@@ -23,7 +23,6 @@ from loratool.merging.resources import (
     NUMPY_WORKERS,
     Resources,
     choose_resources,
-    correcting_memory,
     most_workers,
     rows_of_block,
     sums_products,
@@ -33,7 +32,7 @@ from loratool.merging.totals import Totals
 from loratool.verifying import quick
 from loratool.verifying.distances import Distances, Found, measure, same
 from loratool.verifying.halves import residual_of
-from loratool.verifying.options import RESIDUAL, TWICE
+from loratool.verifying.options import RESIDUAL, STEPWISE, TWICE
 from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
@@ -140,15 +139,10 @@ class Proving:
         rounding: str,
         progress: Progress | None,
     ) -> None:
-        self.pairs, self.runtime, self.options, self.rounding, self.progress = (
-            pairs,
-            runtime,
-            options,
-            rounding,
-            progress,
-        )
+        self.pairs = [pair.rounded("nearest" if rounding in STEPWISE else rounding) for pair in pairs]
+        self.runtime, self.options, self.rounding, self.progress = runtime, options, rounding, progress
         self.distances = {pair.name: Distances() for pair in pairs}
-        computed = [pair for pair in pairs if not self.is_copy(pair)]
+        computed = [pair for pair in self.pairs if not self.is_copy(pair)]
         self.computed = [pair.span for pair in computed]
         self.by_numpy = rounding == "nearest" and suffices(computed, options.device)
         if computed and not self.by_numpy:
@@ -174,9 +168,8 @@ class Proving:
                 devices = self.runtime.start().result().devices
                 if not all(map(sums_products, self.computed)):
                     load_linear_algebra(devices)
-                options = self.options
-                used, more = resident_memory(), correcting_memory(self.computed, self.rounding)
-                self.chosen = choose_resources(self.computed, devices, options.threads, options.max_memory, used, more)
+                workers, limit = self.options.threads, self.options.max_memory
+                self.chosen = choose_resources(self.computed, devices, workers, limit, resident_memory())
             return self.chosen
 
     def run(self) -> None:
@@ -221,8 +214,7 @@ class Proving:
         before: Subject | None = None
         for pair in self.pairs:
             if not self.is_copy(pair):
-                work = EditedSpan(pair.span, self.totals, self.shared, self.plan_rounding)
-                subject = Subject(pair, work, self.distances[pair.name])
+                subject = Subject(pair, EditedSpan(pair.span, self.totals, self.shared), self.distances[pair.name])
                 if not self.by_numpy:
                     yield from self.all_blocks(subject, 0, pair.rows)
                     continue
@@ -259,10 +251,6 @@ class Proving:
 
         return compare
 
-    @property
-    def plan_rounding(self) -> str:
-        return "nearest" if self.rounding in (TWICE, RESIDUAL) else self.rounding
-
     def copies(self, pair: Pair, start: int) -> Task:
         """Compare a run of bytes."""
 
@@ -293,7 +281,7 @@ class Proving:
             room = Room(self.sources, bench.host, bench.twin, subject.held)
             with exact_arithmetic(), worker.computing():
                 loaded = subject.work.edits_on(worker.device)
-                product = None if self.rounding in (TWICE, RESIDUAL) else product_of(loaded, first, count)
+                product = None if self.rounding in STEPWISE else product_of(loaded, first, count)
                 theirs = subject.pair.theirs.matrix(span.width).rows(first, count, worker.device, target, room)
                 before = worker.stored_rows(subject.work, first, count, self.sources)
                 after = worker.space(count, span.width, target)
@@ -321,7 +309,7 @@ class Proving:
 
         What comes back is the operand at whose size distances count: W, or what is larger of that and its residual.
         """
-        if self.rounding not in (TWICE, RESIDUAL):
+        if self.rounding not in STEPWISE:
             worker.merge(subject.work, first, self.sources, after)
             return before
         updates = subject.updates_on(worker.device)

@@ -312,8 +312,6 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
         "files/seen_digests.py",  # a chunk of which some was read, and the rest is hashed
         "files/known_digests.py",  # a range that is recorded
         "files/tensor_writer.py",  # a range that goes into an adapter as it is
-        "merging/engine.py",  # a range that goes to a sink as it is
-        "merging/tasks.py",  # the same, where tensors are neighbours
+        "merging/chunks.py",  # a range that goes to a sink as it is
         "merging/whole_files.py",  # a range that is copied inside a store, recorded by its place
-        "merging/upload_parts.py",  # the same, when an upload is cut
     }

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from loratool.files.digests import Digest
-    from loratool.files.journal import Seen
     from loratool.files.safefile import Layout
+    from loratool.files.seen import Seen
     from loratool.files.source import Source
     from loratool.merging.plan import MergePlan
 
