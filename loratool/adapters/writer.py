@@ -31,7 +31,7 @@ from loratool.files.journal import Journal
 from loratool.files.model_files import MADE_HERE
 from loratool.files.outputs import as_json, check_target
 from loratool.files.safefile import FLOAT_NAMES
-from loratool.files.staging import Stage, staged
+from loratool.files.staging import Stage, clearing_spent, staged
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
@@ -185,7 +185,9 @@ def check_adapter_target(
 ) -> Path:
     """`out` as it will be written, for an adapter, which replaces nothing but adapters; raises as `check_target` does."""
     replaced = replaceable(options.overwrite or options.dry_run)
-    return check_target(Path(out), inputs, replaced, form.config_name or form.weights_name, is_single(Path(out), form))
+    single = is_single(Path(out), form)
+    with clearing_spent(out, options.dry_run):
+        return check_target(Path(out), inputs, replaced, form.config_name or form.weights_name, single)
 
 
 def is_single(out: Path, form: Format) -> bool:

@@ -13,7 +13,7 @@ from loratool.files.checkpoint import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.digests import Digest, read_recorded, why_unlike
 from loratool.files.hub_names import slashed
 from loratool.files.inputs import LARGEST_RECORD, read_json
-from loratool.files.journal import REPLACED, ForeignError, Journal, look, walk
+from loratool.files.journal import JOURNAL, REPLACED, ForeignError, Journal, look, read_journal, walk
 from loratool.files.locks import is_locked
 from loratool.files.model_files import MADE_HERE
 from loratool.files.names import check_separators, is_unusual, refused_name
@@ -111,7 +111,7 @@ def check_place(out: Path, shown: str, replaced: FileNames | None, config: str) 
     if not out.is_dir():
         raise UsageError(f"{shown} exists and is not a folder; choose another OUT", hint=ANOTHER_OUT)
     if replaced is None:
-        raise UsageError(f"{shown} already exists; pass --overwrite to replace it", hint="--overwrite")
+        raise already_there(out, shown)
     names = replaceable_files(out, shown, replaced)
     if config and names and (config not in names or "config.json" in names):
         raise UsageError(f"{shown} is not an adapter, so --overwrite does not replace it with one; remove it yourself")
@@ -139,8 +139,7 @@ def check_file_place(out: Path, shown: str, replace: bool) -> None:
     if odd := next((path for path in there if not path.is_file()), None):
         raise UsageError(f"{printable(odd)} exists and is not a file; choose another OUT", hint=ANOTHER_OUT)
     if there and not replace:
-        shown = shown if out in there else printable(there[0])
-        raise UsageError(f"{shown} already exists; pass --overwrite to replace it", hint="--overwrite")
+        raise already_there(out, shown if out in there else printable(there[0]))
     if there and not (made_here(out) if out in there else record_at(there[0])):
         raise UsageError(f"{shown} was not made by loratool, so --overwrite does not replace it; remove it yourself")
 
@@ -223,6 +222,36 @@ def check_stage(home: Path) -> Journal | None:
         raise
     except OSError as error:
         raise StorageError(f"{printable(error.filename or home)}: {error.strerror or error}") from error
+
+
+def already_there(out: Path, shown: str) -> UsageError:
+    """The refusal of an output that is there, which says so where it is that of a run which ended while it cleared up."""
+    ended = ": an earlier run completed it, and was ended just after" if is_published(out) else ""
+    return UsageError(f"{shown} already exists{ended}; pass --overwrite to replace it", hint="--overwrite")
+
+
+def is_published(out: Path) -> bool:
+    """Whether an output is, as far as sizes tell, the one whose stage is left, with nothing in it but the journal."""
+    home = stage_of(out)
+    try:
+        journal = look(home) if is_spent(home) and not is_locked(home) else None
+    except (ForeignError, OSError):
+        return False
+    if journal is None or not journal.finished:
+        return False
+    there = {name: out / name if out.is_dir() else out for name in journal.finished}
+    return all(path.is_file() and path.stat().st_size == journal.finished[name].size for name, path in there.items())
+
+
+def is_spent(home: Path) -> bool:
+    """Whether a folder has no file, or none but a journal that is no list of parts: nothing in it can be continued."""
+    if not home.is_dir() or home.is_symlink():
+        return False
+    files = [path for path, status in walk(home) if not stat.S_ISDIR(status.st_mode)]
+    if files not in ([], [JOURNAL]):
+        return False
+    journal = read_journal(home, home.stat().st_uid)
+    return not files or (journal is not None and journal.parts is None)
 
 
 def stage_of(out: Path) -> Path:

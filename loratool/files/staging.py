@@ -17,8 +17,10 @@ import os
 import stat
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike
 from loratool.errors import ANOTHER_OUT, LoratoolError, StorageError, UsageError, printable
 from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import (
@@ -50,14 +52,13 @@ from loratool.files.journal import (
 )
 from loratool.files.locks import lock_folder
 from loratool.files.names import LONGEST, check_names, check_output_name
-from loratool.files.outputs import BUSY, check_stage, record_at, replaceable_files, stage_of
+from loratool.files.outputs import BUSY, check_stage, is_spent, record_at, replaceable_files, stage_of
 from loratool.files.safefile import write_fully
 from loratool.files.system import create_file, current_user, exchange, free_space, open_file, sync_file, sync_folder
 from loratool.shown import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from loratool.files.model_files import FileNames
 
@@ -315,6 +316,28 @@ def workplace(home: Path) -> Iterator[Stage]:
                 stage.remove()
     except OSError as error:
         raise storage_error(error, home, 0) from error
+
+
+@contextmanager
+def clearing_spent(out: PathLike, dry_run: bool = False) -> Iterator[None]:
+    """Call `clear_spent` where the block refuses the output; a dry run changes nothing."""
+    try:
+        yield
+    except UsageError:
+        if not dry_run:
+            clear_spent(out)
+        raise
+
+
+def clear_spent(out: PathLike) -> None:
+    """Remove the stage of an output in which a run left nothing, as one that was ended while it cleared up."""
+    home = stage_of(Path(os.path.realpath(out)))
+    with suppress(OSError, LoratoolError):  # somebody else is at work in it, or has put something there
+        if is_spent(home):
+            with locked(home) as owner:
+                found = look(home, owner)
+                if is_spent(home):
+                    Stage(home, home, found or Journal("")).remove()
 
 
 def refuse_parts(home: Path) -> None:

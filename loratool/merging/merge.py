@@ -27,7 +27,7 @@ from loratool.files.known_digests import KnownDigests
 from loratool.files.outputs import as_json, check_stage, stage_of
 from loratool.files.seen import Seen, together
 from loratool.files.shard_writer import LocalFolder
-from loratool.files.staging import Stage, staged
+from loratool.files.staging import Stage, clearing_spent, staged
 from loratool.files.stopwatch import lap
 from loratool.files.system import forget_cached
 from loratool.merging.effects import effect_notes, effects_of, size_notes
@@ -94,7 +94,8 @@ def merge(
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`; `loratool.commands.merge` says all of it."""
     started, watch = time.monotonic(), stopwatch.begin("main")
     try:
-        prepared = prepare(base, adapters, out, options)
+        with clearing_spent(out):
+            prepared = prepare(base, adapters, out, options)
         lap("plan")
         runtime = runtime_for(prepared[0].spans, options)
         (report,) = make_all([making(prepared, out, options, runtime, started)], options, runtime, progress, watch)

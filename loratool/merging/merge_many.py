@@ -21,6 +21,7 @@ from loratool.fetching import local
 from loratool.fetching.bases import chosen_base
 from loratool.files import stopwatch
 from loratool.files.outputs import check_stage, stage_of
+from loratool.files.staging import clear_spent
 from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
@@ -94,6 +95,9 @@ def merge_many(
     errors: dict[str, LoratoolError] = {}
     try:
         ready = prepare_many(base, wanted, errors)
+        for output in wanted:
+            if not output.stored and isinstance(errors.get(output.key), UsageError):
+                clear_spent(output.place)
         check_space(ready, errors)
         into_stores = opened_in_stores(ready, errors, started)
         ready = [each for each in ready if each.wanted.key not in errors]

@@ -327,20 +327,26 @@ def test_an_old_output_that_comes_back_is_not_overwritten_unasked(overwriting: S
     assert overwriting.is_complete()
 
 
-def test_a_rerun_after_a_kill_between_publishing_and_clearing_is_refused_and_the_next_one_clears(fresh: Scene) -> None:
-    """OUT is complete then, so that the same command is refused, which changes nothing; with --overwrite all is cleared."""
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_rerun_after_a_kill_between_publishing_and_clearing_says_that_out_is_complete_and_clears(
+    number: int, fresh: Scene
+) -> None:
+    """The stage holds nothing any more. A dry run says the same and writes nothing."""
     fresh.reset()
-    outcome = fresh.merge(fault=Fault("killed after", 1, since="rename(out.partial/model, out)"))
-    assert outcome.code == -9
+    outcome = fresh.merge(fault=Fault("killed after", number, since="rename(out.partial/model, out)"))
+    assert outcome.code == -9, outcome.hit
     assert fresh.names() == {OUT, PARTIAL}
-    left = picture(fresh.root)
+    journal = fresh.root / PARTIAL / "journal"
+    told = journal.exists()
+    dry = fresh.merge("--dry-run")
+    assert (fresh.names(), journal.exists()) == ({OUT, PARTIAL}, told)
     again = fresh.merge()
-    assert again.code == 2
-    assert "--overwrite" in again.errors
-    assert picture(fresh.root) == left
+    assert [each.code for each in (dry, again)] == [2, 2]
+    for each in (dry, again):
+        assert ("an earlier run completed it" in each.errors) == told, each.errors
+        assert "pass --overwrite to replace it" in each.errors
+    assert fresh.names() == {OUT}
     assert picture(fresh.root / OUT) == fresh.new
-    assert fresh.merge("--overwrite").code == 0
-    assert fresh.is_complete()
 
 
 def test_kills_upon_kills_of_changing_plans_end_in_the_right_output(overwriting: Scene) -> None:

@@ -22,6 +22,7 @@ from loratool.cli import run
 from loratool.errors import StorageError
 from loratool.files import staging
 from loratool.files.journal import look
+from loratool.files.locks import lock_folder
 
 SHARDS, HIDDEN = 2, 32
 FIRST = "model-00001-of-00002.safetensors"
@@ -445,6 +446,50 @@ def test_a_refused_merge_changes_nothing_whatever_stands_beside_its_output(
         (home / "out" / "merged.partial" / "model" / "config.json").write_text("{}")
     more, code = REFUSED[case]
     refused([*faults.COMMANDS["merge"](inputs), "-o", str(out), *more], home, capsys, code)
+
+
+EMPTY: dict[str, list[object]] = {"a journal": [], "one of an earlier run": [{"files": ["model.safetensors"]}]}
+
+
+@pytest.mark.parametrize("command", ["merge", "rescale", "combine"])
+@pytest.mark.parametrize("case", [*EMPTY, "no journal", "folders alone"])
+def test_an_output_that_is_refused_loses_a_stage_in_which_nothing_was_left(
+    inputs: Path, home: Path, capsys: pytest.CaptureFixture[str], command: str, case: str
+) -> None:
+    """A kill while a run cleared up leaves such a stage. Nothing says here that OUT is of that run, so nobody claims it."""
+    out = home / "out" / "merged"
+    stage = home / "out" / "merged.partial"
+    shutil.copytree(inputs / "tuned", out)
+    before = tree(out)
+    if case == "folders alone":
+        journal(stage)
+    elif case == "no journal":
+        stage.mkdir()
+    else:
+        journal(stage, *EMPTY[case])
+        (stage / "model").rmdir()
+    assert run([*faults.COMMANDS[command](inputs), "-o", str(out)]) == 2
+    assert f"{out} already exists; pass --overwrite" in capsys.readouterr().err
+    assert tree(out) == before
+    assert os.listdir(home / "out") == ["merged"]
+
+
+@pytest.mark.parametrize("case", ["parts", "a note", "a link", "in use"])
+def test_a_stage_in_which_something_is_stays_when_its_output_is_refused(
+    inputs: Path, home: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    """Workers of a merge in parts hold no lock, so that of theirs even a journal alone stays."""
+    out, stage = home / "out" / "merged", home / "out" / "merged.partial"
+    shutil.copytree(inputs / "tuned", out)
+    journal(stage, **({"parts": {"count": 2}} if case == "parts" else {}))
+    if case == "a note":
+        (stage / "notes.txt").write_text("mine")
+    elif case == "a link":
+        (stage / "model" / "config.json").symlink_to(out / "config.json")
+    lock = lock_folder(stage) if case == "in use" else None
+    refused([*faults.COMMANDS["merge"](inputs), "-o", str(out)], home, capsys, 2)
+    if lock is not None:
+        lock.release()
 
 
 @pytest.mark.parametrize("state", ["nothing", "finished files"])

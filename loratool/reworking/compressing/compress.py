@@ -26,7 +26,7 @@ from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import recorded
 from loratool.files.journal import Journal
 from loratool.files.outputs import as_json, check_target
-from loratool.files.staging import Stage, staged
+from loratool.files.staging import Stage, clearing_spent, staged
 from loratool.files.tensor_writer import OF_DATA, TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import session
@@ -58,7 +58,8 @@ def compress(
     layers = align_layers(sources, [1.0] * len(sources))
     if not layers:
         raise InputError("these adapters contain no low-rank update")
-    target = check_target(Path(out), paths, replaceable(options.overwrite or options.dry_run))
+    with clearing_spent(out, options.dry_run):
+        target = check_target(Path(out), paths, replaceable(options.overwrite or options.dry_run))
     with session(options.device, sources) as at_work:
         fleet = Fleet(sources, layers, at_work)
         fleet.measure()
