@@ -141,7 +141,7 @@ class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
     workers: int | str | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 16, or 6 where numpy computes; on GPUs one per core, at most 16 for each]; for merge also ray or ray://HOST:PORT, the tasks of a Ray cluster.",
+        help="Number of worker threads [default: the number of cores plus two, at most 16, or 6 where numpy computes; on GPUs one per core, at most 12 for each]; for merge also ray or ray://HOST:PORT, the tasks of a Ray cluster.",
         kind=Workers(whole=True, low=1, high=1024),
         recorded=False,
     )
@@ -162,7 +162,7 @@ class ClusterOptions(Options):
     """Of a merge by the tasks of a cluster."""
 
     num_cpus: int | None = option(
-        help="With --workers ray: cores of a task [default: 4, or those of the smallest node; with GPUs those of a node divided by its GPUs, at most 16 for each].",
+        help="With --workers ray: cores of a task [default: 4, or those of the smallest node; with GPUs those of a node divided by its GPUs, at most 12 for each].",
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )
