@@ -32,11 +32,22 @@ def describe(folder: Path, load: float) -> dict[str, str]:
         "Python": platform.python_version(),
         "load before": f"{load:.2f}",
     }
+    facts["numpy"] = numpy_with_kernels()
     facts["torch"] = first_line([sys.executable, "-c", TORCH])  # its import would make this process large
     for package in ("peft", "transformers"):
         with suppress(importlib.metadata.PackageNotFoundError):
             facts[package] = importlib.metadata.version(package)
     return facts
+
+
+def numpy_with_kernels() -> str:
+    """The release of numpy, and the processors that the kernels of its OpenBLAS are made for, here or by the environment."""
+    words = [sys.executable, "-c", "import numpy; print(numpy.__version__)"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, "OPENBLAS_VERBOSE": "2"}
+    )
+    kernels = [line.partition(":")[2].strip() for line in done.stderr.splitlines() if line.startswith("Core:")]
+    return ", ".join([done.stdout.strip() or "unknown", *(f"kernels for {each}" for each in kernels[-1:])])
 
 
 def processor() -> str:

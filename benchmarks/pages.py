@@ -90,7 +90,7 @@ def sections(results: Sequence[Result]) -> Iterator[str]:
         by_machine.setdefault(machine_of(each), []).append(each)
     for name, group in by_machine.items():
         facts = group[0]["machine"]
-        kept = ("file system", "Python", "torch", "peft", "load before")
+        kept = ("file system", "Python", "numpy", "torch", "peft", "load before")
         others = [f"{key} {facts[key]}" for key in kept if key in facts]
         yield f"## {name}"
         yield ", ".join([f"{facts['memory']} of memory", *others]) + "."

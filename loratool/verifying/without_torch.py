@@ -15,7 +15,7 @@ from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
 from loratool.merging.addends import GENEROUS, ROUNDOFF
 from loratool.merging.numpy_rounding import HALF, exactly, rounded_once
-from loratool.merging.numpy_sums import Added, alone, in_parts
+from loratool.merging.numpy_sums import NEAR, Added, alone, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MOST = 1 << 31  # elements in all: of more of them, the import of torch is a small part of the time
 MANY = 64  # where more than one of so many elements differs, torch finds out what they are
 TILE = 1 << 19  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
+COLUMNS = 256  # of a part of the product: of more of them, one with few rows is too large for its quickest kernel
 SMALLEST = 2.0**-126  # below it a bfloat16 has fewer digits
 TOGETHER = 1 << 12  # elements that are summed exactly at a time
 GROUP = 4  # elements that are compared at a time
@@ -63,7 +64,8 @@ class Halved:
         rank, width = added.down.shape
         scaled = numpy.zeros((rank, lanes_of(width)), numpy.float32)
         numpy.multiply(added.down, added.scale, out=scaled[:, :width], casting="same_kind")
-        return cls(added, numpy.stack([in_parts(scaled[:, each::2], rows_of(width), alone()) for each in (0, 1)]))
+        columns = min(COLUMNS, NEAR // max(1, 4 * rank))
+        return cls(added, numpy.stack([parts_of(scaled[:, each::2], columns) for each in (0, 1)]))
 
 
 class Words:
@@ -143,7 +145,8 @@ class Tile:
         """
         *_, rank, columns = halved.down.shape
         out = self.sums.reshape(2, self.rows, -1, columns).transpose(0, 2, 1, 3)
-        step = max(4, alone() // max(1, rank * columns))
+        times = -(-self.rows * rank * columns // alone())
+        step = max(4, -(-self.rows // max(1, times)))  # as many rows each time
         for at in range(0, self.rows, step):
             rows = halved.added.up[first + at : first + min(at + step, self.rows)]
             numpy.matmul(rows, halved.down, out=out[:, :, at : at + step])
