@@ -18,13 +18,14 @@ from loratool.arguments import PathLike
 from loratool.errors import UsageError, about, printable
 from loratool.files.checkpoint import Checkpoint, holds_weights
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
+from loratool.files.inputs import unreadable
 from loratool.files.names import at_home
 from loratool.stores.names import StorePath, parse_store
 
 if TYPE_CHECKING:
     from loratool.fetching.outline import Remote, Role
 
-__all__ = ["HubPath", "Located", "headers", "local", "parse", "place_of"]
+__all__ = ["HubPath", "Located", "check_there", "headers", "local", "parse", "place_of"]
 
 
 def place_of(operand: PathLike) -> HubPath | StorePath | None:
@@ -39,6 +40,20 @@ def place_of(operand: PathLike) -> HubPath | StorePath | None:
     return parse(operand)
 
 
+def check_there(*operands: PathLike) -> None:
+    """Raise `InputError` for the first of some operands that can only be a path and is not there.
+
+    A command whose operands are not read in their order calls it before it downloads or reads any.
+    """
+    for operand in operands:
+        if place_of(operand) is None:
+            path = at_home(operand)
+            try:
+                path.stat()
+            except OSError as error:
+                raise unreadable(path, error) from None
+
+
 def local(operand: PathLike, role: Role = "any") -> Path:
     """The folder or file that an operand means: itself, a download of it that the Hub's cache keeps, or what stands for
     a place in a store.
@@ -50,7 +65,7 @@ def local(operand: PathLike, role: Role = "any") -> Path:
 
     Raises:
         UsageError: an address that can be neither.
-        InputError: the repository holds no such thing.
+        InputError: there is no such path, or the repository holds no such thing.
         StorageError: the cache has no room for it.
         HubError: missing, gated, private or out of reach; offline and not in the cache.
         StoreError: the same of a store.
@@ -58,6 +73,7 @@ def local(operand: PathLike, role: Role = "any") -> Path:
     with about(operand):
         place = place_of(operand)
         if place is None:
+            check_there(operand)
             return at_home(operand)
         if isinstance(place, StorePath):
             from loratool.fetching.stores import brought
@@ -99,6 +115,7 @@ def headers(operand: PathLike) -> Iterator[Located]:
     with about(operand):
         place = place_of(operand)
         if place is None:
+            check_there(operand)
             yield Located(at_home(operand))
             return
         if isinstance(place, StorePath):

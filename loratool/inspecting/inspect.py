@@ -118,10 +118,10 @@ def inspect(
             whole = options.values or options.check or options.near is not None
             return Located(local(operand, role)) if whole else stack.enter_context(headers(operand))
 
+        location = at(path, "any")
         against = at(options.base, "model") if options.base is not None else None
         if options.base_config is not None:
             against = stack.enter_context(headers(options.base_config))
-        location = at(path, "any")
         facts = look_at(location, path, against, options, progress, way, measured)
         facts = with_record(facts, location.path) if options.check else facts
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""

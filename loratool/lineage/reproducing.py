@@ -95,10 +95,10 @@ def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers:
     started = time.monotonic()
     if away := [folder for folder in options.folders if is_in_store(folder)]:
         raise UsageError(f"--from must be a local folder (got {printable(away[0])})")
-    if missing := [folder for folder in options.folders if not os.path.isdir(folder)]:
-        raise InputError(f"--from {printable(missing[0])}: no such folder")
     place, target = here(Path(out)), Path(again)
     table = record_at(place)
+    if missing := [folder for folder in options.folders if not os.path.isdir(folder)]:
+        raise InputError(f"--from {printable(missing[0])}: no such folder")
     run = Run.of(table, printable(place), makers)
     home = Path(os.path.abspath(place)).parent
     with tempfile.TemporaryDirectory(prefix="loratool-") as scratch:

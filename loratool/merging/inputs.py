@@ -12,7 +12,7 @@ from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter
 from loratool.arguments import PathLike
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
-from loratool.fetching import local
+from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO, chosen_base
 from loratool.merging.options import PlanOptions, RunOptions
 from loratool.merging.planning import plan_merge
@@ -47,8 +47,14 @@ def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
     return [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
 
 
+def check_all_there(base: PathLike, adapters: Sequence[PathLike]) -> None:
+    """Raise `InputError` for the first of the inputs that is not there; a base that the adapters name is none of them."""
+    check_there(*([] if os.fspath(base) == AUTO else [base]), *adapters)
+
+
 def located(base: PathLike, adapters: Sequence[PathLike]) -> tuple[PathLike, list[Path]]:
     """The base, and the places of the adapters on this disk; an adapter alone is merged into the base that it names."""
+    check_all_there(base, adapters)
     if not adapters and is_adapter(local(base, "any")):
         base, adapters = AUTO, [base]
     paths = [local(adapter, "adapter") for adapter in adapters]

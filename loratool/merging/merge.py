@@ -34,7 +34,7 @@ from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, gains_of
-from loratool.merging.inputs import opened_inputs, planned, several
+from loratool.merging.inputs import check_all_there, opened_inputs, planned, several
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.options import PlanOptions, RunOptions
 from loratool.merging.resources import check_limit, runtime_for
@@ -270,6 +270,7 @@ def prepare(
     With a `stack` no weights of a base on the Hub are downloaded, and the plan holds until the stack is closed.
     """
     words = several(adapters)
+    check_all_there(base, words)
     replaced = replaceable(options.overwrite)
     target_of(Path(out), [Path(base), *map(Path, words)], replaced)  # before anything is downloaded
     model, read, paths = opened_inputs(base, words, options, stack)

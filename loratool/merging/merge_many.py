@@ -26,7 +26,7 @@ from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.in_store import making_in_store
-from loratool.merging.inputs import planned, read_all
+from loratool.merging.inputs import check_all_there, planned, read_all
 from loratool.merging.merge import Making, MergeOptions, cost, make_all, making
 from loratool.merging.one_file import as_one_file, target_of
 from loratool.merging.parted_merge import PartedMerge, apart_from_inputs, checked_place, stored
@@ -192,6 +192,7 @@ def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, Lor
     """The plans of outputs for one base, which is opened once; what is wrong with an output goes to `errors`."""
     inputs = [Path(base), *(Path(adapter) for each in wanted for adapter in each.adapters)]
     places: dict[str, list[Path]] = {}
+    check_all_there(base, [])
     for each in wanted:
         with attempt(each, errors):
             with about(each.key):

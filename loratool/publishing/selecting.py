@@ -17,6 +17,7 @@ from loratool.adapters.training_data import training_data_in
 from loratool.adapters.weight_files import WeightFile, fates
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import InputError, UsageError, printable
+from loratool.fetching import check_there
 from loratool.fetching.bases import named_base
 from loratool.files.checkpoint import (
     INDEX_SUFFIX,
@@ -127,6 +128,7 @@ def select(
         raise UsageError(
             f"{printable(root)}: a repository holds a folder; put the file into one of its own: {alone(root, place)}"
         )
+    check_there(root)
     if not root.is_dir():
         raise UsageError(f"{printable(root)}: not a folder; PATH must be a model or adapter folder")
     if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):

@@ -40,7 +40,7 @@ from loratool.lazy import installed
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.gain import Gains
-from loratool.merging.inputs import planned, read_all
+from loratool.merging.inputs import check_all_there, planned, read_all
 from loratool.merging.merge import NOTHING, MergeOptions, check_values, cost, describe, repeated, write_small_files
 from loratool.merging.resources import check_limit, runtime_for
 from loratool.merging.tasks import Job
@@ -84,6 +84,7 @@ def stream(
     check_message(options.message)
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     ways = options.readings(len(words))
+    check_all_there(base, words)
     paths = [local(adapter, "adapter") for adapter in words]
     repo = repo if options.dry_run else full_name(repo)  # so that a long way is not gone in vain
     with ExitStack() as stack:

@@ -48,10 +48,11 @@ def combine(
 ) -> CombineReport:
     """Write several adapters of one base as one adapter; `loratool.commands.combine` says all of it."""
     started = time.monotonic()
-    paths = [local(p, "adapter") for p in ([adapters] if isinstance(adapters, (str, os.PathLike)) else adapters)]
-    combination = combination_of(options, len(paths))
-    weights = options.adapter_weights(len(paths))
-    ways = options.readings(len(paths))
+    operands = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+    combination = combination_of(options, len(operands))
+    weights = options.adapter_weights(len(operands))
+    ways = options.readings(len(operands))
+    paths = [local(operand, "adapter") for operand in operands]
     base = options.model()
     sources, manner = in_manner(contents_apart(paths, ways, "combine", base.config if base else {}), options.to, base)
     target = check_adapter_target(out, paths, options, manner.form)

@@ -65,9 +65,9 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     """Relate every two of some adapters of one base; `loratool.commands.compare` says all of it."""
     started = time.monotonic()
     ways = options.readings(len(adapters))
-    paths = [local(path, "adapter") for path in adapters]
-    if len(paths) < 2:
+    if len(adapters) < 2:
         raise UsageError("compare needs at least two adapters")
+    paths = [local(path, "adapter") for path in adapters]
     base = options.model()
     sources = named_alike(contents_apart(paths, ways, "compare", base.config if base else {}))
     layers = align_layers(sources, [1.0] * len(sources))

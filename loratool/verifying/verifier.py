@@ -18,7 +18,7 @@ from loratool.bases.packed import Requantizable
 from loratool.bases.weights import plain_of
 from loratool.devices import Awaited
 from loratool.errors import FitError, printable
-from loratool.fetching import local
+from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO as AUTO_BASE
 from loratool.files.process import cores, peak_memory
 from loratool.files.safefile import TensorInfo
@@ -83,6 +83,7 @@ def verifier_of(
     progress: Progress | None,
 ) -> Verifier:
     """What holds `merged` to `base` and `adapters`."""
+    check_there(merged)
     base, paths = AUTO_BASE if base is None else base, several(adapters)
     plan, model = plan_of(base, paths, options), decoded(open_checkpoint(local(merged, "model")))
     if keeps_packed(plan) and not isinstance(model, Decoded):

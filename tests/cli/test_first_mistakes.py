@@ -69,6 +69,58 @@ def test_an_adapter_that_is_not_there_is_said_where_its_base_is_looked_for(
     assert sorted(os.listdir(here)) == ["adapter", "base", "merged"]
 
 
+ABSENT = {  # what is absent in each command, in whatever order it is looked at
+    "merge": "first second -o no/out --also-load third",
+    "verify": "first --base second --adapter third",
+    "inspect": "first --base second --near third",
+    "index": "first -o second.index --base third",
+    "rescale": "first -o no/out --scale 2 --base second",
+    "combine": "first second -o no/out --base third",
+    "resize": "first -o no/out --rank 2 --base second --calibration third",
+    "compress": "first second --into third",
+    "expand": "first second -o no/out",
+    "rebase": "first --from second --onto third -o no/out",
+    "convert": "first --base second --to mlx -o no/out",
+    "extract": "first second -o no/out",
+    "compare": "first second --base third",
+    "plan": "first second --also-load third",
+    "record": "first",
+    "reproduce": "first -o no/out --from second",
+    "run": "first",
+    "push": "first me/second",
+    "estimate": "first --rank 2 --target q_proj",
+}
+WITHOUT_INPUTS = {"demo", "help", "completion"}
+PART = "--part 1/2 --into no"
+MORE = {
+    "verify in parts": f"verify {ABSENT['verify']} {PART}",
+    "extract in parts": f"extract {ABSENT['extract']} {PART}",
+}
+MORE |= {
+    "merge in parts": "merge first second -o no/out --part 1/2",
+    "several": "merge first second -o a --also b=third",
+}
+MORE |= {
+    "stream": "merge first second --stream --push-to-hub me/repo",
+    "dry run": "merge first second -o no/out --dry-run",
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("words", [*(f"{name} {more}" for name, more in ABSENT.items()), *MORE.values()])
+def test_of_several_things_that_are_not_there_the_first_operand_is_named(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, shown = said(words, capsys)
+    assert code in (2, 3)
+    assert shown.startswith("Error: first: no such file or folder"), shown
+
+
+def test_every_command_with_inputs_is_asked_for_some_that_are_not_there() -> None:
+    assert {*ABSENT, *WITHOUT_INPUTS} == {*cli.COMMANDS}
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash to read words as people type them")
 @pytest.mark.parametrize("word", ["my folder", "new\nline", "tab\tit's\\", "\u202eevil\x1b[2J", "half\udcff", "ü"])
 def test_a_word_with_any_character_is_typed_so_that_bash_reads_it_and_a_terminal_shows_it(word: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, UsageError, printable
-from loratool.fetching import Located, headers, local
+from loratool.fetching import Located, check_there, headers, local
 from loratool.inspecting.fleet.conditions import conditions, sorted_by
 from loratool.inspecting.fleet.members import members
 from loratool.inspecting.fleet.rows import Reader
@@ -80,12 +80,13 @@ class Fleet:
 
     def rows(self, progress: Progress | None = None) -> Iterator[FleetRow]:
         """A row for each adapter. Raises `InputError` where there is none."""
-        index = read_index(Path(self.options.near)) if self.options.near is not None else None
         found = members(self.operands)
+        if alone := len(found) == 1 and found[0].named:  # of several, one that is not there is a row
+            check_there(found[0].path)
+        index = read_index(Path(self.options.near)) if self.options.near is not None else None
         (way,) = self.options.readings(1)
         with ExitStack() as stack:
             reader = Reader(self.options, way, self.base_at(stack))
-            alone = len(found) == 1 and found[0].named
             for number, member in enumerate(found, 1):
                 read = reader.read_or_raise(member) if alone else reader.read(member)
                 if read is None:
