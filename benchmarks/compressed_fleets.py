@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from algebra_inputs import PREFIX
-from findings import Finding, at_most, megabytes, ratio, seconds
+from findings import Finding, at_most, megabytes, percent, seconds
 from running import loratool_run
 from safetensors.torch import save_file
 from shapes import SHAPES
@@ -25,6 +25,7 @@ MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj")
 SHARED, OWN = 32, 0.09  # directions of a family on each side, and how large the rest of each factor is
 FAMILIES = {"related": (50,), "mixed": (20, 18, *(1,) * 12), "unrelated": (1,) * 50}
 PART = 4  # of the bytes
+STORED = 1e-3  # of an error: what rounding to the stored dtype may add
 
 
 def updates(
@@ -81,8 +82,8 @@ def compress(folder: Path, _: argparse.Namespace) -> list[Finding]:
         what = f"{ADAPTERS} {kind} adapters, {SIDE} × {SIDE}, rank {RANK}, a quarter of the bytes: error"
         said = "sharing pays" if ours.totals.pays else "says that sharing does not pay"
         found += [
-            Finding(f"{what} of resize of each", ratio(resized), resized),
-            at_most(f"{what} of compress", ours.totals.error, resized, lambda value: f"{value:.3f}", note=said),
+            Finding(f"{what} of resize of each", percent(resized), resized),
+            at_most(f"{what} of compress", ours.totals.error, resized * (1 + STORED), percent, note=said),
         ]
     return found
 

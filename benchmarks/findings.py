@@ -61,6 +61,10 @@ def ratio(value: float) -> str:
     return f"{value:.2f}"
 
 
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
 def multiple(value: float) -> str:
     return f"{value:.0f}×" if value >= 20 else f"{value:.1f}×"
 

@@ -10,7 +10,6 @@ Adapters are made outside the repository, and removed afterwards, after Ctrl-C t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from compressed_fleets import compress, compress_memory
 from findings import Finding, at_most, megabytes, seconds
 from html_pages import pages
 from rows import measure, parser_of
-from running import Run, apart, run, say
+from running import Run, apart, loratool_run, run, say
 from shapes import SHAPES, Tensor, adapter_config, nbytes, write_adapter, write_header, write_json
 
 SHAPE = SHAPES["llama-3-8b"]
@@ -88,32 +87,31 @@ def make_small(folder: Path, count: int) -> None:
 def timed(words: Sequence[str], turns: int) -> list[Run]:
     runs = []
     for turn in range(turns):
-        measured, said, _ = run(words)
-        if said.startswith("{"):  # a process that is smaller than this one is not told apart from it by the kernel
-            measured.peak_memory = json.loads(said)["results"][0]["cost"]["peak_memory"]
-        runs.append(measured)
+        runs.append(loratool_run(words))
         say(f"turn {turn + 1}: {runs[-1].wall - runs[-1].sync:.2f} s, processor {runs[-1].processor:.2f} s")
     return runs
 
 
-def wall(runs: Sequence[Run]) -> float:
-    return median(each.wall - each.sync for each in runs)
-
-
-def memory(runs: Sequence[Run]) -> float:
-    return max(each.peak_memory for each in runs)
+def cost(
+    what: str, runs: Sequence[Run], most_seconds: float | None = None, most_memory: float | None = None
+) -> list[Finding]:
+    """Time by the clock, time of processors, and peak memory."""
+    wall, processor = (median(values) for values in ([r.wall - r.sync for r in runs], [r.processor for r in runs]))
+    return [
+        at_most(what, wall, most_seconds, seconds),
+        Finding(f"{what}: processor", seconds(processor), processor),
+        at_most(f"{what}: peak memory", max(each.peak_memory for each in runs), most_memory, megabytes),
+    ]
 
 
 def table(folder: Path, options: argparse.Namespace) -> list[Finding]:
     apart(make_headers, folder / "many", options.count, True)
     runs = timed(loratool("inspect", folder / "many", "--json"), options.turns)
-    what = f"table of {options.count} adapters of an 8B model, from headers"
     apart(make_headers, folder / "unlike", options.count // 10, False)
-    unlike = timed(loratool("inspect", folder / "unlike"), 1)
+    unlike = timed(loratool("inspect", folder / "unlike", "--json"), 1)
     return [
-        at_most(what, wall(runs), 3.0, seconds),
-        at_most(f"{what}: peak memory", memory(runs), 250e6, megabytes),
-        Finding(f"table of {options.count // 10} of them, no two with one config", seconds(wall(unlike)), wall(unlike)),
+        *cost(f"table of {options.count} adapters of an 8B model, from headers", runs, 3.0, 250e6),
+        *cost(f"table of {options.count // 10} of them, no two with one config", unlike),
     ]
 
 
@@ -132,17 +130,17 @@ print(time.perf_counter() - started)
 
 def near(folder: Path, options: argparse.Namespace) -> list[Finding]:
     apart(make_small, folder / "small", options.count)
-    made = timed(loratool("index", folder / "small", "-o", folder / "small.index", "-q"), 1)
+    made = timed(loratool("index", folder / "small", "-o", folder / "small.index", "--json"), 1)
     adapter = folder / "small" / "adapter-0007"
-    runs = timed(loratool("inspect", adapter, "--near", folder / "small.index"), options.turns)
+    runs = timed(loratool("inspect", adapter, "--near", folder / "small.index", "--json"), options.turns)
     search = [
         float(run([sys.executable, "-c", NEAREST, str(folder / "small.index"), str(adapter)])[1])
         for _ in range(options.turns)
     ]
     what = f"the nearest of {options.count} indexed adapters"
     return [
-        Finding(f"index of {options.count} adapters of {LAYERS * len(SMALL)} modules", seconds(wall(made)), wall(made)),
-        at_most(f"{what}: the whole command", wall(runs), 0.5, seconds),
+        *cost(f"index of {options.count} adapters of {LAYERS * len(SMALL)} modules", made),
+        *cost(what, runs, 0.5),
         Finding(f"{what}: reading the index and the search", f"{1000 * median(search):.1f} ms", median(search)),
     ]
 
@@ -175,15 +173,10 @@ def make_values(folder: Path, count: int) -> None:
 
 def matrix(folder: Path, options: argparse.Namespace) -> list[Finding]:
     apart(make_values, folder / "matrix", MATRIX)
-    adapters = sorted((folder / "matrix").iterdir())
-    runs = timed(loratool("compare", *adapters, "-q"), options.turns)
-    processor = median(each.processor for each in runs)
-    what = f"compare {MATRIX} adapters of rank 16 on {len(SHAPE.adapter) // 2} modules of an 8B model"
-    return [
-        at_most(what, wall(runs), 60.0, seconds),
-        Finding(f"{what}: processor", seconds(processor), processor),
-        at_most(f"{what}: peak memory", memory(runs), 1e9, megabytes),
-    ]
+    runs = timed(loratool("compare", *sorted((folder / "matrix").iterdir()), "--json"), options.turns)
+    return cost(
+        f"compare {MATRIX} adapters of rank 16 on {len(SHAPE.adapter) // 2} modules of an 8B model", runs, 60.0, 1e9
+    )
 
 
 ROWS: dict[str, Callable[[Path, argparse.Namespace], list[Finding]]] = {

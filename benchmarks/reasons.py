@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from figures import COPY
-from findings import megabytes
-
-Result = Mapping[str, Any]
+from tables import UNMEASURED, Result, middle, most_memory
 
 
 def reasons(results: Sequence[Result]) -> str:
     """The lines, as a list."""
-    return "\n".join(
-        f"- {line}" for line in (*against_peft(results), *near_a_copy(results), *quantised(results), *resized(results))
-    )
-
-
-def wall(runs: Sequence[Mapping[str, float]]) -> float:
-    return float(median(one["wall"] for one in runs))
-
-
-def most_memory(runs: Sequence[Mapping[str, float]]) -> str:
-    return megabytes(max(one["peak_memory"] for one in runs))
+    lines = (*against_peft(results), *near_a_copy(results), *quantised(results), *resized(results))
+    return "\n".join(f"- {line}" for line in lines) or UNMEASURED
 
 
 def against_peft(results: Sequence[Result]) -> Iterator[str]:
@@ -35,7 +22,7 @@ def against_peft(results: Sequence[Result]) -> Iterator[str]:
         if ours and theirs and peft.get("shape") == row["shape"]:
             sizes = f"{row['shape']} ({row['bytes'] / 1e9:.2f} GB)"
             yield f"**Little memory.** Merging into {sizes} takes {most_memory(ours)}, with PEFT {most_memory(theirs)}."
-            yield f"**Less time.** It takes {wall(ours):.1f} s on {machine(result)}, with PEFT {wall(theirs):.1f} s."
+            yield f"**Less time.** It takes {middle(ours, 'wall'):.1f} s on {machine(result)}, with PEFT {middle(theirs, 'wall'):.1f} s."
             return
 
 
@@ -45,28 +32,27 @@ def near_a_copy(results: Sequence[Result]) -> Iterator[str]:
         row = result.get("rows", {}).get("merge", {})
         runs = row.get("runs", {}).get("merge cuda:0")
         if runs:
-            copy = f"`cp -r` and `sync` take {wall(row['runs'][COPY]):.1f} s"
+            copy = f"`cp -r` and `sync` take {middle(row['runs'][COPY], 'wall'):.1f} s"
             yield (
                 f"**Near a plain copy.** With {result['machine']['GPU'].partition(' × ')[2] or result['machine']['GPU']}, "
-                f"{row['shape']} ({row['bytes'] / 1e9:.2f} GB) takes {wall(runs):.1f} s, where {copy}."
+                f"{row['shape']} ({row['bytes'] / 1e9:.2f} GB) takes {middle(runs, 'wall'):.1f} s, where {copy}."
             )
             return
 
 
 def quantised(results: Sequence[Result]) -> Iterator[str]:
     """Time of merges into quantised bases over that into the plain one."""
-    ratios = {
-        each["what"].partition(",")[0]: float(each["measured"])
-        for result in results
-        if result["benchmark"] == "quantised"
-        for each in result["findings"]
-        if each["what"].endswith("touched only: time over it")
-    }
+    ratios: dict[str, list[float]] = {}
+    for result in results:
+        for each in result["findings"]:
+            format_name, _, way = each["what"].partition(", ")
+            if result["benchmark"] == "quantised" and way == "touched only: time over it":
+                ratios.setdefault(format_name, []).append(each["value"])
     if ratios:
-        low, high = min(ratios.values()), max(ratios.values())
+        every = [ratio for each in ratios.values() for ratio in each]
         yield (
-            f"**Quantised bases as they are.** Merging into {', '.join(ratios)} takes {low:.2f} to {high:.2f} times as "
-            "long as into the plain base."
+            f"**Quantised bases as they are.** Merging into {', '.join(ratios)} takes {min(every):.2f} to "
+            f"{max(every):.2f} times as long as into the plain base."
         )
 
 

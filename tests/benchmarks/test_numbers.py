@@ -20,6 +20,8 @@ import quantised
 from running import Run
 
 BLOCK = "<!-- numbers: {} -->\n<!-- end of numbers -->\n"
+ROUNDING = "docs/rounding.md"  # a page that may have numbers of its own
+FACTS = {"processor": "Abacus, 3 cores", "memory": "7.5 GiB", "GPU": "none", "file system": "ext4", "torch": "9.9"}
 
 
 def run(wall: float) -> dict[str, float]:
@@ -32,13 +34,12 @@ def result(**changes: Any) -> dict[str, Any]:
     judged = {"value": 1.75, "target": "≥ 1.60, aim 2.00", "met": True, "aimed": False}
     finding = {"what": "rate", "measured": "1.75", "note": "turns 1.75", **judged}
     merge = {"shape": "tiny", "bytes": 5 * 10**9, "runs": {"cp -r": [run(4)], "merge cpu": [run(1), run(5), run(3)]}}
-    facts = {"processor": "Abacus, 3 cores", "memory": "7.5 GiB", "GPU": "none", "file system": "ext4", "torch": "9.9"}
     return {
         "benchmark": "engine",
         "command": "python benchmarks/engine.py --shape tiny",
         "commit": "0123456789",
         "code": "abc",
-        "machine": facts,
+        "machine": FACTS,
         "rows": {"merge": merge, "peft": {"skipped": "needs peft"}},
         "findings": [finding],
         **changes,
@@ -54,7 +55,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / pages.README).write_text(
         f"Merges.\n\n{BLOCK.format('merging')}\n{BLOCK.format('commands')}\nPython 3.10.\n"
     )
-    (tmp_path / pages.ROUNDING).write_text(f"Below 10⁻², 7 of 8.\n\n{BLOCK.format('rounding')}")
+    (tmp_path / ROUNDING).write_text(f"Below 10⁻², 7 of 8.\n\n{BLOCK.format('rounding')}")
     return tmp_path
 
 
@@ -144,12 +145,66 @@ def test_a_number_is_judged_by_target_and_aim(value: float, least: str, most: st
     assert (up.target, down.target) == ("≥ 1.40, aim 2.00", "≤ 2.00, aim 1.20")
 
 
-def test_results_of_other_runs_are_dropped(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """New results take the place of all old ones, in the kept folder and on the pages."""
-    pages.main(keep(tmp_path_factory.mktemp("old"), old=result(commit="aaaaaaaaaa")), root)
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"commit": "aaaaaaaaaa", "code": "abd"}, ["new.json"]),
+        ({}, ["new.json"]),
+        ({"command": "python benchmarks/engine.py --rows batch"}, ["new.json", "old.json"]),
+        ({"commit": "aaaaaaaaaa", "code": "abd", "machine": {**FACTS, "GPU": "Far"}}, ["new.json", "old.json"]),
+    ],
+    ids=["another commit", "the same command", "another command", "another machine"],
+)
+def test_new_results_take_the_place_of_what_they_measure_again(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], left: list[str]
+) -> None:
+    """Of their machine, results of another commit and of the same command go; all others stay, on the pages too."""
+    pages.main(keep(tmp_path_factory.mktemp("old"), old=result(**changes)), root)
     pages.main(keep(tmp_path_factory.mktemp("new"), new=result()), root)
-    assert [path.name for path in (root / pages.RESULTS).iterdir()] == ["new.json"]
-    assert "aaaaaaaaaa" not in (root / pages.PERFORMANCE).read_text()
+    assert sorted(path.name for path in (root / pages.RESULTS).iterdir()) == left
+    sections = (root / pages.PERFORMANCE).read_text().count("```console")
+    assert sections == len(left)
+    assert checked(root) == 0
+
+
+def test_what_was_measured_in_several_ways_is_a_row_under_its_command(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The ways are columns, whatever their order in the result; one that is missing leaves its cell empty."""
+    (root / "docs/fleets.md").write_text(BLOCK.format("fleets"))
+    measured = {
+        "a table": "3 s",
+        "a table: peak memory": "30 MB",
+        "a table: processor": "2 s",
+        "an index: processor": "1 s",
+    }
+    found = [asdict(findings.Finding(what, shown, 0.0)) for what, shown in measured.items()]
+    people = result(benchmark="people", command="python benchmarks/people.py", rows={}, findings=found)
+    pages.main(keep(tmp_path_factory.mktemp("results"), people=people), root)
+    assert (root / "docs/fleets.md").read_text().splitlines()[2:-2] == [
+        "`python benchmarks/people.py` on Abacus, 3 cores:",
+        "",
+        "|  | time of processors | peak memory |",
+        "|---|---|---|",
+        "| a table | 2 s | 30 MB |",
+        "| an index | 1 s |  |",
+    ]
+
+
+def test_a_range_is_that_of_all_machines(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """README's line about quantised bases covers every kept result, and not only the last one."""
+    (root / pages.README).write_text(BLOCK.format("reasons"))
+    far = {"machine": {**FACTS, "GPU": "Far"}}
+    each = {
+        name: result(
+            benchmark="quantised",
+            findings=[asdict(findings.at_most("nf4, touched only: time over it", value, 1.3, findings.ratio))],
+            **more,
+        )
+        for name, value, more in (("one", 1.34, {}), ("two", 0.91, far))
+    }
+    pages.main(keep(tmp_path_factory.mktemp("results"), **each), root)
+    assert "Merging into nf4 takes 0.91 to 1.34 times as long" in (root / pages.README).read_text()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +253,9 @@ def test_code_that_is_no_commit_is_refused(root: Path, tmp_path_factory: pytest.
         (pages.README, "About 350 MB.", "About 350 MB."),
         (pages.README, "| 12.8 s |", "| 12.8 s |"),
         (pages.README, "Llama-3.2-1B in bf16 with Python 3.12 on an H100, see [this](docs/v2.md), `-w 0.7`.", None),
-        (pages.ROUNDING, "7 of 8.", None),
+        (ROUNDING, "7 of 8, in blocks of 3 MiB, with `--wait 3s`.", None),
+        (ROUNDING, "It took 52 s.", "It took 52 s."),
+        (ROUNDING, "It reads 1.5 GB/s.", "It reads 1.5 GB/s."),
     ],
 )
 def test_numbers_that_were_not_written_are_found(
@@ -209,7 +266,9 @@ def test_numbers_that_were_not_written_are_found(
     text: str,
     line: str | None,
 ) -> None:
-    """A number in the text of a guarded page fails the check; names, code, links and requirements are no numbers."""
+    """A number in the text of a guarded page fails the check, and a time or a rate on any page; names, code, links and
+    requirements are no numbers.
+    """
     pages.main(keep(tmp_path_factory.mktemp("results"), one=result()), root)
     path = root / page
     path.write_text(path.read_text() + f"\n{text}\n")

@@ -13,7 +13,7 @@ from small_benchmarks import run_here
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import pages
+import sections
 import several_gpus
 
 ROWS = "merge,parts,resize,combine,extract,dequantize,large"
@@ -40,7 +40,7 @@ def test_every_row_is_measured_with_stand_ins_and_the_page_shows_it(
         assert len(set(found["rows"][name]["roots"].values())) == 1
     assert {each["met"] for each in found["findings"] if each["target"] != "all"} == {None}
     assert [*home.iterdir()] == [*disk.iterdir()] == []
-    page = pages.blocks([{**found, "commit": "0123456789"}])["performance"]
+    page = sections.performance([{**found, "commit": "0123456789"}])
     for text in (
         "### Several GPUs",
         "| tiny, merge: all devices over one device, after start-up, output on ext4 |",
