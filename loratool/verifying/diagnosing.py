@@ -12,7 +12,17 @@ from loratool.errors import FitError, printable
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed
 from loratool.verifying.causes import NOT_MERGED, NOT_MERGED_WORDS, Cause, causes_of, known_causes
-from loratool.verifying.explaining import COARSE, ELEMENTS, FACTOR, GUESS, PART, QUANTISED, UNEXPLAINED, Explained
+from loratool.verifying.explaining import (
+    COARSE,
+    ELEMENTS,
+    FACTOR,
+    GUESS,
+    PART,
+    QUANTISED,
+    SINGLE,
+    UNEXPLAINED,
+    Explained,
+)
 from loratool.verifying.looking import SURE
 from loratool.verifying.options import RESIDUAL, TWICE
 from loratool.verifying.updates import Module
@@ -103,6 +113,13 @@ def diagnose_edited(
             f"by up to {farthest:.3g} ulp"
         )
         yield Diagnosis("factors-rounded", text, names, {"ulp": farthest})
+    if single := [name for name, each in found.items() if each.kind == SINGLE]:
+        names, farthest = module_names(single), max(distances[name].ulp for name in single)
+        text = (
+            f"{counted(names)}: off by no more than float32 takes from an update, but {farthest:.3g} ulp of float64; "
+            "probably the update was computed in float32"
+        )
+        yield Diagnosis("computed-in-float32", text, names, {"ulp": farthest})
 
 
 def rounded_otherwise(asked: str, recognised: str, distances: Mapping[str, Distances]) -> Diagnosis:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 32  # of a tensor, with elements that are farther than 1 ulp, that are remembered
 TERMS = 8  # roundings of an element in float32 where an update is no sum of products, besides those of a row's norm
-SINGLE = 2.0**-24  # half the distance from 1 to the next float32
+SINGLE, DOUBLE = 2.0**-24, 2.0**-53  # half the distance from 1 to the next float32, and float64
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Distances:
     ulp: float = 0.0  # the largest distance
     squared: float = 0.0  # Σ of squared distances from the formula
     beyond: int = 0  # elements that are farther than 1 ulp
+    beyond_single: int = 0  # those of float64 that are so even if ΔW was computed in float32
     rows: list[int] = field(default_factory=list)  # of some of them
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -50,6 +51,7 @@ class Distances:
                 self.ulp = max(self.ulp, found.ulp)
                 self.squared += found.squared
                 self.beyond += found.beyond
+                self.beyond_single += found.beyond if found.beyond_single is None else found.beyond_single
                 self.rows = sorted({*self.rows, *found.rows})[:MOST_ROWS]
 
 
@@ -62,6 +64,7 @@ class Found:
     squared: float
     beyond: int
     rows: tuple[int, ...]
+    beyond_single: int | None = None  # of float64; all that are beyond unless it is given
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
@@ -99,7 +102,8 @@ def measure(
         ours: (n, width) W' as the formula gives it, rounded once.
         theirs: (n, width) W' of the merged model.
         first: the first row.
-        total: what was added, if it is a sum of products: what float32 may take from those does not count.
+        total: what was added, if it is a sum of products: what arithmetic may take from those does not count, which is that
+            in float32, or in float64 where W' has that dtype.
         formula: whether what was added is worked out in another way, such as by norms of rows: the same holds for it,
             at the size of most elements of a row, for they may be sums of all of them.
         doubt: how far it may be off besides, where tools work it out in float32.
@@ -134,7 +138,7 @@ class Elements:
         """How far they are apart; all of them are unequal.
 
         `first`, `total` and `doubt` are as for `measure`; `sizes`, (count,), are those of most elements of each one's row, where
-        float32 may take something from them.
+        arithmetic may take something from them.
         """
         if not len(self.places):
             return None
@@ -144,22 +148,24 @@ class Elements:
         ulp = ulp_of(size, self.ours.dtype)
         apart = (t - o).abs()
         distance = apart / ulp
-        far = distance > 1
+        far, beyond_single = distance > 1, None
         if (total is not None or sizes is not None) and bool(far.any()):
             some = self.places[far]
             if total is not None:
-                slack = slack_of(total, first + some // width, some % width).to(distance)
+                terms = terms_of(total, first + some // width, some % width).to(distance)
             elif sizes is not None:
-                slack = (
-                    torch.maximum(size[far], sizes[far].to(distance)) * (SINGLE * (TERMS + math.sqrt(width))) + doubt
-                )
+                terms = torch.maximum(size[far], sizes[far].to(distance)) * (TERMS + math.sqrt(width))
+            in_float64 = self.ours.dtype == torch.float64
+            if in_float64:
+                beyond_single = int((apart[far] - SINGLE * terms > ulp[far]).sum())
+            slack = terms * (DOUBLE if in_float64 else SINGLE) + doubt
             less = (apart[far] - slack).clamp(min=0) / ulp[far]
             distance[far] = torch.where(less <= 1, less, distance[far])
         distance = distance.nan_to_num(torch.inf, torch.inf)
         far = distance > 1
         rows = (first + torch.unique(self.places[far] // width)[:MOST_ROWS]).tolist()
         squared = float(apart.nan_to_num(0, 0).square().sum(dtype=torch.float64))
-        return Found(len(w), float(distance.max()), squared, int(far.sum()), tuple(rows))
+        return Found(len(w), float(distance.max()), squared, int(far.sum()), tuple(rows), beyond_single)
 
 
 def ulp_of(sizes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -173,16 +179,16 @@ def digits_of(dtype: torch.dtype) -> int:
     return next(FLOAT_DIGITS[name] for name, known in FLOAT_NAMES.items() if getattr(torch, known) == dtype)
 
 
-def slack_of(total: ExactSum, rows: Tensor, columns: Tensor) -> Tensor:
-    """How far a product in float32 may be from the exact one at some places: γ Σ |up| · |down|, bounded by lengths.
+def terms_of(total: ExactSum, rows: Tensor, columns: Tensor) -> Tensor:
+    """How far a product may be from the exact one at some places, in unit roundoffs: n Σ |up| · |down|, bounded by lengths.
 
     Where W and ΔW are both small by cancellation within the product, that is many ulp (Higham, *Accuracy and Stability
     of Numerical Algorithms*, section 3.1).
     """
-    slack = torch.zeros(len(rows), dtype=torch.float64)
+    found = torch.zeros(len(rows), dtype=torch.float64)
     at, across = rows.cpu().numpy(), columns.cpu().numpy()
     for stack in total.stacks:
         own, own_columns, inside = stack.place.own(at, across)
-        size = stack.lengths[own] * stack.spans[own_columns] * (abs(stack.scale) * stack.terms * SINGLE)
-        slack += torch.from_numpy(size if inside is None else size * inside)
-    return slack
+        size = stack.lengths[own] * stack.spans[own_columns] * (abs(stack.scale) * stack.terms)
+        found += torch.from_numpy(size if inside is None else size * inside)
+    return found

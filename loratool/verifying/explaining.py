@@ -25,6 +25,7 @@ NEAREST = "nearest"
 FEW = 0.01  # of a tensor's elements: where no more are off, and the formula itself is known to few digits, all others are it
 NEAR = 0.25  # of a factor: known ones that are no farther are tried as well
 FACTOR, GUESS, COARSE, ELEMENTS, UNEXPLAINED = "factor", "guess", "coarse", "elements", "unexplained"
+SINGLE = "single"
 PART = "part"
 QUANTISED = "quantised"
 
@@ -34,9 +35,7 @@ class Explained:
     """What was found out about an edited tensor."""
 
     status: str  # as of `TensorProof`
-    kind: str = (
-        ""  # of what is wrong: factor, guess, coarse, part, elements, quantised or unexplained; empty where nothing is
-    )
+    kind: str = ""  # of what is wrong: factor, guess, coarse, single, part, elements, quantised or unexplained; empty where nothing is
     rounding: str = NEAREST
     modules: tuple[tuple[int, str], ...] = ()  # that have a factor: the adapter's number and the target
     fit: Fit | None = None
@@ -111,7 +110,10 @@ def as_meant(look: Look, distances: Distances, fit: Fit | None, once: Agreement,
             return Explained("rounded-twice", rounding=how, modules=modules, fit=fit)
         if distances.ulp > 1 and look.twice(coarse=True).is_better(twice if how == TWICE else once):
             return Explained("different", COARSE, "", modules, fit)
-    return Explained("proven", rounding=how, modules=modules, fit=fit) if distances.ulp <= 1 else None
+    if distances.ulp <= 1:
+        return Explained("proven", rounding=how, modules=modules, fit=fit)
+    in_single = look.target.itemsize == 8 and not distances.beyond_single
+    return Explained("different", SINGLE, "", modules, fit) if in_single else None
 
 
 def best_guess(look: Look, plan: MergePlan, factor: Agreement) -> Guess | None:

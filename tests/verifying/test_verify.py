@@ -34,6 +34,12 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 @pytest.fixture(scope="module")
+def double(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """The same in float64."""
+    return scene(tmp_path_factory.mktemp("double"), torch.float64)
+
+
+@pytest.fixture(scope="module")
 def faint(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """One whose updates are smaller than most steps of bfloat16."""
     return scene(tmp_path_factory.mktemp("faint"), size=0.004)
@@ -62,7 +68,7 @@ def module(name: str) -> str:
 # ---------------------------------------------------------------- sound merges
 
 
-@pytest.mark.parametrize("of", ["small", "single", "faint"])
+@pytest.mark.parametrize("of", ["small", "single", "double", "faint"])
 def test_an_output_of_merge_is_proven_and_every_element_is_the_formulas(
     of: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -123,6 +129,40 @@ def mergekit(of: Scene) -> Callable[[str, Tensor], Tensor]:
         return weight + (merged - weight)
 
     return merge
+
+
+def in_dtype(of: Scene, dtype: torch.dtype) -> Callable[[str, Tensor], Tensor]:
+    """A product in one dtype, added in that of the model."""
+
+    def merge(name: str, weight: Tensor) -> Tensor:
+        down, up = (factor.to(dtype) for factor in of.factors[name])
+        return weight + ((up @ down) * (ALPHA / RANK)).to(weight.dtype)
+
+    return merge
+
+
+def test_a_float64_model_is_proven_where_its_update_was_computed_in_float64(double: Scene, tmp_path: Path) -> None:
+    """By any order of the sums; and where elements cancel, as where the update takes all of a row away but rounding."""
+    assert_proven(verified(double, double.merged(in_dtype(double, torch.float64)), tmp_path))
+    back = loratool.verify(double.base, tmp_path / "merged", double.adapter, weights=-1, device="cpu")
+    assert back.exit_code == 0, str(back)
+
+
+def test_a_float64_model_whose_update_was_computed_in_float32_is_not_proven(double: Scene, tmp_path: Path) -> None:
+    """The distance is that of the model's dtype, and what float32 takes from the update is named as the cause."""
+    tensors = double.merged(in_dtype(double, torch.float32))
+    found = verified(double, tensors, tmp_path)
+    assert (found.verdict, found.exit_code, codes(found)) == ("not-proven", 5, ["computed-in-float32"]), str(found)
+    assert found.tensors is not None
+    for name in double.factors:
+        ours, theirs = double.weights[name] + double.change(name), tensors[name]
+        size = torch.stack([each.abs() for each in (ours, double.weights[name], double.change(name))]).amax(0)
+        ulp = float(((theirs - ours).abs() / (torch.nextafter(size, size * 2) - size)).max())
+        assert found.tensors[name].ulp == pytest.approx(ulp, rel=1e-3)
+    tensors[next(iter(double.factors))][3, 5] += 1e-5
+    found = loratool.verify(double.write(tensors, tmp_path / "odd"), double.base, double.adapter, device="cpu")
+    assert found.exit_code == 5
+    assert set(codes(found)) > {"computed-in-float32"}
 
 
 @pytest.mark.parametrize("tool", [unsloth, mergekit])
