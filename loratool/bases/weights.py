@@ -82,7 +82,7 @@ class Held:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # what is made may need something else that is held
         self.made: dict[Hashable, Any] = {}
         self.parts: dict[int, HeldPart] = {}  # by thread
 

@@ -14,10 +14,7 @@ from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import BlockSeen, Totals, effects_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from loratool.merging.loaded_edits import LoadedEdits
-    from loratool.merging.numpy_sums import Added
 
 
 class EditedSpan:
@@ -26,26 +23,13 @@ class EditedSpan:
     def __init__(self, span: Span, totals: Totals, shared: SharedUpdates) -> None:
         self.span, self.totals, self.shared = span, totals, shared
         self.lock, self.held = threading.Lock(), Held()
-        self.loaded: dict[str, LoadedEdits] = {}
-        self.corrected: Added | None = None  # what numpy adds in place of the one edit, where rounding is compensated
         self.waiting = effects_in([span])  # updates that have changed nothing so far
 
     def edits_on(self, device: torch.device) -> LoadedEdits:
         """The edits ready to apply on `device`."""
         from loratool.merging.loaded_edits import load_edits  # with all that torch computes
 
-        with self.lock:
-            key = str(device)
-            if key not in self.loaded:
-                self.loaded[key] = load_edits(self.span, self.shared, device)
-            return self.loaded[key]
-
-    def corrected_by(self, correct: Callable[[], Added]) -> Added:
-        """What `correct` gives, by whichever thread comes first."""
-        with self.lock:
-            if self.corrected is None:
-                self.corrected = correct()
-            return self.corrected
+        return self.held.of(("edits", device), lambda: load_edits(self.span, self.shared, device))
 
     def look_for_effects(self, loaded: LoadedEdits, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
         """Note which updates change an element of some rows, from `first` on, and whether all of them together do."""

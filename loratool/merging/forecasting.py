@@ -24,7 +24,7 @@ from loratool.merging.numpy_rounding import rounded_once
 from loratool.merging.numpy_sums import Added, readable, suits
 from loratool.merging.output_layout import Span
 from loratool.merging.plan import MergePlan
-from loratool.merging.resources import MOST_SHELVED, itemsize_of
+from loratool.merging.resources import itemsize_of
 from loratool.merging.shared_updates import SharedUpdates
 
 MOST_WEIGHTS = 512  # that are looked at; a model of many experts has tens of thousands
@@ -47,7 +47,7 @@ def forecast_gains(plan: MergePlan) -> Gains:
     """⟨W' − W, ΔW⟩ / ‖ΔW‖² on evenly spread rows of the weights, or of some of them, in float64."""
     spans = [span for span in plan.edited if plan.rounding == "nearest" and can_forecast(span)]
     spans.sort(key=lambda span: hashlib.sha256(span.placed.name.encode(errors="surrogatepass")).digest())
-    shared = SharedUpdates(MOST_SHELVED)
+    shared = SharedUpdates()
     with ThreadPoolExecutor(cores(), "loratool-forecast") as pool:
         seen = [*pool.map(partial(seen_of, shared=shared), spans[:MOST_WEIGHTS])]
     return gains_of(plan, together(seen))

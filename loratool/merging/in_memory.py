@@ -22,7 +22,6 @@ from loratool.arguments import PathLike, Progress
 from loratool.bases.binding.telling import nearest
 from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
 from loratool.errors import InputError, printable
-from loratool.fetching import local
 from loratool.files.open_sources import OpenSources
 from loratool.files.pipelines import identities, itself
 from loratool.files.safefile import FLOAT_NAMES
@@ -31,10 +30,9 @@ from loratool.merging.chunks import chunks_of
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import gain_notes, gains_of
-from loratool.merging.inputs import located, planned, read_inputs, several
+from loratool.merging.inputs import opened_inputs, planned, several
 from loratool.merging.options import ChangeOptions, PlanOptions, RunOptions
 from loratool.merging.resources import (
-    MOST_SHELVED,
     Resources,
     choose_resources,
     rows_of_block,
@@ -159,7 +157,7 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
     options: InMemoryOptions
     resources: Resources = field(init=False, repr=False)
     ahead: int = field(init=False, repr=False)  # bytes that are computed before their tensor is asked for
-    shared: SharedUpdates = field(default_factory=lambda: SharedUpdates(MOST_SHELVED), repr=False)
+    shared: SharedUpdates = field(default_factory=SharedUpdates, repr=False)
 
     def __post_init__(self) -> None:
         """Raises `InputError` and `UsageError`."""
@@ -329,9 +327,7 @@ def nearest_of(name: str, known: Iterable[str]) -> str:
 def open_merged(base: PathLike, adapters: Sequence[PathLike] | PathLike, options: InMemoryOptions) -> MergedWeights:
     """The merged weights of a base and adapters, planned and not yet computed."""
     words = several(adapters)
-    ways = options.readings(max(1, len(words)))
-    base, paths = located(base, words)
-    model, read = read_inputs(local(base, "model"), paths, ways)
+    model, read, _ = opened_inputs(base, words, options)
     how = {name: getattr(options, name) for name in described_by(ChangeOptions)}
     plan = planned(model, read, PlanOptions(**how))
     for adapter in plan.adapters:

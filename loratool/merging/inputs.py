@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from loratool.adapters.adapter import Adapter
-    from loratool.adapters.reading import Reading
+    from loratool.adapters.reading import Reading, ReadingOptions
     from loratool.files.checkpoint import Checkpoint
     from loratool.merging.plan import MergePlan
 
 
 def opened_inputs(
-    base: PathLike, adapters: Sequence[PathLike], options: PlanOptions, stack: ExitStack | None
+    base: PathLike, adapters: Sequence[PathLike], options: ReadingOptions, stack: ExitStack | None = None
 ) -> tuple[Checkpoint, list[Adapter], list[Path]]:
     """The base, the adapters, and where those are on this disk; `stack` is that of `prepare`."""
     ways = options.readings(max(1, len(adapters)))

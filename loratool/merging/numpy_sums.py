@@ -171,9 +171,40 @@ class Added:
         change: NDArray[Any] = parts.transpose(1, 0, 2).reshape(len(rows), -1)
         return change
 
-    def elements(self, rows: NDArray[Any], columns: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The factors of single elements, (count, rank) each."""
-        return self.up.take(rows, 0), self.turned.take(columns, 0)
+    def elements(
+        self, rows: NDArray[Any], columns: NDArray[Any], weights: NDArray[Any], result: Result
+    ) -> NDArray[Any] | None:
+        """The bits of single elements of W + ΔW, rounded once; None where one of them takes torch.
+
+        Args:
+            rows: their numbers, (count,).
+            columns: likewise.
+            weights: (count,) of W.
+            result: what they are rounded to.
+        """
+        step = TOGETHER // (len(self.down) + SINGLE)
+        cuts = [slice(at, at + step) for at in range(0, len(rows), step)]
+        found = [self.elements_at_once(rows[cut], columns[cut], weights[cut], result) for cut in cuts]
+        known = [each for each in found if each is not None]
+        return None if len(known) < len(found) else numpy.concatenate([numpy.empty(0, result.bits), *known])
+
+    def elements_at_once(
+        self, rows: NDArray[Any], columns: NDArray[Any], weights: NDArray[Any], result: Result
+    ) -> NDArray[Any] | None:
+        """The same of a few."""
+        left, right, last = self.up.take(rows, 0), self.turned.take(columns, 0), result.last
+        values = numpy.einsum("ij,ij->i", left, right, dtype=numpy.float64) * self.scale + weights
+        size = float(abs(weights).max()) + self.length
+        margin = size * (2 * (len(self.down) + 8) * ROUNDOFF[8] * GENEROUS)
+        low, high = ((values + each).view(numpy.uint64) + last // 2 for each in (-margin, margin))
+        left_open = numpy.flatnonzero((low ^ high >= last) | (abs(values) < 2 * SMALLEST))
+        found = (low & numpy.uint64((1 << 64) - last)).view(numpy.float64)
+        if len(left_open):
+            exact = exactly(weights[left_open], left[left_open], right[left_open], self.scale, last)
+            if not ((abs(exact) >= SMALLEST) | (exact == 0)).all():
+                return None
+            found[left_open] = exact
+        return result.of_rounded(found)
 
 
 @dataclass
@@ -246,13 +277,12 @@ class Tiles:
                     seen.changed = bool(differ.any())
                     lap("look")
             places, weights = (numpy.concatenate(some) for some in zip(*odd, strict=True))
-            step = TOGETHER // (len(added.down) + SINGLE)
-            for at in range(0, len(places), step):
-                if not self.settle(added, places[at : at + step], weights[at : at + step], first, after):
-                    return None
-            seen.changed = seen.changed or (
-                look and bool((self.result.nearest(weights) != after.reshape(-1)[places]).any())
-            )
+            rows = places // self.width
+            settled = added.elements(rows + first, places - rows * self.width, weights, self.result)
+            if settled is None:
+                return None
+            after.reshape(-1)[places] = settled
+            seen.changed = seen.changed or (look and bool((self.result.nearest(weights) != settled).any()))
             lap("settle")
             seen.sampled, seen.kept = bool(sampled), self.kept_of(meant or added, first, sampled, after)
             lap("gain")
@@ -314,29 +344,6 @@ class Tiles:
         applied *= change
         product = float(applied.sum(1).sum(dtype=numpy.float64))
         return product, float(numpy.vdot(change, change))
-
-    def settle(
-        self, added: Added, places: NDArray[Any], weights: NDArray[Any], first: int, after: NDArray[Any]
-    ) -> bool:
-        """Put the results of undecided elements into `after`; whether all of them are known.
-
-        `places` are those in the flat rows, (count,), and `weights` their W.
-        """
-        rows, last = places // self.width, self.result.last
-        left, right = added.elements(rows + first, places - rows * self.width)
-        values = numpy.einsum("ij,ij->i", left, right, dtype=numpy.float64) * added.scale + weights
-        size = float(abs(weights).max()) + added.length
-        margin = size * (2 * (len(added.down) + 8) * ROUNDOFF[8] * GENEROUS)
-        low, high = ((values + each).view(numpy.uint64) + last // 2 for each in (-margin, margin))
-        left_open = numpy.flatnonzero((low ^ high >= last) | (abs(values) < 2 * SMALLEST))
-        found = (low & numpy.uint64((1 << 64) - last)).view(numpy.float64)
-        if len(left_open):
-            exact = exactly(weights[left_open], left[left_open], right[left_open], added.scale, last)
-            if not ((abs(exact) >= SMALLEST) | (exact == 0)).all():
-                return False
-            found[left_open] = exact
-        after.reshape(-1)[places] = self.result.of_rounded(found)
-        return True
 
 
 def alone() -> int:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from loratool.adapters.formats import replaceable
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
-from loratool.fetching import local
 from loratool.fetching.stores import brought
 from loratool.files.checkpoint import PROVENANCE
 from loratool.files.journal import Journal
@@ -26,7 +25,7 @@ from loratool.files.sink import PAGE
 from loratool.files.weight_formats import read_weight_file
 from loratool.merging.dealing import parts_of
 from loratool.merging.fingerprints import content_fingerprint
-from loratool.merging.inputs import located, planned, read_inputs, several
+from loratool.merging.inputs import located, opened_inputs, planned, several
 from loratool.merging.merge import MergeOptions, output_names, prepare
 from loratool.merging.one_file import as_one_file, is_file
 from loratool.merging.upload_parts import upload_parts
@@ -168,12 +167,11 @@ def planned_for(
     place: StorePath, base: PathLike, adapters: Sequence[PathLike], options: MergeOptions
 ) -> tuple[MergePlan, list[Path]]:
     """The plan of a merge into a store, and the adapters' places on this disk."""
-    ways = options.readings(max(1, len(adapters)))
     apart_from_inputs(place, [base, *adapters])
     base, paths = located(base, adapters)
-    apart_from_inputs(place, [base])
-    plan = planned(*read_inputs(local(base, "model"), paths, ways), options)
-    return as_one_file(plan, Path(str(place))), paths
+    apart_from_inputs(place, [base])  # before it is downloaded
+    model, read, paths = opened_inputs(base, paths, options)
+    return as_one_file(planned(model, read, options), Path(str(place))), paths
 
 
 def checked_place(out: PathLike) -> StorePath:

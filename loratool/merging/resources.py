@@ -25,6 +25,7 @@ from loratool.files.stand_ins import stand_in
 from loratool.merging import numpy_sums
 from loratool.merging.compensating import memory_for
 from loratool.merging.numpy_sums import suits
+from loratool.merging.shared_updates import MOST_KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -42,7 +43,6 @@ NUMPY_WORKERS = 6  # more of them wait for the interpreter's lock, whatever the 
 LARGE_BLOCK = 6 << 20  # bytes, so that they wait less for the interpreter's lock
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (16 << 20) - 2 * PAGE
-MOST_SHELVED = 4  # updates that several spans share and that stay in memory for the next one
 SMALLEST_BLOCK = 64 << 10
 TILE = 1 << 17  # elements that are computed at a time on a CPU: they stay in a core's cache
 CUDA_TILE = 1 << 22  # on a GPU, in float64
@@ -207,7 +207,7 @@ def factor_memory(spans: Sequence[Span], workers: int) -> int:
     sizes = {id(e.update): update_memory(e, span) for span in spans for e in span.edits}
     most = workers * max((len(span.edits) for span in spans), default=0)
     if any(edit.shared for span in spans for edit in span.edits):
-        most += MOST_SHELVED
+        most += MOST_KEPT
     return 2 * sum(sorted(sizes.values(), reverse=True)[:most])
 
 

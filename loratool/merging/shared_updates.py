@@ -8,11 +8,13 @@ from loratool.adapters.adapter import load_update
 from loratool.algebra.updates.base import Update
 from loratool.lazy import torch
 
+MOST_KEPT = 4  # updates that stay in memory for the next weight
+
 
 class SharedUpdates:
     """Loaded updates that edits of several spans share, such as the factors of all experts; the `most` last used ones."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = MOST_KEPT) -> None:
         self.most = most
         self.lock = threading.Lock()
         self.kept: dict[tuple[int, str, torch.dtype], tuple[Update, Update]] = {}

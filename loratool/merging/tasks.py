@@ -18,7 +18,6 @@ from loratool.files.sink import Arrived
 from loratool.grouping import by_key
 from loratool.merging.chunks import Chunk, bytes_in, chunks_in, chunks_of
 from loratool.merging.edited_spans import EditedSpan
-from loratool.merging.resources import MOST_SHELVED
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals, effects_in
 
@@ -40,7 +39,7 @@ class Job:
     seen: SeenDigests | None = None  # is told what is read of the base
     apart: bool = False  # whether what is seen of each output is kept apart
     stop: threading.Event = field(default_factory=threading.Event)  # set when its work is to end early
-    shared: SharedUpdates = field(default_factory=lambda: SharedUpdates(MOST_SHELVED))
+    shared: SharedUpdates = field(default_factory=SharedUpdates)
     outputs: list[Output] = field(default_factory=list)
     failure: Exception | None = None  # the first
 

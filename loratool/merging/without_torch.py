@@ -73,7 +73,7 @@ class NumpyWorker:
             return False
         added = meant
         if span.rounding == "compensated" and span.placed.dtype == "BF16":
-            added = work.corrected_by(partial(corrected, meant, read))
+            added = work.held.of("corrected", partial(corrected, meant, read))
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
         every = rows_apart(span.rows, span.width)
         seen = tiles.merge(added, read, first, after, every, look, meant) if added.is_workable else None

@@ -86,8 +86,7 @@ def finish_verify(
     tables = [table for table, _ in partials.every()]
     verifier.known = {name: distances_of(each) for table in tables for name, each in table["distances"].items()}
     verifier.bytes_read = sum(table["bytes_read"] for table in tables)
-    found = verifier.run()
-    return dataclasses.replace(found, cost=dataclasses.replace(found.cost, seconds=time.monotonic() - started))
+    return verifier.run(started)
 
 
 def of_record(merged: PathLike, into: PathLike) -> tuple[Path, list[str], Partials]:

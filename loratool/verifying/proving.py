@@ -19,7 +19,6 @@ from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.resources import (
-    MOST_SHELVED,
     NUMPY_WORKERS,
     Resources,
     choose_resources,
@@ -95,37 +94,25 @@ class Subject:
     work: EditedSpan
     distances: Distances
     held: Held = field(default_factory=Held)  # of the merged model's weight
-    updates: dict[str, Updates] = field(default_factory=dict)  # by device, where they are needed one by one
-    halved: Halved | None = None
     odd: bool = False  # whether numpy left some of it to torch
-    doubted: float | None = None
 
     @property
     def doubt(self) -> float:
         """How far elements of the formula may be off where a tool works it out in float32."""
-        with self.work.lock:
-            if self.doubted is None:
-                self.doubted = doubt_of(self.pair.span)
-            return self.doubted
+        return self.work.held.of("doubt", lambda: doubt_of(self.pair.span))
 
     def updates_on(self, device: torch.device) -> Updates:
-        with self.work.lock:
-            if str(device) not in self.updates:
-                self.updates[str(device)] = Updates(self.pair.span, device)
-            return self.updates[str(device)]
+        """Its updates one by one."""
+        return self.work.held.of(("updates", device), lambda: Updates(self.pair.span, device))
+
+    def halves(self) -> Halved:
+        """What numpy adds."""
+        return self.work.held.of("halved", lambda: Halved.by(*self.pair.span.edits))
 
     def load(self, _: Bench) -> int:
         """A task that makes what numpy adds; its few bytes do not count."""
-        self.halved_by_numpy()
+        self.halves()
         return 0
-
-    def halved_by_numpy(self) -> Halved:
-        with self.work.lock:
-            if self.halved is None:
-                (edit,) = self.pair.span.edits
-                self.halved = Halved.by(edit)
-                self.odd = not self.halved.added.is_workable
-            return self.halved
 
 
 class Proving:
@@ -149,7 +136,7 @@ class Proving:
             runtime.start()
         # of those that compute by numpy, more than there are cores wait for the interpreter's lock
         self.workers = options.threads or (min(cores(), NUMPY_WORKERS) if self.by_numpy else most_workers())
-        self.totals, self.shared = Totals(), SharedUpdates(MOST_SHELVED)
+        self.totals, self.shared = Totals(), SharedUpdates()
         self.sources = OpenSources()
         self.lock, self.choosing, self.stop = threading.Lock(), threading.Lock(), threading.Event()
         self.bytes_all, self.bytes_done = sum(pair.nbytes for pair in pairs), 0
@@ -242,8 +229,9 @@ class Proving:
 
         def compare(bench: Bench) -> int:
             pair, width = subject.pair, subject.pair.span.width
-            halved = subject.halved_by_numpy()
-            if not subject.odd and bench.tile_of(width).settled(pair, halved, first, count, self.sources):
+            halved = subject.halves()
+            workable = halved.added.is_workable and not subject.odd
+            if workable and bench.tile_of(width).settled(pair, halved, first, count, self.sources):
                 subject.distances.note(count * width, None)
                 return pair.nbytes * count // max(1, pair.span.rows)
             subject.odd = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from loratool.algebra.rounding import bits_of, round_once
+from loratool.algebra.rounding import bits_of
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.addends import GENEROUS, ROUNDOFF
 from loratool.verifying.distances import Elements, Found
@@ -81,9 +81,9 @@ def single_sums(total: ExactSum, product: Stack, places: Tensor, weights: Tensor
     """W + ΔW of single elements rounded once, from what float32 gives; those next to a tie by `exact_sums`."""
     margins = (weights.abs() + sums.abs()).add_(product.reach).mul_((product.terms + 4) * ROUNDOFF[4] * GENEROUS)
     low, high = ((sums + sign * (margins + total.underflow)).to(total.target) for sign in (-1, 1))
-    near = (bits_of(low) != bits_of(high)) & weights.isfinite()
+    near = (bits_of(low) != bits_of(high)) | ~weights.isfinite()
     low[near] = exact_sums(total, product, places[near], weights[near])
-    return torch.where(weights.isfinite(), low, sums.to(total.target))
+    return low
 
 
 def unequal_places(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -107,8 +107,7 @@ def exact_sums(total: ExactSum, product: Stack, places: Tensor, weights: Tensor)
     left, right = product.up[rows].double(), product.down[:, columns].double().T
     values = (left * right).sum(1).mul_(product.scale).add_(weights.double())
     margins = (weights.double().abs() + values.abs() + product.reach) * ((product.terms + 4) * ROUNDOFF[8] * GENEROUS)
-    low, high = (round_once(values + sign * (margins + total.underflow), total.target) for sign in (-1, 1))
-    near = (bits_of(low) != bits_of(high)) & weights.isfinite()
-    if bool(near.any()):
-        low[near] = total.singles.exactly(places[near], weights[near])
-    return torch.where(weights.isfinite(), low, values.to(total.target))
+    found, finite = values.to(total.target), weights.isfinite()
+    some = (places[finite], values[finite], weights[finite], (margins + total.underflow)[finite])
+    found[finite] = total.singles.rounded(*some)
+    return found

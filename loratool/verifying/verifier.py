@@ -20,13 +20,12 @@ from loratool.devices import Awaited
 from loratool.errors import FitError, printable
 from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO as AUTO_BASE
-from loratool.files.process import cores, peak_memory
+from loratool.files.process import cores
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
-from loratool.merging.inputs import located, planned, read_inputs, several
+from loratool.merging.inputs import opened_inputs, planned, several
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS, PlanOptions
 from loratool.merging.output_layout import Span
-from loratool.merging.resources import MOST_SHELVED
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note
 from loratool.options.described import described_by
@@ -71,8 +70,7 @@ def prove(
 ) -> Verification:
     """What `merged` is, held to `base` and `adapters`."""
     started = time.monotonic()
-    found = verifier_of(merged, base, adapters, options, progress).run()
-    return dataclasses.replace(found, cost=dataclasses.replace(found.cost, seconds=time.monotonic() - started))
+    return verifier_of(merged, base, adapters, options, progress).run(started)
 
 
 def verifier_of(
@@ -101,15 +99,14 @@ def keeps_packed(plan: MergePlan) -> bool:
 
 def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> MergePlan:
     """What the merge would have been. Raises `FitError` in one sentence where an adapter is of another model."""
-    ways = options.readings(max(1, len(adapters)))
-    base, paths = located(base, adapters)
     known = described_by(PlanOptions)
     settings = {name: getattr(options, name) for name in known if hasattr(options, name)}
     settings["rounding"] = options.rounding if options.rounding not in (AUTO, TWICE) else "nearest"
     if options.gguf_type not in GGUF_FLOATS:  # packed tensors are recognised as what they are
         settings["gguf_type"] = None
     try:
-        return planned(*read_inputs(local(base, "model"), paths, ways), PlanOptions(**settings))
+        model, read, _ = opened_inputs(base, adapters, options)
+        return planned(model, read, PlanOptions(**settings))
     except FitError as error:
         if not error.problems:
             raise
@@ -141,8 +138,8 @@ class Verifier:
             notes += self.merged.check(each.name for each in self.pairing.pairs if is_quantised(each.theirs))
         return notes
 
-    def run(self) -> Verification:
-        """Compare everything, look again at what differs, and say what it is."""
+    def run(self, started: float) -> Verification:
+        """Compare everything, look again at what differs, and say what it is; the work began at that second."""
         doubts = self.check()
         rounding, distances = self.prove_all()
         edited = [each for each in self.pairing.pairs if each.span.edits]
@@ -165,7 +162,7 @@ class Verifier:
             rounding=rounding_of(found.values(), rounding),
             tensors=tensors,
             bytes_read=self.bytes_read,
-            cost=Cost(", ".join(ready.devices), 0.0, ready.seconds, peak_memory()),
+            cost=Cost.since(started, ", ".join(ready.devices), ready.seconds),
         )
 
     def prove_all(self) -> tuple[str, dict[str, Distances]]:
@@ -209,7 +206,7 @@ class Verifier:
     ) -> dict[str, Explained]:
         """What each edited tensor is; of very many that differ, only some are looked at."""
         odd = [each for each in edited if distances[each.name].unequal]
-        step, shared = max(1, -(-len(odd) // MOST_LOOKED_AT)), SharedUpdates(MOST_SHELVED)
+        step, shared = max(1, -(-len(odd) // MOST_LOOKED_AT)), SharedUpdates()
         with ThreadPoolExecutor(cores(), "loratool-explain") as pool:
 
             def look(each: Pair) -> Explained:

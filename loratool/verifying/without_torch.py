@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.bases.weights import Plain
 from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
-from loratool.merging.addends import GENEROUS, ROUNDOFF
-from loratool.merging.numpy_rounding import HALF, exactly, rounded_once
+from loratool.merging.numpy_rounding import HALF, RESULTS
 from loratool.merging.numpy_sums import NEAR, Added, alone, parts_of
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ MOST = 1 << 31  # elements in all: of more of them, the import of torch is a sma
 MANY = 64  # where more than one of so many elements differs, torch finds out what they are
 TILE = 1 << 19  # elements that are computed at a time: of fewer, the calls take longer than the arithmetic
 COLUMNS = 256  # of a part of the product: of more of them, one with few rows is too large for its quickest kernel
-SMALLEST = 2.0**-126  # below it a bfloat16 has fewer digits
-TOGETHER = 1 << 12  # elements that are summed exactly at a time
 GROUP = 4  # elements that are compared at a time
 SECOND = 0xFFFF0000  # the second of two elements in one word
 
@@ -179,8 +176,12 @@ class Tile:
         """
         weights, computed, given = (each.view(numpy.uint16) for each in (stored, ours, theirs))
         some = numpy.flatnonzero(computed != given)
-        places = divmod(found[some // GROUP] * GROUP + some % GROUP, self.lanes)
-        return are_sums(added, places, widened(weights[some]), widened(given[some]))
+        rows, columns = divmod(found[some // GROUP] * GROUP + some % GROUP, self.lanes)
+        values = numpy.left_shift(weights[some], 16, dtype=numpy.uint32).view(numpy.float32)
+        if not numpy.isfinite(values).all():
+            return False
+        sums = added.elements(rows, columns, values, RESULTS["BF16"])
+        return sums is not None and numpy.array_equal(sums, given[some])
 
 
 def lanes_of(width: int) -> int:
@@ -191,32 +192,3 @@ def lanes_of(width: int) -> int:
 def rows_of(width: int) -> int:
     """So many rows are computed at a time."""
     return max(1, TILE // max(1, width))
-
-
-def are_sums(added: Added, places: tuple[Any, Any], weights: NDArray[Any], theirs: NDArray[Any]) -> bool:
-    """Whether single elements are W + ΔW rounded once to bfloat16, for sure.
-
-    Args:
-        added: ΔW.
-        places: their rows and columns, (count,) each.
-        weights: (count,) of W.
-        theirs: (count,) of the merged model.
-    """
-    rows, columns = places
-    left, right = added.elements(rows, columns)
-    values = numpy.einsum("ij,ij->i", left, right, dtype=numpy.float64) * added.scale + weights
-    terms = len(added.down) + 8
-    margins = (abs(weights) + abs(values) + added.lengths[rows]) * (terms * ROUNDOFF[8] * GENEROUS)
-    low, high = (rounded_once(each) for each in (values - margins, values + margins))
-    sound = numpy.isfinite(values) & numpy.isfinite(theirs) & (abs(theirs) >= 2 * SMALLEST)
-    open_ones = numpy.flatnonzero(sound & (low != high))
-    for at in range(0, len(open_ones), TOGETHER):
-        some = open_ones[at : at + TOGETHER]
-        low[some] = exactly(weights[some], left[some], right[some], added.scale)
-    return bool((sound & (low == theirs)).all())
-
-
-def widened(stored: NDArray[Any]) -> NDArray[Any]:
-    """The bits of bfloat16 as float32."""
-    values: NDArray[Any] = numpy.left_shift(stored, 16, dtype=numpy.uint32).view(numpy.float32)
-    return values
