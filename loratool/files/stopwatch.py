@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -59,9 +60,18 @@ def begin(thread: str) -> Stopwatch:
     return watch
 
 
-def end() -> None:
-    """Take this thread's time no more."""
-    RUNNING.watch = None
+@contextmanager
+def timed(thread: str) -> Iterator[Stopwatch]:
+    """Take this thread's time meanwhile."""
+    try:
+        yield begin(thread)
+    finally:
+        RUNNING.watch = None
+
+
+def running() -> list[Stopwatch]:
+    """The stopwatch of this thread, if it has one."""
+    return [] if RUNNING.watch is None else [RUNNING.watch]
 
 
 def lap(stage: str, count: int = 0) -> None:

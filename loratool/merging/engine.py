@@ -26,6 +26,7 @@ from loratool.files.sink import PAGE, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
 from loratool.merging.chunks import bytes_in, ranges_behind, ranges_of
+from loratool.merging.numpy_worker import NumpyWorker
 from loratool.merging.resources import (
     Resources,
     choose_resources,
@@ -45,7 +46,6 @@ from loratool.merging.tasks import (
     compare_replaced,
     tasks_on,
 )
-from loratool.merging.without_torch import NumpyWorker
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -37,7 +37,6 @@ from loratool.merging.resources import (
     choose_resources,
     rows_of_block,
     sums_products,
-    work_memory,
 )
 from loratool.merging.row_blocks import Worker
 from loratool.merging.shared_updates import SharedUpdates
@@ -176,8 +175,7 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         chosen = choose_resources(self.plan.spans, devices, options.threads, limit, used)
         self.resources, self.ahead = chosen, AHEAD * chosen.workers * chosen.block
         if limit is not None and not chosen.on_gpu:
-            needed = used + work_memory(self.plan.spans, chosen.workers, chosen.block, chosen.on_gpu)
-            self.ahead = min(self.ahead, limit - needed)
+            self.ahead = min(self.ahead, limit - used - chosen.memory(self.plan.spans))
 
     @cached_property
     def spans(self) -> dict[str, Span]:

@@ -35,7 +35,7 @@ from loratool.merging.merge import (
     check_values,
     cost,
     describe,
-    make_all,
+    make_one,
     make_report,
     read_again,
     repeated,
@@ -148,14 +148,8 @@ def result_of(
     making: Making[Report], merge: PartedMerge, runtime: Future[Runtime], progress: Progress | None
 ) -> Report:
     """What comes of the making of one merge, or of parts of it."""
-    watch = stopwatch.begin("main")
-    try:
-        (result,) = make_all([making], merge.options, runtime, progress, watch, merge.output.held(merge.parts))
-    finally:
-        stopwatch.end()
-    if isinstance(result, Exception):
-        raise result
-    return result
+    with stopwatch.timed("main"):
+        return make_one(making, merge.options, runtime, progress, merge.output.held(merge.parts))
 
 
 def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: Future[Runtime]) -> Making[Made]:

@@ -92,18 +92,13 @@ def merge(
     progress: Progress | None = None,
 ) -> MergeReport:
     """Write W' = W + Σ weight · ΔW as a complete model folder `out`; `loratool.commands.merge` says all of it."""
-    started, watch = time.monotonic(), stopwatch.begin("main")
-    try:
+    started = time.monotonic()
+    with stopwatch.timed("main"):
         with clearing_spent(out):
             prepared = prepare(base, adapters, out, options)
         lap("plan")
         runtime = runtime_for(prepared[0].spans, options)
-        (report,) = make_all([making(prepared, out, options, runtime, started)], options, runtime, progress, watch)
-    finally:
-        stopwatch.end()
-    if isinstance(report, Exception):
-        raise report
-    return report
+        return make_one(making(prepared, out, options, runtime, started), options, runtime, progress)
 
 
 def making(
@@ -159,12 +154,25 @@ Report = TypeVar("Report")
 Making = Generator["Job", "Engine", Report]
 
 
+def make_one(
+    making: Making[Report],
+    options: MergeOptions,
+    runtime: Future[Runtime],
+    progress: Progress | None,
+    sent: int = 0,
+) -> Report:
+    """Make one output, as `make_all` makes several; raises what went wrong."""
+    (report,) = make_all([making], options, runtime, progress, sent)
+    if isinstance(report, Exception):
+        raise report
+    return report
+
+
 def make_all(
     makings: Sequence[Making[Report]],
     options: MergeOptions,
     runtime: Future[Runtime],
     progress: Progress | None,
-    watch: stopwatch.Stopwatch,
     sent: int = 0,
 ) -> list[Report | Exception]:
     """Make several outputs at one reading of their base: of each the report, or what went wrong with it alone.
@@ -185,7 +193,7 @@ def make_all(
         for job in jobs.values():
             job.share_seen(next(iter(jobs.values())))
         engine = Engine([*jobs.values()], runtime, options.threads, options.max_memory, progress, sent)
-        engine.watches.append(watch)
+        engine.watches.extend(stopwatch.running())
         lap("stage")
         try:
             if jobs:

@@ -89,11 +89,11 @@ def merge_many(
     base: PathLike, outputs: Outputs, options: MergeOptions, progress: Progress | None = None
 ) -> MergeManyReport:
     """Merge adapters into a base for several outputs; `loratool.commands.merge_many` says all of it."""
-    started, watch = time.monotonic(), stopwatch.begin("main")
+    started = time.monotonic()
     wanted = wanted_outputs(outputs, options)
     reports: dict[str, MergeReport] = {}
     errors: dict[str, LoratoolError] = {}
-    try:
+    with stopwatch.timed("main") as watch:
         ready = prepare_many(base, wanted, errors)
         for output in wanted:
             if not output.stored and isinstance(errors.get(output.key), UsageError):
@@ -111,9 +111,7 @@ def merge_many(
             for each in ready
         ]
         sent = max((merge.output.held(merge.parts) for merge in into_stores.values()), default=0)
-        results = make_all(makings, options, runtime, progress, watch, sent)
-    finally:
-        stopwatch.end()
+        results = make_all(makings, options, runtime, progress, sent)
     for each, result in zip(ready, results, strict=True):
         if isinstance(result, LoratoolError):
             errors[each.wanted.key] = result

@@ -95,20 +95,20 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     notes += rounding_notes(shards, options.rounding)
     naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
     return MergePlan(
-        base,
-        tuple(adapters),
-        strengths,
-        options.dtype,
-        shards,
-        side_files,
-        tuple(left_out),
-        tuple(notes),
-        naming,
-        options.rounding,
-        tuple(sorted(plain)),
-        tuple(sorted({span.packed for shard in shards for span in shard.spans if span.packed})),
-        options.accept_loss,
-        f"--gguf-type {options.gguf_type}" if options.gguf_type else "--requantize",
+        base=base,
+        adapters=tuple(adapters),
+        weights=strengths,
+        dtype=options.dtype,
+        shards=shards,
+        side_files=side_files,
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+        naming=naming,
+        rounding=options.rounding,
+        plain=tuple(sorted(plain)),
+        anew=tuple(sorted({span.packed for shard in shards for span in shard.spans if span.packed})),
+        accepts_loss=options.accept_loss,
+        packed_by=f"--gguf-type {options.gguf_type}" if options.gguf_type else "--requantize",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import stored_tensors
@@ -66,6 +66,7 @@ class Resources:
     workers: int
     block: int  # bytes of weight that pass at a time, at least one row
     max_memory: int | None = None  # the limit that they keep within
+    has_torch: bool = True  # without it numpy computes
 
     @property
     def on_gpu(self) -> bool:
@@ -75,6 +76,32 @@ class Resources:
     def kind(self) -> str:
         """The kind of device."""
         return kind_of(self.devices)
+
+    def memory(self, spans: Sequence[Span], sent: int = 0) -> int:
+        """Bytes of host memory that work on some spans takes besides what Python and its libraries take.
+
+        `sent` are bytes that each worker may hold of what it sends elsewhere.
+        """
+        touched = [span for span in spans if not span.untouched]
+        buffers = max(map(self.buffer_memory, touched), default=0)
+        kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if self.on_gpu else 0)
+        each = COPY_PIECE + buffers + read_ahead(spans) + correcting_memory(touched) + sent
+        return kept + self.workers * each + factor_memory(touched, self.workers)
+
+    def buffer_memory(self, span: Span) -> int:
+        """Bytes of one worker's host buffers: the raw block, and on the CPU the merged block, what it is computed in, and held.
+
+        The merged block counts twice: at an odd byte of the file it takes a step in between. Numpy has the merged one alone.
+        """
+        raw = rows_of_block(span, self.block) * span.width * itemsize(span)
+        if self.on_gpu:
+            return raw
+        held = span.weight.memory if isinstance(span.weight, Packed) else 0
+        if not self.has_torch:
+            return held + raw + numpy_sums.TILE * 20
+        if not sums_products(span):
+            return held + 3 * raw + FORMULA_MEMORY * (raw // itemsize(span))
+        return held + 3 * raw + tile_elements(span, self.block, on_gpu=False) * (21 if needs_float64(span) else 13)
 
 
 def runtime_for(spans: Sequence[Span], options: RunOptions) -> Future[Runtime]:
@@ -100,7 +127,8 @@ def by_numpy(spans: Sequence[Span], device: str, max_memory: int | None = None) 
     few = workers <= FEW_WORKERS or sum(span.placed.elements for span in spans) <= FEW_ELEMENTS
     useful = min(workers, NUMPY_WORKERS)
     return few or (
-        max_memory is not None and max_memory < runtime_memory() + work_memory(spans, useful, LARGE_BLOCK, False)
+        max_memory is not None
+        and max_memory < runtime_memory() + Resources(("cpu",), useful, LARGE_BLOCK).memory(spans)
     )
 
 
@@ -119,28 +147,26 @@ def choose_resources(
     Raises `UsageError` with the smallest limit that would do.
     """
     used = max(used, NUMPY_MEMORY)  # which may not have been imported so far
-    on_gpu = kind_of(devices) == "cuda"
-    if on_gpu:
-        chosen, block = workers or min(cores(), GPU_WORKERS * len(devices)), CUDA_BLOCK
+    if kind_of(devices) == "cuda":
+        most, block = workers or min(cores(), GPU_WORKERS * len(devices)), CUDA_BLOCK
     elif has_torch:
-        chosen = workers or most_workers()
-        block = CPU_BLOCK if chosen <= FEW_WORKERS else LARGE_BLOCK
+        most = workers or most_workers()
+        block = CPU_BLOCK if most <= FEW_WORKERS else LARGE_BLOCK
     else:
-        chosen, block = workers or min(most_workers(), NUMPY_WORKERS), NUMPY_BLOCKS * CPU_BLOCK
-    if max_memory is None:
-        return Resources(devices, chosen, block)
-    while (needed := used + work_memory(spans, chosen, block, on_gpu, sent, has_torch)) > max_memory:
-        if block > SMALLEST_BLOCK:
-            block //= 2
-        elif chosen > 1:
-            chosen -= 1
+        most, block = workers or min(most_workers(), NUMPY_WORKERS), NUMPY_BLOCKS * CPU_BLOCK
+    chosen = Resources(devices, most, block, max_memory, has_torch)
+    while max_memory is not None and (needed := used + chosen.memory(spans, sent)) > max_memory:
+        if chosen.block > SMALLEST_BLOCK:
+            chosen = replace(chosen, block=chosen.block // 2)
+        elif chosen.workers > 1:
+            chosen = replace(chosen, workers=chosen.workers - 1)
         else:
             least = -(-needed // 10**6)
             raise UsageError(
                 f"--max-memory: {max_memory / 10**6:g} MB is too little; this merge needs at least {least} MB",
                 hint=f"--max-memory {least}MB",
             )
-    return Resources(devices, chosen, block, max_memory)
+    return chosen
 
 
 def check_limit(spans: Sequence[Span], runtime: Runtime, options: RunOptions, sent: int = 0) -> None:
@@ -157,18 +183,7 @@ def estimated_memory(spans: Sequence[Span], device: str, workers: int | None, ma
     of_torch = RUNTIME_MEMORY + CUDA_MEMORY if on_gpu else runtime_memory()
     used = of_torch if has_torch else NUMPY_MEMORY
     chosen = choose_resources(spans, devices, workers, max_memory, used, has_torch=has_torch)
-    return used + work_memory(spans, chosen.workers, chosen.block, chosen.on_gpu, has_torch=has_torch)
-
-
-def work_memory(
-    spans: Sequence[Span], workers: int, block: int, on_gpu: bool, sent: int = 0, has_torch: bool = True
-) -> int:
-    """Bytes of host memory that `workers` need besides what Python and its libraries take."""
-    touched = [span for span in spans if not span.untouched]
-    buffers = max((block_memory(span, block, on_gpu, has_torch) for span in touched), default=0)
-    kept = WORKING_MEMORY + (CUDA_WORKING_MEMORY if on_gpu else 0)
-    each = COPY_PIECE + buffers + read_ahead(spans) + correcting_memory(touched) + sent
-    return kept + workers * each + factor_memory(touched, workers)
+    return used + chosen.memory(spans)
 
 
 def correcting_memory(spans: Iterable[Span]) -> int:
@@ -181,22 +196,6 @@ def read_ahead(spans: Iterable[Span]) -> int:
     """Bytes that a worker holds of what it reads from elsewhere."""
     found = {tensor.file.path: stand_in(tensor.file.path) for span in spans for tensor in span.weight.tensors}
     return max((there.ahead for there in found.values() if there is not None), default=0)
-
-
-def block_memory(span: Span, block: int, on_gpu: bool, has_torch: bool = True) -> int:
-    """Bytes of one worker's host buffers: the raw block, and on the CPU the merged block, what it is computed in, and held.
-
-    The merged block counts twice: at an odd byte of the file it takes a step in between. Numpy has the merged one alone.
-    """
-    raw = rows_of_block(span, block) * span.width * itemsize(span)
-    if on_gpu:
-        return raw
-    held = span.weight.memory if isinstance(span.weight, Packed) else 0
-    if not has_torch:
-        return held + raw + numpy_sums.TILE * 20
-    if not sums_products(span):
-        return held + 3 * raw + FORMULA_MEMORY * (raw // itemsize(span))
-    return held + 3 * raw + tile_elements(span, block, on_gpu) * (21 if needs_float64(span) else 13)
 
 
 def factor_memory(spans: Sequence[Span], workers: int) -> int:

@@ -35,8 +35,8 @@ from loratool.verifying.options import RESIDUAL, STEPWISE, TWICE
 from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
+from loratool.verifying.quick_numpy import Halved, Tile, suffices
 from loratool.verifying.updates import Updates, doubt_of, rounded_twice
-from loratool.verifying.without_torch import Halved, Tile, suffices
 
 if TYPE_CHECKING:
     from loratool.arguments import Progress

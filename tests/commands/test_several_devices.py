@@ -26,7 +26,7 @@ from loratool.errors import FitError, UsageError
 from loratool.measuring.session import Session
 from loratool.merging import resources
 from loratool.merging.merge import prepare
-from loratool.merging.resources import choose_resources, work_memory
+from loratool.merging.resources import choose_resources
 from loratool.merging.row_blocks import Worker
 
 needs_two_gpus = pytest.mark.skipif(
@@ -200,10 +200,10 @@ def test_a_memory_limit_holds_for_any_number_of_devices(devices: Sequence[str], 
     options = MergeAndPushOptions()
     spans = prepare(inputs / "base", inputs / "one", tmp_path / "out", options)[0].spans
     unlimited = choose_resources(spans, tuple(devices), 32, None, 0)
-    most = work_memory(spans, unlimited.workers, unlimited.block, on_gpu=True)
+    most = unlimited.memory(spans)
     chosen = choose_resources(spans, tuple(devices), 32, most - 1, 0)
     assert chosen.devices == devices
-    assert work_memory(spans, chosen.workers, chosen.block, on_gpu=True) < most
+    assert chosen.memory(spans) < most
     with pytest.raises(UsageError, match="--max-memory"):
         choose_resources(spans, tuple(devices), 32, 10**6, 0)
 

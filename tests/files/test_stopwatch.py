@@ -40,16 +40,13 @@ def test_stopwatches_of_one_name_are_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_thread_times_itself_alone() -> None:
-    watch = stopwatch.begin("this one")
-    try:
+    with stopwatch.timed("this one") as watch:
         other = threading.Thread(target=lap, args=("read", 3))
         other.start()
         other.join()
         assert watch.stages == {}
         lap("read", 4)
         assert watch.stages["read"].bytes == 4
-    finally:
-        stopwatch.end()
     lap("read", 5)
     assert watch.stages["read"].bytes == 4
 

@@ -21,10 +21,10 @@ import loratool
 from loratool.bases.weights import widen
 from loratool.devices import resident_memory, runtime_memory
 from loratool.errors import FitError
-from loratool.merging import numpy_sums, resources, without_torch
+from loratool.merging import numpy_sums, numpy_worker, resources
 from loratool.merging.numpy_rounding import RESULTS
 from loratool.merging.numpy_sums import Added, Tiles
-from loratool.merging.without_torch import NumpyWorker
+from loratool.merging.numpy_worker import NumpyWorker
 
 ROWS, COLUMNS, RANK = 12, 32, 3
 ODD = "model.layers.0.self_attn.v_proj.weight"
@@ -219,8 +219,8 @@ def test_a_limit_that_leaves_no_memory_for_torch_is_told_where_it_takes_torch(
     factors = {ODD: (numbers(RANK, 48, seed=7), numbers(64, RANK, seed=8, size=0.01))}
     write_adapter(tmp_path / "adapter", factors, torch.float32, r=RANK, lora_alpha=RANK, target_modules=["v_proj"])
     limit: dict[str, Any] = {"max_memory": resident_memory() + (200 << 20)}
-    monkeypatch.setattr(without_torch, "runtime_memory", lambda: (300 << 20) - spare)
-    monkeypatch.setattr(without_torch, "has_torch", lambda: False)
+    monkeypatch.setattr(numpy_worker, "runtime_memory", lambda: (300 << 20) - spare)
+    monkeypatch.setattr(numpy_worker, "has_torch", lambda: False)
     if spare:
         loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", device="cpu", **limit)
         return
@@ -237,7 +237,7 @@ def test_many_cores_compute_by_numpy_where_a_limit_leaves_little_for_torch(
     assert not resources.by_numpy(spans, "cpu")
     assert not resources.by_numpy(spans, "cpu", 8 << 30)
     assert resources.by_numpy(spans, "cpu", 200 << 20)
-    few = runtime_memory() + resources.work_memory(spans, resources.NUMPY_WORKERS, resources.LARGE_BLOCK, False)
+    few = runtime_memory() + resources.Resources(("cpu",), resources.NUMPY_WORKERS, resources.LARGE_BLOCK).memory(spans)
     assert resources.by_numpy(spans, "cpu", few - 1)
     assert not resources.by_numpy(spans, "cpu", few)
 
