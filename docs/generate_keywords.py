@@ -18,7 +18,7 @@ from loratool.lineage.running import ManifestOptions
 from loratool.merging.dry_run import DryRunOptions
 from loratool.merging.in_memory import InMemoryOptions
 from loratool.merging.merge import MergeOptions
-from loratool.merging.options import PlanOptions
+from loratool.merging.plan_options import PlanOptions
 from loratool.options.described import Option, Options, described_by
 from loratool.publishing.options import PushOptions
 from loratool.publishing.streaming import StreamOptions

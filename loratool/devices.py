@@ -87,17 +87,6 @@ class Awaited:
         return (self.future or without_torch()).result()
 
 
-def check_device(device: str, several: bool = True) -> None:
-    """Raise `UsageError` where `device` names none, or more than one without `several`."""
-    numbered = device.split(",")
-    every = all(name.startswith("cuda:") and name[5:].isdigit() for name in numbered)
-    if device not in ("auto", "cpu", "cuda") and not (every and (several or len(numbered) == 1)):
-        more = ", or several such as cuda:0,cuda:1" if several else ""
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N{more} (got {printable(repr(device))})")
-    if twice := [name for name in numbered if numbered.count(name) > 1]:
-        raise UsageError(f"--device names {twice[0]} more than once")
-
-
 def means_cpu(device: str) -> bool:
     """Whether `device` is the CPU for sure, told without torch."""
     return device == "cpu" or (device == "auto" and process.has_no_gpu())

@@ -23,8 +23,8 @@ from loratool.algebra.lowrank.products import Product
 from loratool.algebra.rounding import round_once
 from loratool.arguments import PathLike
 from loratool.errors import FitError, InputError, printable
-from loratool.files.checkpoint import PROVENANCE, leaves, sort_side_files
 from loratool.files.digests import recorded
+from loratool.files.folders import PROVENANCE, leaves, sort_side_files
 from loratool.files.gguf import GgufFile
 from loratool.files.gguf_writer import copy_with_values
 from loratool.files.journal import Journal
@@ -36,7 +36,7 @@ from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.options.described import dtypes, option
-from loratool.options.shared import WritingOptions
+from loratool.options.writing import WritingOptions
 from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
 from loratool.provenance.record import versions
 

@@ -16,7 +16,8 @@ from loratool.adapters.weight_files import module_files
 from loratool.bases.decoded import Decoded, PackedModel
 from loratool.bases.packed import TWINS
 from loratool.errors import InputError, printable
-from loratool.files.checkpoint import Checkpoint, leaves
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.folders import leaves
 from loratool.files.inputs import holds_text, special_files
 from loratool.files.model_files import TOKENIZER_FILES
 from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES

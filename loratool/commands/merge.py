@@ -12,9 +12,9 @@ from loratool.commands.publish import with_push
 from loratool.errors import LoratoolError, UsageError
 from loratool.merging import merge as merging
 from loratool.merging.merge import MergeOptions
-from loratool.merging.options import ClusterOptions
+from loratool.merging.plan_options import ClusterOptions
 from loratool.options.described import made_of, option
-from loratool.options.shared import PublishOptions
+from loratool.options.writing import PublishOptions
 from loratool.results.merge import MergeReport
 from loratool.stores.names import is_in_store
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.errors import LoratoolError, printable
-from loratool.options.shared import PublishOptions
+from loratool.options.writing import PublishOptions
 from loratool.publishing.options import PushOptions
 from loratool.stores.names import is_in_store
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from loratool.arguments import PathLike
 from loratool.errors import UsageError, about, printable
-from loratool.files.checkpoint import Checkpoint, holds_weights
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.folders import holds_weights
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
 from loratool.files.inputs import unreadable
 from loratool.files.names import at_home

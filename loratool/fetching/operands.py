@@ -18,7 +18,7 @@ from typing import Literal
 from loratool.adapters.formats import is_adapter
 from loratool.errors import LoratoolError, printable
 from loratool.fetching.bases import AUTO
-from loratool.files.checkpoint import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
+from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
 from loratool.files.hub_names import SCHEME, parse
 from loratool.files.names import at_home
 from loratool.notes import Note

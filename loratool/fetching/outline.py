@@ -22,16 +22,8 @@ from loratool.errors import HubError, InputError, LoratoolError, Problem, printa
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
 from loratool.fetching.ranges import Ranged, RangedGguf
-from loratool.files.checkpoint import (
-    INDEX_SUFFIX,
-    MODEL_INDEX,
-    PROVENANCE,
-    choose_index,
-    choose_shards,
-    gguf_alone,
-    read_index,
-    sort_side_files,
-)
+from loratool.files.checkpoint import choose_index, choose_shards, gguf_alone, read_index
+from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, PROVENANCE, sort_side_files
 from loratool.files.gguf import GgufFile, gguf_layout
 from loratool.files.gguf_splits import names_of_parts
 from loratool.files.hub_names import HubPath, way_inside

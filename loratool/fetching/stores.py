@@ -19,7 +19,7 @@ from loratool.errors import InputError, StorageError, printable, shown_as
 from loratool.fetching.answers import why_no_name
 from loratool.fetching.outline import Role, needed, small_files
 from loratool.files import stand_ins
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, holds_weights, sidecar_of
+from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, holds_weights, sidecar_of
 from loratool.files.gguf import gguf_layout
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.files.safefile import PREFIX, header_length

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loratool.errors import LoratoolError
-from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import (
     FUNCTION,
     HASHES,
@@ -16,6 +15,7 @@ from loratool.files.digests import (
     digest_of_part,
     read_recorded,
 )
+from loratool.files.folders import PROVENANCE
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import Member

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import ANOTHER_OUT, LoratoolError, StorageError, UsageError, printable
-from loratool.files.checkpoint import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.digests import Digest, read_recorded, why_unlike
+from loratool.files.folders import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.hub_names import slashed
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import JOURNAL, REPLACED, ForeignError, Journal, look, read_journal, walk

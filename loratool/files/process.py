@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -105,14 +106,34 @@ def cores() -> int:
 
 
 def on_all_cores(function: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
-    """What `function` makes of each item, in their order; by threads, as many as cores, where there are several."""
-    every = list(items)
-    if len(every) < 2:
-        return [*map(function, every)]
-    from concurrent.futures import ThreadPoolExecutor  # here, as it imports `logging`, too
+    """What `function` makes of each item, in their order; by threads, as many as cores, this one among them.
 
-    with ThreadPoolExecutor(cores()) as pool:
-        return list(pool.map(function, every))
+    The first error ends all of them, once each is through with its item. A pool of `concurrent.futures` would do all of the
+    others first, and its import takes longer than many a comparison.
+    """
+    every = list(items)
+    found: dict[int, Found] = {}
+    errors: list[BaseException] = []
+    left = iter(enumerate(every))  # threads take turns at it, for it is not written in Python
+
+    def work() -> None:
+        try:
+            for number, item in left:
+                found[number] = function(item)
+                if errors:
+                    return
+        except BaseException as error:
+            errors.append(error)
+
+    others = [threading.Thread(target=work, name="loratool-core") for _ in range(min(cores(), len(every)) - 1)]
+    for thread in others:
+        thread.start()
+    work()
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [found[number] for number in range(len(every))]
 
 
 def has_no_gpu() -> bool:

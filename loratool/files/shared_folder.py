@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.arguments import Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
-from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import HASHES, PIECE, digest_of_part
+from loratool.files.folders import PROVENANCE, sidecar_of
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
 from loratool.files.outputs import check_stage, stage_of

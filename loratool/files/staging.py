@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from loratool.arguments import PathLike
 from loratool.errors import ANOTHER_OUT, LoratoolError, StorageError, UsageError, printable
-from loratool.files.checkpoint import PROVENANCE, sidecar_of
 from loratool.files.digests import (
     Digest,
     Finder,
@@ -34,6 +33,7 @@ from loratool.files.digests import (
     unproven,
     why_unlike,
 )
+from loratool.files.folders import PROVENANCE, sidecar_of
 from loratool.files.journal import (
     DISCARDED,
     FETCHED,

@@ -19,7 +19,7 @@ from loratool.bases.opening import open_checkpoint
 from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import headers
-from loratool.files.checkpoint import holds_weights
+from loratool.files.folders import holds_weights
 from loratool.files.safefile import DTYPE_BITS, Layout
 from loratool.grouping import by_key
 from loratool.layouts.architectures import OUTPUT_HEADS

@@ -22,8 +22,9 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, escaped, printable
 from loratool.fetching import Located, headers, local
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, Checkpoint, holds_weights
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import SHARED, compressed_in
+from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, holds_weights
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import itself
 from loratool.files.safefile import SafeFile, TensorInfo

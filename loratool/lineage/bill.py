@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, VerificationError, escaped, printable
-from loratool.files.checkpoint import record_for
 from loratool.files.digests import Digest, is_hex, is_plain, read_recorded, sha256_of
+from loratool.files.folders import record_for
 from loratool.files.hub_cache import HUB_ID
 from loratool.files.process import cores
 from loratool.provenance import record

@@ -18,7 +18,7 @@ from loratool.lineage.locating import Found, Search, Wanted, here, why_unlike_fa
 from loratool.lineage.makers import Maker, Makers
 from loratool.notes import Note
 from loratool.options.described import PathKind, option
-from loratool.options.shared import OverwriteOption
+from loratool.options.writing import OverwriteOption
 from loratool.provenance import record as records
 from loratool.provenance.recorded import inputs_of, models_of, record_at
 from loratool.results.base import Cost

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from loratool.adapters.writer import described
 from loratool.algebra.lowrank.products import working_dtype
 from loratool.arguments import Progress
-from loratool.devices import check_device, exact_arithmetic, kind_of, load_linear_algebra, start_torch
+from loratool.devices import exact_arithmetic, kind_of, load_linear_algebra, start_torch
 from loratool.errors import LoratoolError
 from loratool.files.process import cores
 from loratool.grouping import by_key
+from loratool.options.shared import check_device
 from loratool.results.base import Cost
 
 if TYPE_CHECKING:

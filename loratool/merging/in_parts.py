@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files import stopwatch
-from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
+from loratool.files.folders import PROVENANCE
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord, PublishedError, SharedOutput
 from loratool.files.sink import Destination

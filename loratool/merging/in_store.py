@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from loratool.arguments import PathLike, Progress
 from loratool.errors import FitError, StoreError, printable
-from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import read_recorded
+from loratool.files.folders import PROVENANCE
 from loratool.files.part_records import PublishedError
 from loratool.merging.in_parts import IncompleteError, make, making, publish, result_of
 from loratool.merging.merge import Making, MergeOptions, cost

@@ -19,8 +19,8 @@ from loratool.bases.extra_weights import name_beside
 from loratool.devices import Runtime, kind_of
 from loratool.errors import FitError, LoratoolError, VerificationError, printable
 from loratool.files import stopwatch
-from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import recorded
+from loratool.files.folders import PROVENANCE
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.journal import FinishedShard, Journal
 from loratool.files.known_digests import KnownDigests
@@ -36,12 +36,13 @@ from loratool.merging.fingerprints import content_fingerprint, local_state
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, gains_of
 from loratool.merging.inputs import check_all_there, opened_inputs, planned, several
 from loratool.merging.one_file import as_one_file, is_file, target_of
-from loratool.merging.options import PlanOptions, RunOptions
+from loratool.merging.options import RunOptions
+from loratool.merging.plan_options import PlanOptions
 from loratool.merging.resources import check_limit, runtime_for
 from loratool.merging.tasks import Job
 from loratool.notes import Note, as_records
 from loratool.options.described import FLAG, Choice, option
-from loratool.options.shared import OverwriteOption
+from loratool.options.writing import OverwriteOption
 from loratool.provenance import record
 from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
 from loratool.provenance.inputs import ModelDigests, told_input, told_model

@@ -14,7 +14,8 @@ from loratool.files.part_records import FilePart
 from loratool.merging.by_tasks import Task, Words, merge_by_tasks, words_of
 from loratool.merging.dealing import deal
 from loratool.merging.merge import MergeOptions
-from loratool.merging.options import RAY, ClusterOptions
+from loratool.merging.options import RAY
+from loratool.merging.plan_options import ClusterOptions
 from loratool.merging.resources import GPU_WORKERS, WAITING_WORKERS
 from loratool.results.merge import MergeReport
 

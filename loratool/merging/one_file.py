@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
-from loratool.files.checkpoint import WEIGHT_FILES
+from loratool.files.folders import WEIGHT_FILES
 from loratool.files.outputs import check_target
 
 if TYPE_CHECKING:

@@ -11,10 +11,8 @@ from loratool.layouts.ggml import ENCODED
 from loratool.options.described import (
     FLAG,
     NUMBER,
-    SIZE,
     Choice,
     Number,
-    Options,
     Pairs,
     PathKind,
     Size,
@@ -93,31 +91,6 @@ class ChangeOptions(BlockOption, NamingOptions, OrientationOption, ReadingOption
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayoutOption(Options):
-    """How what is merged is laid out."""
-
-    shard_size: int | None = option(
-        help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions(ChangeOptions, LayoutOption):
-    """What is merged, and how it is laid out."""
-
-    requantize: bool = option(
-        help="Write edited weights of a quantised BASE in its own format again, each value rounded to the nearest one.",
-        default=False,
-        kind=FLAG,
-    )
-    accept_loss: bool = option(
-        help="With --requantize or --gguf-type: write the output even if most of the update is lost.",
-        default=False,
-        kind=FLAG,
-    )
-
-
 @dataclass(frozen=True)
 class Workers(Number):
     """A number of threads, or a Ray cluster."""
@@ -155,19 +128,3 @@ class RunOptions(DeviceOption):
                 f"--workers {self.workers} is for `loratool merge` into a folder; pass a number of threads"
             )
         return self.workers
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterOptions(Options):
-    """Of a merge by the tasks of a cluster."""
-
-    num_cpus: int | None = option(
-        help="With --workers ray: cores of a task [default: 4, or those of the smallest node; with GPUs those of a node divided by its GPUs, at most 12 for each].",
-        kind=Number(whole=True, low=1, high=1024),
-        recorded=False,
-    )
-    num_gpus: int | None = option(
-        help="With --workers ray: GPUs of a task [default: one where the cluster has any, none with --device cpu].",
-        kind=Number(whole=True, low=0, high=64),
-        recorded=False,
-    )

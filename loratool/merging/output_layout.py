@@ -15,7 +15,8 @@ from loratool.bases.decoded import Decoded, weights_by_shard
 from loratool.bases.side_files import OutputFile
 from loratool.bases.weights import Plain
 from loratool.errors import InputError, printable
-from loratool.files.checkpoint import INDEX_SUFFIX, SINGLE, Checkpoint, index_text
+from loratool.files.checkpoint import Checkpoint, index_text
+from loratool.files.folders import INDEX_SUFFIX, SINGLE
 from loratool.files.pipelines import Member, identities, itself
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 from loratool.grouping import by_key

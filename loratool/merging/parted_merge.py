@@ -16,7 +16,7 @@ from loratool.adapters.formats import replaceable
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.stores import brought
-from loratool.files.checkpoint import PROVENANCE
+from loratool.files.folders import PROVENANCE
 from loratool.files.journal import Journal
 from loratool.files.model_files import MADE_HERE
 from loratool.files.part_records import FilePart, SharedOutput

@@ -34,7 +34,8 @@ from loratool.bases.trained_view import (
 )
 from loratool.bases.weights import Filled, Plain, StoredWeight, as_weight
 from loratool.errors import FitError, InputError, UsageError, printable
-from loratool.files.checkpoint import PROVENANCE, Checkpoint
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.folders import PROVENANCE
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.system import shell_word
 from loratool.layouts.architectures import POOLED
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
     from loratool.bases.binding import Place
     from loratool.bases.trained_view import Binder
-    from loratool.merging.options import PlanOptions
+    from loratool.merging.plan_options import PlanOptions
 
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:

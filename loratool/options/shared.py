@@ -5,28 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.devices import check_device
-from loratool.errors import UsageError
+from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, Kind, Options, PathKind, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class OverwriteOption(Options):
-    """Of a command that makes a folder."""
-
-    overwrite: bool = option(
-        help="Replace OUT if it contains nothing but model or adapter files.",
-        default=False,
-        kind=FLAG,
-        recorded=False,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WritingOptions(OverwriteOption):
-    """Of a command that makes an adapter."""
-
-    dry_run: bool = option(help="Compute and report, but write nothing.", default=False, kind=FLAG, recorded=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +28,17 @@ class PageOptions(PictureOptions):
     overwrite: bool = option(
         help="Replace FILE, and figures in DIR, if loratool made them.", default=False, kind=FLAG, recorded=False
     )
+
+
+def check_device(device: str, several: bool = True) -> None:
+    """Raise `UsageError` where `device` names none, or more than one without `several`."""
+    numbered = device.split(",")
+    every = all(name.startswith("cuda:") and name[5:].isdigit() for name in numbered)
+    if device not in ("auto", "cpu", "cuda") and not (every and (several or len(numbered) == 1)):
+        more = ", or several such as cuda:0,cuda:1" if several else ""
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N{more} (got {printable(repr(device))})")
+    if twice := [name for name in numbered if numbered.count(name) > 1]:
+        raise UsageError(f"--device names {twice[0]} more than once")
 
 
 @dataclass(frozen=True)
@@ -115,42 +106,3 @@ class OrientationOption(Options):
         help="Whether square weights that may be Conv1D are stored (in, out) [default: decided by the model class].",
         kind=FLAG,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SendOptions(Options):
-    """Of whatever sends files to the Hub."""
-
-    public: bool = option(help="Make a newly created repository public.", default=False, kind=FLAG, recorded=False)
-    allow_secret: tuple[str, ...] = option(
-        help="Upload FILE (or files matching a pattern) even if it seems to contain a secret; may be repeated.",
-        default=(),
-        many=True,
-        metavar="FILE",
-        recorded=False,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishOptions(SendOptions):
-    """Of a command that writes an output."""
-
-    push_to_hub: str | None = option(
-        help="Also upload the output, as `loratool push` does.", metavar="REPO", recorded=False
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.push_to_hub is None and (idle := [flag for flag, given in self.for_push().items() if given]):
-            flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise UsageError(f"{flags} need{'s' * (len(idle) == 1)} --push-to-hub REPO", hint="--push-to-hub REPO")
-
-    def for_push(self) -> dict[str, Any]:
-        """The options that are those of `push`."""
-        return {"public": self.public, "allow_secret": self.allow_secret}
-
-    @property
-    def destination(self) -> str | None:
-        """The repository that the output goes to; none where there is no output, or it stays here."""
-        dry = isinstance(self, WritingOptions) and self.dry_run
-        return None if dry else self.push_to_hub

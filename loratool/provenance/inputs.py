@@ -11,8 +11,9 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import FUNCTION, Digest, digest_of_part, sha256_of
 from loratool.files.hub_cache import told_origin
 from loratool.files.known_digests import KnownDigests
-from loratool.files.safefile import SafeFile, Selection
+from loratool.files.safefile import SafeFile
 from loratool.files.seen_digests import SeenDigests
+from loratool.files.views import Selection
 from loratool.provenance.cards import terms_of
 from loratool.provenance.record import is_decisive
 from loratool.provenance.recorded import LICENCE, made_of

@@ -12,7 +12,6 @@ from typing import Any
 
 from loratool import __version__
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE, record_for, walk
 from loratool.files.digests import (
     Digest,
     Finder,
@@ -22,6 +21,7 @@ from loratool.files.digests import (
     unproven,
     why_unlike,
 )
+from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, record_for, walk
 from loratool.files.hub_cache import find_blob
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.lazy import installed

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, LoratoolError, printable
-from loratool.files.checkpoint import PROVENANCE, record_for
+from loratool.files.folders import PROVENANCE, record_for
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_json
 from loratool.files.model_files import MADE_HERE
 from loratool.files.weight_formats import read_weight_file

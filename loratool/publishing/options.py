@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loratool.options.described import FLAG, option
-from loratool.options.shared import SendOptions
+from loratool.options.writing import SendOptions
 
 
 @dataclass(frozen=True, kw_only=True)

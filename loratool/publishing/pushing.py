@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratool.arguments import Progress
 from loratool.errors import UsageError
 from loratool.fetching.stores import brought
-from loratool.files.checkpoint import MODEL_INDEX
+from loratool.files.folders import MODEL_INDEX
 from loratool.files.pipelines import is_index
 from loratool.notes import Note
 from loratool.provenance import record

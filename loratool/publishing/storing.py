@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.errors import InputError, StoreError, UsageError, shown_as
-from loratool.files.checkpoint import PROVENANCE
 from loratool.files.digests import sha256_of
+from loratool.files.folders import PROVENANCE
 from loratool.files.outputs import BUSY
 from loratool.files.system import shell_word
 from loratool.merging.in_parts import abort

@@ -27,8 +27,8 @@ from loratool.fetching.bases import chosen_base
 from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, bring, opened
-from loratool.files.checkpoint import MODEL_INDEX, PROVENANCE, LeftOut
 from loratool.files.digests import Digest, is_hex, read_recorded, why_unlike
+from loratool.files.folders import MODEL_INDEX, PROVENANCE, LeftOut
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources

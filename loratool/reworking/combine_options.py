@@ -16,7 +16,8 @@ from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHOD
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_value
 from loratool.options.described import FLAG, NUMBER, Choice, JsonFile, Kind, Number, option
-from loratool.options.shared import BlockOption, DeviceOption, PublishOptions
+from loratool.options.shared import BlockOption, DeviceOption
+from loratool.options.writing import PublishOptions
 from loratool.results.text import plural
 from loratool.reworking.aligned_layers import SAVED, Weight
 from loratool.reworking.dialects import OutputDialect

@@ -38,7 +38,8 @@ from loratool.fetching import local
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Number, Pairs, option
-from loratool.options.shared import BlockOption, PublishOptions
+from loratool.options.shared import BlockOption
+from loratool.options.writing import PublishOptions
 from loratool.results.rescale import RescaledLayer, RescaleReport
 from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run

@@ -46,7 +46,8 @@ from loratool.lazy import Tensor, torch
 from loratool.measuring.session import Batch, Session, batches, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, JsonFile, Number, PathKind, option
-from loratool.options.shared import DeviceOption, PublishOptions
+from loratool.options.shared import DeviceOption
+from loratool.options.writing import PublishOptions
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
 from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together

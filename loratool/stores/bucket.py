@@ -21,8 +21,8 @@ from typing import Any
 from loratool.arguments import Progress
 from loratool.errors import InputError, StoreError, UsageError, VerificationError, printable
 from loratool.files import stand_ins
-from loratool.files.checkpoint import INDEX_SUFFIX, PROVENANCE
 from loratool.files.digests import Digest, Tree
+from loratool.files.folders import INDEX_SUFFIX, PROVENANCE
 from loratool.files.part_records import FilePart, PartRecord, PublishedError
 from loratool.files.presence import Worker
 from loratool.files.process import host_name

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
 from loratool.errors import InputError, UsageError, printable
-from loratool.files.checkpoint import record_for
 from loratool.files.digests import sha256_of
+from loratool.files.folders import record_for
 from loratool.files.partials import Partials
 from loratool.files.process import peak_memory
 from loratool.measuring.shared_work import do_share

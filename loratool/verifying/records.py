@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, UsageError, printable
-from loratool.files.checkpoint import PROVENANCE, record_for
 from loratool.files.digests import read_recorded
+from loratool.files.folders import PROVENANCE, record_for
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
 from loratool.files.system import shell_word

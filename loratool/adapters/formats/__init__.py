@@ -23,8 +23,8 @@ from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.errors import InputError, LoratoolError, about, printable
-from loratool.files.checkpoint import MODEL_INDEX, WEIGHT_FILES
 from loratool.files.containers import foreign_file, instead_of_weights, refuse_compressed
+from loratool.files.folders import MODEL_INDEX, WEIGHT_FILES
 from loratool.files.heads import Head, read_head
 from loratool.files.inputs import unreadable
 from loratool.files.model_files import MODEL_FILES, FileNames

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.algebra.updates.additive import LowRank
 from loratool.errors import BAKE, FitError, InputError, Problem, UsageError, printable
-from loratool.files.checkpoint import sort_side_files
+from loratool.files.folders import sort_side_files
 from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
 from loratool.grouping import by_key

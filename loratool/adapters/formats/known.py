@@ -12,7 +12,7 @@ from pathlib import Path
 
 from loratool.adapters.formats.format import Format, FormatFiles
 from loratool.errors import LoratoolError
-from loratool.files.checkpoint import NUMBERED
+from loratool.files.folders import NUMBERED
 
 PEFT_CONFIG = "adapter_config.json"  # which mlx-lm and torchtune write, too
 RANK = re.compile(

@@ -19,7 +19,8 @@ from loratool.adapters.adapter import Derived, StoredTensor
 from loratool.adapters.formats.known import RANK
 from loratool.algebra.updates import formulas
 from loratool.errors import InputError, printable
-from loratool.files.safefile import SafeFile, SafeFiles, Selection, read_safefile
+from loratool.files.safefile import SafeFile, read_safefile
+from loratool.files.views import SafeFiles, Selection
 
 LAYER = re.compile(r"(\blayers\.)(\d{1,6})\.")
 DIVIDER = "/"  # between the folder of a rank and a tensor's name

@@ -21,7 +21,7 @@ from loratool.adapters.unsettled import settled
 from loratool.adapters.weight_files import MODEL_CONFIG, weight_files
 from loratool.algebra.updates.base import Update
 from loratool.errors import InputError, Problem, printable
-from loratool.files.checkpoint import sort_side_files
+from loratool.files.folders import sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
 from loratool.files.inputs import read_json

@@ -26,7 +26,8 @@ from loratool.bases.binding.proposing import proposals
 from loratool.bases.binding.resolving import Renaming, Resolver
 from loratool.bases.binding.telling import Nearest, tell
 from loratool.errors import FitError, UsageError, printable
-from loratool.files.checkpoint import NUMBERED, Checkpoint
+from loratool.files.checkpoint import Checkpoint
+from loratool.files.folders import NUMBERED
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.notes import Note
 from loratool.templates import fill, grouped, listed, template_of

@@ -24,9 +24,9 @@ from loratool.algebra.lowrank.spending import Curve, spend
 from loratool.arguments import PathLike, Progress
 from loratool.errors import ANOTHER_OUT, FitError, InputError, UsageError, printable
 from loratool.fetching import local, place_of
-from loratool.files.checkpoint import PROVENANCE
 from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import digest_of
+from loratool.files.folders import PROVENANCE
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import Journal
 from loratool.files.outputs import as_json, write_file

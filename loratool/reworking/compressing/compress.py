@@ -21,9 +21,9 @@ from loratool.algebra.lowrank.shared_bases import Fitter, frame, shared_bases
 from loratool.arguments import PathLike, Progress
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
-from loratool.files.checkpoint import PROVENANCE
 from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import recorded
+from loratool.files.folders import PROVENANCE
 from loratool.files.journal import Journal
 from loratool.files.outputs import as_json, check_target
 from loratool.files.staging import Stage, clearing_spent, staged

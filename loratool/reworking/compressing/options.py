@@ -9,7 +9,8 @@ from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.writer import FactorOptions
 from loratool.errors import UsageError
 from loratool.options.described import Number, PathKind, amount, option
-from loratool.options.shared import DeviceOption, PublishOptions
+from loratool.options.shared import DeviceOption
+from loratool.options.writing import PublishOptions
 from loratool.reworking.dialects import ModelOption
 
 

@@ -41,7 +41,7 @@ from loratool.lazy import torch
 from loratool.measuring.session import Session, copying, hashing, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Choice, Number, PlaceKind, option
-from loratool.options.shared import PublishOptions
+from loratool.options.writing import PublishOptions
 from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked, kernels_in

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from loratool.adapters.writer import FactorOptions
 from loratool.errors import UsageError, printable
 from loratool.options.described import FLAG, Kind, Number, option
-from loratool.options.shared import DeviceOption, OrientationOption, PublishOptions
+from loratool.options.shared import DeviceOption, OrientationOption
+from loratool.options.writing import PublishOptions
 from loratool.reworking.dialects import DialectOption
 
 MOST_RANK = 32  # where no number is given: what servers take by their defaults or nearly so, and noise seldom fills

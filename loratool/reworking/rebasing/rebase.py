@@ -29,7 +29,8 @@ from loratool.files.system import shell_word
 from loratool.measuring.session import session
 from loratool.notes import Note
 from loratool.options.described import FLAG, PlaceKind, option
-from loratool.options.shared import DeviceOption, NamingOptions, PublishOptions, WritingOptions
+from loratool.options.shared import DeviceOption, NamingOptions
+from loratool.options.writing import PublishOptions, WritingOptions
 from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.rebase import BasePair, RebasedBase, RebaseReport
 from loratool.reworking.rebasing.drift import Drift, drift_of

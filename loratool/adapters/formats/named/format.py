@@ -15,7 +15,7 @@ from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, LoratoolError, Problem, printable
-from loratool.files.checkpoint import NUMBERED, sort_side_files
+from loratool.files.folders import NUMBERED, sort_side_files
 from loratool.files.heads import HasNames, kinds_of, read_head
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import SafeFile, read_safefile

@@ -9,20 +9,14 @@ from typing import Any
 from loratool.adapters.formats.peft.keys import family_of, path_of
 from loratool.adapters.weight_files import weight_files
 from loratool.errors import InputError, UsageError, printable
-from loratool.files.checkpoint import (
-    INDEX_SUFFIX,
-    NUMBERED,
-    check_index,
-    check_numbering,
-    read_index,
-    read_shards,
-    sort_side_files,
-)
+from loratool.files.checkpoint import check_index, check_numbering, read_index, read_shards
 from loratool.files.containers import foreign_file, instead_of_weights
+from loratool.files.folders import INDEX_SUFFIX, NUMBERED, sort_side_files
 from loratool.files.hub_names import way_inside
 from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
-from loratool.files.safefile import SafeFile, SafeFiles, read_safefile
+from loratool.files.safefile import SafeFile, read_safefile
+from loratool.files.views import SafeFiles
 from loratool.notes import Note
 
 CONFIG = "adapter_config.json"

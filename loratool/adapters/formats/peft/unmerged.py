@@ -20,7 +20,7 @@ from loratool.adapters.formats.peft.reading import adapter_from, draft_of
 from loratool.adapters.reading import Reading
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.safefile import SafeFiles, Selection
+from loratool.files.views import SafeFiles, Selection
 from loratool.notes import Note
 
 SLOTS = frozenset(

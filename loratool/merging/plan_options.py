@@ -1,0 +1,49 @@
+"""Options of a merge: what is merged, how it is laid out, and the tasks of a cluster that do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.merging.options import ChangeOptions
+from loratool.options.described import FLAG, SIZE, Number, Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOption(Options):
+    """How what is merged is laid out."""
+
+    shard_size: int | None = option(
+        help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ChangeOptions, LayoutOption):
+    """What is merged, and how it is laid out."""
+
+    requantize: bool = option(
+        help="Write edited weights of a quantised BASE in its own format again, each value rounded to the nearest one.",
+        default=False,
+        kind=FLAG,
+    )
+    accept_loss: bool = option(
+        help="With --requantize or --gguf-type: write the output even if most of the update is lost.",
+        default=False,
+        kind=FLAG,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(Options):
+    """Of a merge by the tasks of a cluster."""
+
+    num_cpus: int | None = option(
+        help="With --workers ray: cores of a task [default: 4, or those of the smallest node; with GPUs those of a node divided by its GPUs, at most 12 for each].",
+        kind=Number(whole=True, low=1, high=1024),
+        recorded=False,
+    )
+    num_gpus: int | None = option(
+        help="With --workers ray: GPUs of a task [default: one where the cluster has any, none with --device cpu].",
+        kind=Number(whole=True, low=0, high=64),
+        recorded=False,
+    )
