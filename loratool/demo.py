@@ -17,7 +17,8 @@ from loratool.errors import StorageError, UsageError, VerificationError, printab
 from loratool.files.outputs import check_local, replaceable_files, stage_of
 from loratool.files.system import shell_line
 from loratool.lazy import Tensor, torch
-from loratool.merging.merge import MergeOptions, merge
+from loratool.merging.merge import merge
+from loratool.merging.merge_options import MergeOptions
 from loratool.results.base import Result
 from loratool.results.merge import MergeReport
 

@@ -11,8 +11,7 @@ from loratool.commands.library import library_function, step_after
 from loratool.commands.publish import with_push
 from loratool.errors import LoratoolError, UsageError
 from loratool.merging import merge as merging
-from loratool.merging.merge import MergeOptions
-from loratool.merging.plan_options import ClusterOptions
+from loratool.merging.merge_options import ClusterOptions, MergeOptions
 from loratool.options.described import made_of, option
 from loratool.options.writing import PublishOptions
 from loratool.results.merge import MergeReport

@@ -9,7 +9,7 @@ from loratool.arguments import PathLike, Progress
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.commands.publish import with_push
 from loratool.merging import in_parts
-from loratool.merging.merge import MergeOptions
+from loratool.merging.merge_options import MergeOptions
 from loratool.options.described import keyword_options, made_of
 from loratool.options.sharing import Share
 from loratool.results.parts import FinishReport, PartReport, PartsStatus

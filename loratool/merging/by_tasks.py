@@ -19,7 +19,7 @@ from loratool.errors import UsageError, printable
 from loratool.files.part_records import FilePart, PartRecord
 from loratool.merging.in_parts import make_parts, publish
 from loratool.merging.inputs import several
-from loratool.merging.merge import MergeOptions
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.parted_merge import PartedMerge, open_parts
 from loratool.results.merge import MergeReport
 from loratool.stores.names import is_in_store

@@ -12,7 +12,8 @@ from loratool.arguments import PathLike
 from loratool.errors import UsageError
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.inputs import opened_inputs, planned, several
-from loratool.merging.merge import MergeOptions, prepare
+from loratool.merging.merge import prepare
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file
 from loratool.merging.parted_merge import checked_place
 from loratool.merging.plan import MergePlan

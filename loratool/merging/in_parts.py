@@ -29,21 +29,16 @@ from loratool.merging.dealing import across_files, plan_of, share_of
 from loratool.merging.merge import (
     NOTHING,
     Making,
-    Merged,
-    MergeOptions,
     Report,
     check_values,
-    cost,
-    describe,
     make_one,
-    make_report,
-    read_again,
     repeated,
-    write_record,
-    write_small_files,
 )
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.parted_merge import PartedMerge, open_parts, unfinished
+from loratool.merging.reporting import Merged, cost, describe, make_report
 from loratool.merging.resources import check_limit, runtime_for
+from loratool.merging.small_files import read_again, write_record, write_small_files
 from loratool.merging.tasks import Job
 from loratool.merging.whole_files import whole_file
 from loratool.notes import Note

@@ -12,8 +12,10 @@ from loratool.files.digests import read_recorded
 from loratool.files.folders import PROVENANCE
 from loratool.files.part_records import PublishedError
 from loratool.merging.in_parts import IncompleteError, make, making, publish, result_of
-from loratool.merging.merge import Making, MergeOptions, cost
+from loratool.merging.merge import Making
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.parted_merge import PartedMerge, open_parts
+from loratool.merging.reporting import cost
 from loratool.merging.resources import runtime_for
 from loratool.notes import Note
 from loratool.results.base import Cost

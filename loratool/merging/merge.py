@@ -3,86 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.formats import replaceable
-from loratool.adapters.told import as_input
 from loratool.arguments import PathLike, Progress
 from loratool.bases.extra_weights import name_beside
 from loratool.devices import Runtime, kind_of
-from loratool.errors import FitError, LoratoolError, VerificationError, printable
+from loratool.errors import FitError, LoratoolError, printable
 from loratool.files import stopwatch
-from loratool.files.digests import recorded
-from loratool.files.folders import PROVENANCE
-from loratool.files.hub_cache import is_hub_id
-from loratool.files.journal import FinishedShard, Journal
+from loratool.files.journal import Journal
 from loratool.files.known_digests import KnownDigests
-from loratool.files.outputs import as_json, check_stage, stage_of
-from loratool.files.seen import Seen, together
+from loratool.files.outputs import check_stage, stage_of
 from loratool.files.shard_writer import LocalFolder
-from loratool.files.staging import Stage, clearing_spent, staged
+from loratool.files.staging import clearing_spent, staged
 from loratool.files.stopwatch import lap
-from loratool.files.system import forget_cached
-from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
-from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, gains_of
 from loratool.merging.inputs import check_all_there, opened_inputs, planned, several
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, is_file, target_of
-from loratool.merging.options import RunOptions
-from loratool.merging.plan_options import PlanOptions
+from loratool.merging.reporting import cost, describe, make_report
 from loratool.merging.resources import check_limit, runtime_for
+from loratool.merging.small_files import output_names, read_again, write_small_files
 from loratool.merging.tasks import Job
-from loratool.notes import Note, as_records
-from loratool.options.described import FLAG, Choice, option
-from loratool.options.writing import OverwriteOption
-from loratool.provenance import record
-from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
-from loratool.provenance.inputs import ModelDigests, told_input, told_model
+from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.provenance.invocations import invocation
-from loratool.results.base import Cost
-from loratool.results.merge import AdapterEffect, MergeReport
+from loratool.results.merge import MergeReport
 from loratool.results.profile import Profile
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
     from contextlib import ExitStack
 
-    from loratool.bases.side_files import OutputFile
     from loratool.merging.plan import MergePlan
 
-GAIN_DIGITS = 3  # of it in a record: it is measured on a sample, and threads add in any order
 NOTHING = "because every weight rounds back to its old value; the updates are zero or smaller than its steps"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeOptions(PlanOptions, RunOptions, OverwriteOption):
-    """All that a merge is told besides its operands."""
-
-    sha256: bool = option(
-        help="Also record the SHA-256 of each whole weight file, which takes one more reading of it.",
-        default=False,
-        kind=FLAG,
-    )
-    digests: str = option(
-        help="Which digests are computed: new leaves out BASE, and tensors that are copied from it if their digests "
-        "are known from its loratool.json or the Hub's cache; full computes them all.",
-        default="new",
-        kind=Choice(lambda: ("new", "full")),
-    )
-    verify: bool = option(
-        help="Read every file of the output again before it gets its name, and compare it with its digest.",
-        default=False,
-        kind=FLAG,
-        recorded=False,
-    )
 
 
 def merge(
@@ -118,9 +77,8 @@ def making(
     known, full = KnownDigests(plan.base.root), options.digests == "full"
     state = {**local_state(plan, options.device), "digests": options.digests}
     wanted = Journal(content_fingerprint(plan, digests), state, output_names(plan))
-    if (
-        options.max_memory is not None or check_stage(stage_of(target)) is not None
-    ):  # refused before anything is touched
+    # refused before anything is touched
+    if options.max_memory is not None or check_stage(stage_of(target)) is not None:
         check_limit(plan.spans, runtime.result(), options)
     single = target.name if is_file(target) else ""
     with staged(target, wanted, plan.bytes_written, replaceable(options.overwrite), known.find, single) as stage:
@@ -221,52 +179,6 @@ def make_all(
     return [results[number] for number in range(len(makings))]
 
 
-@dataclass(frozen=True)
-class Merged:
-    """The weights of a merge are made; this is what is to be said of them."""
-
-    plan: MergePlan
-    seen: Seen
-    effects: tuple[AdapterEffect, ...]
-    gains: Gains
-    errors: Errors
-    notes: tuple[Note, ...]  # besides those of the plan
-    table: dict[str, Any]  # `loratool.json`, but for "files"
-
-    @property
-    def device(self) -> str:
-        """The kind that edited weights were computed on."""
-        return self.seen.device or "cpu"
-
-
-def describe(
-    plan: MergePlan,
-    finished: Mapping[str, FinishedShard],
-    digests: Sequence[Mapping[str, str]],
-    invoked: Mapping[str, Any],
-    unchanged: str,
-) -> Merged:
-    """What is to be said of weight files that are all made.
-
-    Args:
-        plan: of the merge.
-        finished: its weight files, by name.
-        digests: of each adapter's files, for the record.
-        invoked: what repeats the merge, for the record.
-        unchanged: the text of the `FitError` that is raised where no weight differs from the base's.
-    """
-    seen = together(finished[shard.name].seen for shard in plan.shards)
-    if plan.adapters and not (plan.replaces or seen.changed):
-        raise FitError(unchanged)
-    effects, gains, errors = effects_of(plan, seen), gains_of(plan, seen), Errors.of(seen.lost)
-    check_loss(plan, gains, errors)
-    notes = (*effect_notes(effects), *gain_notes(plan, gains))
-    told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
-    table = provenance(told, digests, effects, seen.device or "cpu", invoked)
-    table |= {"gain": round(gains.total, GAIN_DIGITS)} if gains.total is not None else {}
-    return Merged(plan, seen, effects, gains, errors, (*notes, *size_notes(plan, seen.ratios)), table)
-
-
 def prepare(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
@@ -302,126 +214,3 @@ def check_values(plan: MergePlan) -> None:
     ]
     if plan.adapters and not any(effective):
         raise FitError("nothing to merge: every update is zero (an untrained adapter has B = 0) or has the weight 0")
-
-
-def output_names(plan: MergePlan) -> set[str]:
-    """Every file that the output may have."""
-    return {PROVENANCE, CARD, *(shard.name for shard in plan.shards), *(file.name for file in plan.side_files)}
-
-
-def write_small_files(
-    stage: Stage,
-    plan: MergePlan,
-    files: Sequence[OutputFile],
-    table: Mapping[str, Any],
-    place: str = ".",
-    card: bool = True,
-) -> None:
-    """Everything but the weights: some of the plan's side files, a card where nobody wrote one, and the record of it all."""
-    for file in files:
-        if file.source is not None:
-            stage.copy(file.name, file.source)
-        else:
-            stage.write(file.name, file.content or b"")
-    if card and all(file.name != CARD or is_nobodys(file.source) for file in files):
-        stage.write(CARD, merged_card(plan, table, place))
-    write_record(stage, table)
-
-
-def write_record(stage: Stage, table: Mapping[str, Any]) -> None:
-    """The record of all other files of a stage, in place of one that was written before."""
-    files = {name: digest for name, digest in stage.files.items() if name != PROVENANCE}
-    stage.write(PROVENANCE, as_json({**table, "files": recorded(files)}))
-
-
-def read_again(stage: Stage) -> None:
-    """Read every file of a stage from the disk, and compare it with what its record says was written.
-
-    Raises `VerificationError` naming every file and tensor that differs.
-    """
-    for name in stage.files:
-        forget_cached(stage.folder / name)
-    if problems := record.compare(stage.folder).problems:
-        raise VerificationError(
-            f"{printable(stage.out)}: not written, because what was read back is not what was written; the disk or the "
-            "memory of this machine may be faulty:",
-            problems,
-        )
-    lap("verify")
-
-
-def provenance(
-    plan: MergePlan,
-    digests: Sequence[Mapping[str, str]],
-    effects: Sequence[AdapterEffect],
-    device: str,
-    invoked: Mapping[str, Any],
-) -> dict[str, Any]:
-    """`loratool.json`, but for "files": what made this model. The same inputs and settings give the same bytes."""
-    trained_on = {adapter.training.base for adapter in plan.adapters}
-    named = {"id": name} if len(trained_on) == 1 and is_hub_id(name := trained_on.pop()) else {}
-    return {
-        "made_by": "loratool merge",
-        **invoked,
-        "versions": record.versions(),
-        "base": {"name": plan.base.name, **told_input(plan.base.root), **named},
-        "adapters": [
-            {
-                **as_input(adapter, adapter.name, files),
-                "weight": weight,
-                "rank": adapter.training.rank,
-                "modules": effect.modules,
-                "unchanged": len(effect.unchanged),
-            }
-            for adapter, weight, files, effect in zip(plan.adapters, plan.weights, digests, effects, strict=True)
-        ],
-        "dtype": plan.dtype,
-        "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
-        "device": device,
-        "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
-        "notes": as_records(plan.notes),
-    }
-
-
-def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str) -> bytes:
-    """README.md of the merged model; licence and task are those of the cards of base and adapters."""
-    terms = terms_of(plan.base.root, *(adapter.folder for adapter in plan.adapters))
-    edited = next((file.content for file in plan.side_files if file.name == "config.json" and file.content), None)
-    return card(table, json.loads(edited) if edited else plan.base.config, terms, place)
-
-
-def of_resuming(stage: Stage) -> Iterator[Note]:
-    """What became of files that an interrupted run had finished. It is in the report only: the output is the same."""
-    for name, reason in sorted(stage.redone.items()):
-        yield Note("written-again", f"{printable(name)}: finished by an interrupted run, but {reason}; written again")
-
-
-def cost(runtime: Future[Runtime], started: float) -> Cost:
-    """What a merge that began at that second has cost so far."""
-    ready = runtime.result()
-    return Cost.since(started, ", ".join(ready.devices), ready.seconds)
-
-
-def make_report(merged: Merged, stage: Stage, cost: Cost) -> MergeReport:
-    """What is to be said of a merge that is published, but for how it was run."""
-    plan = merged.plan
-    return MergeReport(
-        out=stage.out,
-        edited=len(plan.edited),
-        adapters=merged.effects,
-        copied=plan.copied,
-        converted=plan.converted,
-        bytes_read=plan.bytes_read,
-        bytes_written=plan.bytes_written,
-        workers=0,
-        relative_norms=merged.seen.ratios,
-        gain=merged.gains.total,
-        gains=merged.gains.modules,
-        error_added=merged.errors.total,
-        errors_added=merged.errors.tensors,
-        nonfinite={**merged.seen.nonfinite},
-        left_out=plan.left_out,
-        notes=(*plan.notes, *merged.notes, *of_resuming(stage)),
-        digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
-        cost=cost,
-    )

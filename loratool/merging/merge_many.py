@@ -27,10 +27,12 @@ from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.in_store import making_in_store
 from loratool.merging.inputs import check_all_there, planned, read_all
-from loratool.merging.merge import Making, MergeOptions, cost, make_all, making
+from loratool.merging.merge import Making, make_all, making
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, target_of
 from loratool.merging.parted_merge import PartedMerge, apart_from_inputs, checked_place, stored
 from loratool.merging.plan import MergePlan
+from loratool.merging.reporting import cost
 from loratool.merging.resources import runtime_for
 from loratool.results.base import Cost
 from loratool.results.merge import MergeReport

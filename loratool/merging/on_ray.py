@@ -13,9 +13,8 @@ from loratool.errors import LoratoolError, StorageError, UsageError, printable
 from loratool.files.part_records import FilePart
 from loratool.merging.by_tasks import Task, Words, merge_by_tasks, words_of
 from loratool.merging.dealing import deal
-from loratool.merging.merge import MergeOptions
+from loratool.merging.merge_options import ClusterOptions, MergeOptions
 from loratool.merging.options import RAY
-from loratool.merging.plan_options import ClusterOptions
 from loratool.merging.resources import GPU_WORKERS, WAITING_WORKERS
 from loratool.results.merge import MergeReport
 

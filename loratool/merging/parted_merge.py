@@ -26,8 +26,10 @@ from loratool.files.weight_formats import read_weight_file
 from loratool.merging.dealing import parts_of
 from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.inputs import located, opened_inputs, planned, several
-from loratool.merging.merge import MergeOptions, output_names, prepare
+from loratool.merging.merge import prepare
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, is_file
+from loratool.merging.small_files import output_names
 from loratool.merging.upload_parts import upload_parts
 from loratool.stores import uploads
 from loratool.stores.begun import Begun, replaceable_in

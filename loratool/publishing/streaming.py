@@ -41,8 +41,11 @@ from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint
 from loratool.merging.gain import Gains
 from loratool.merging.inputs import check_all_there, planned, read_all
-from loratool.merging.merge import NOTHING, MergeOptions, check_values, cost, describe, repeated, write_small_files
+from loratool.merging.merge import NOTHING, check_values, repeated
+from loratool.merging.merge_options import MergeOptions
+from loratool.merging.reporting import cost, describe
 from loratool.merging.resources import check_limit, runtime_for
+from loratool.merging.small_files import write_small_files
 from loratool.merging.tasks import Job
 from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model, weights_of

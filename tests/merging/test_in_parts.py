@@ -29,7 +29,7 @@ from loratool.files.journal import Journal
 from loratool.files.part_records import PartRecord
 from loratool.files.shared_folder import SharedFolder
 from loratool.merging import dealing, in_parts, parted_merge
-from loratool.merging.merge import MergeOptions
+from loratool.merging.merge_options import MergeOptions
 from loratool.results.parts import FinishReport, PartReport
 
 SHARDS, HIDDEN = 2, 64

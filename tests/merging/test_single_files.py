@@ -107,7 +107,7 @@ def test_an_interrupted_file_leaves_nothing_under_its_name(
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("loratool.merging.merge.as_json", fails)
+    monkeypatch.setattr("loratool.merging.small_files.as_json", fails)
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(StorageError):
         loratool.merge(base, adapter, out, device="cpu")

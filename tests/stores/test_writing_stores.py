@@ -22,7 +22,7 @@ from loratool import cli
 from loratool.errors import FitError, InputError, StoreError, UsageError, VerificationError
 from loratool.merging import resources
 from loratool.merging.in_parts import make_parts, publish
-from loratool.merging.merge import MergeOptions
+from loratool.merging.merge_options import MergeOptions
 from loratool.merging.parted_merge import open_parts
 from loratool.stores.bucket import Bucket, each_of
 from loratool.stores.names import FOLDER
