@@ -291,8 +291,9 @@ def proposals(operand: Operand) -> list[str]:
     path = at_home(word)
     if os.path.lexists(path):
         if path.is_dir() and is_bare(path):
-            hub = [f"hf://{word}"] if on_the_hub(word) else []
-            return [str(each) for each in reversed(below(path, role))] or hub
+            if not (inside := below(path, role)):
+                return [f"hf://{word}"] if on_the_hub(word) else []
+            return [str(each) for each in reversed(inside) if has_weights(each)]
         return []
     if (folder := same_name(operand)) is not None:
         return [f"./{folder}"]

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +18,7 @@ from loratool.files.folders import (
     MODEL_INDEX,
     NUMBERED,
     SINGLE,
+    TRAINING_STATES,
     LeftOut,
     is_folder,
     sort_side_files,
@@ -208,9 +210,12 @@ def choose_shards(root: Path, names: list[str], notes: list[Note], is_adapter: C
             raise InputError(f"{printable(root)}: this is an adapter; BASE must be the model it was trained on")
         if told := sharded_folder(root):
             raise InputError(f"{printable(root)}: contains no .safetensors file; {told}")
+        left = [name for name in names if any(fnmatch(name, pattern) for pattern in TRAINING_STATES)]
         for name in names:
-            refuse_pickle(root / name)
-        raise InputError(f"{printable(root)}: contains no .safetensors file")
+            if name not in left:
+                refuse_pickle(root / name)
+        only = f", only files of a training run ({', '.join(map(printable, left))})" if left else ""
+        raise InputError(f"{printable(root)}: contains no .safetensors file{only}")
     check_numbering(root, shards)
     if len(shards) > 1:
         notes.append(

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, LoratoolError, printable
+from loratool.files.foreign_starts import archive
 from loratool.files.inputs import open_regular
 from loratool.files.safefile import read_safefile, start_of
 from loratool.files.system import shell_line, shell_word
@@ -31,6 +32,8 @@ POINTER = b"version https://git-lfs"
 
 def foreign_file(path: Path) -> str:
     """What a file of weights is, and how it becomes safetensors; empty for one that is no such file."""
+    if told := archive(path):
+        return told
     if path.suffix not in (*PICKLES, ".npz", ARCHIVE):
         return ""
     if is_pointer(path):
@@ -129,43 +132,57 @@ def refuse_compressed(path: Path) -> None:
     )
 
 
-def sharded_folder(folder: Path) -> str:
-    """What a folder is that holds a model in pieces, or a folder directly in it, and how they are gathered; else empty."""
+def sharded_folder(folder: Path, config: str = "") -> str:
+    """What a folder is that holds a model in pieces, or a folder directly in it, and how they are gathered; else empty.
+
+    `config` is the file of it without which the gathered weights cannot be read.
+    """
     try:
         inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError:
         return ""
     for place in (folder, *inside):
         if any(place.glob("*.distcp")):
-            return of_torch(place)
+            return of_torch(place, config)
     if any(folder.glob("global_step*")) or any(folder.glob("*_optim_states.pt")):
-        return of_deepspeed(folder)
+        return of_deepspeed(folder, config)
     return ""
 
 
-def of_torch(place: Path) -> str:
+def of_torch(place: Path, config: str) -> str:
     shown = shell_word(printable(place))
     if "fsdp" in place.name:
-        return f"{printable(place)} is a sharded FSDP checkpoint; gather it with: accelerate merge-weights {shown} OUT"
+        return (
+            f"{printable(place)} is a sharded FSDP checkpoint; gather it with: accelerate merge-weights {shown} OUT"
+            f"{copying(config)}"
+        )
     return (
         f"{printable(place)} is a distributed torch checkpoint; gather it with: python -m "
         f"torch.distributed.checkpoint.format_utils dcp_to_torch {shown} weights.pt"
     )
 
 
-def of_deepspeed(folder: Path) -> str:
+def of_deepspeed(folder: Path, config: str) -> str:
     shown = shell_word(printable(folder))
     script = "zero_to_fp32.py" if (folder / "zero_to_fp32.py").is_file() else ""
     tool = f"python {shell_word(printable(folder / script))}" if script else "python -m deepspeed.utils.zero_to_fp32"
     return (
         f"{printable(folder)} is a DeepSpeed checkpoint with a file per process; gather it with: {tool} {shown} OUT "
-        "--safe_serialization"
+        f"--safe_serialization{copying(config)}"
     )
 
 
-def instead_of_weights(folder: Path) -> str:
-    """What a folder holds where safetensors are looked for, and how it becomes that; empty for nothing that is known."""
-    if told := sharded_folder(folder):
+def copying(config: str) -> str:
+    """The step after gathering weights into OUT, where these need a config."""
+    return f". Then copy {config} into OUT" if config else ""
+
+
+def instead_of_weights(folder: Path, config: str = "") -> str:
+    """What a folder holds where safetensors are looked for, and how it becomes that; empty for nothing that is known.
+
+    `config` as for `sharded_folder`.
+    """
+    if told := sharded_folder(folder, config if (folder / config).is_file() else ""):
         return told
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in TOLD or path.name == UNPACKED:

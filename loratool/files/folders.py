@@ -31,7 +31,11 @@ TWIN_FILES = (
 )
 # What training and tools leave beside a model, never part of it.
 TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "logs", "__pycache__")
-TRAINING_FILES = ("optimizer*", "scheduler.pt", "rng_state*", "scaler.pt", "trainer_state.json", "*.pyc", "adapter_*")
+TRAINING_STATES = (
+    *("optimizer*", "scheduler.pt", "rng_state*", "random_states*", "scaler.pt", "trainer_state.json"),
+    "training_args.*",
+)
+TRAINING_FILES = (*TRAINING_STATES, "*.pyc", "adapter_*")
 PROVENANCE = "loratool.json"
 WEIGHT_FILES = (".safetensors", ".gguf")  # the ends of their names
 

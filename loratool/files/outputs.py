@@ -61,7 +61,7 @@ def check_target(
     try:
         out = Path(os.path.realpath(out))
         if not stat.S_ISDIR(out.parent.stat().st_mode):
-            raise StorageError(f"{shown}: {printable(out.parent)} is not a folder")
+            raise UsageError(f"{shown}: {printable(out.parent)} is not a folder; choose another OUT", hint=ANOTHER_OUT)
     except FileNotFoundError:
         parents = ("mkdir", str(out.parent)) if os.altsep else ("mkdir", "-p", str(out.parent))
         raise StorageError(

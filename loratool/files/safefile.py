@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, printable
-from loratool.files.foreign_starts import foreign_start, is_text
+from loratool.files.foreign_starts import archive, foreign_start, is_text
 from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
 from loratool.files.stand_ins import stand_in, told_identity
 from loratool.files.system import copy_in_kernel, read_ahead, read_at, write_at
@@ -274,6 +274,8 @@ def header_length(path: Path, head: bytes, size: int) -> int:
     shown = printable(path)
     if size == 0:
         raise InputError(f"{shown}: the file is empty, probably after a failed download or a full disk")
+    if told := archive(path):
+        raise InputError(f"{shown}: {told}")
     begins_as_ours = head[PREFIX : PREFIX + 1] == b"{"  # a length of 640 reads like the start of a pickle
     if not begins_as_ours and (what := foreign_start(head)):
         raise InputError(f"{shown}: not a safetensors file: it is {what}")

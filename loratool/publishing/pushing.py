@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loratool.adapters.formats.known import PEFT_CONFIG
 from loratool.arguments import Progress
-from loratool.errors import UsageError
+from loratool.errors import UsageError, printable
 from loratool.fetching.stores import brought
 from loratool.files.folders import MODEL_INDEX
 from loratool.files.pipelines import is_index
@@ -55,6 +56,7 @@ def push(path: PathLike, repo: str, options: PushOptions, progress: Progress | N
     if repo != named:
         selection = choice(place=repo)  # for the card's code names it
     there = files_of(repo, options.revision)
+    notes += check_alone(repo, selection, there)
     uploads = differing(selection.uploads, there)
     replaced = outdated(selection, set(there))
     done = Commit("", "")
@@ -89,6 +91,22 @@ def folder_at(path: PathLike, include: Sequence[str]) -> Path:
     if found.is_file():
         raise UsageError(f"{place}: a repository holds a folder; push the prefix that the object is in")
     return found
+
+
+def check_alone(repo: str, selection: Selection, there: Collection[str]) -> Iterator[Note]:
+    """What to know where a model and an adapter would be in one repository: loaders put the adapter on the model.
+
+    Raises `UsageError` for a model next to an adapter: a merged one would be changed by it once more.
+    """
+    sent = {upload.name for upload in selection.uploads}
+    if selection.kind == "model" and PEFT_CONFIG in there and PEFT_CONFIG not in sent:
+        raise UsageError(
+            f"{printable(repo)} contains an adapter ({PEFT_CONFIG}), which transformers would load on top of the "
+            "model; push the model to another repository, or delete the adapter's files from this one"
+        )
+    weights = [name for name in set(there) - sent if name.endswith(".safetensors") and not folder_of(name)]
+    if selection.kind == "adapter" and PEFT_CONFIG in sent and weights and "config.json" in there:
+        yield Note("model-in-repo", f"{repo} contains a model, too: transformers puts this adapter on top of it")
 
 
 def outdated(selection: Selection, there: set[str]) -> list[str]:

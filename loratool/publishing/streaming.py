@@ -20,6 +20,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import stored_tensors
+from loratool.adapters.formats.known import PEFT_CONFIG
 from loratool.arguments import PathLike, Progress
 from loratool.errors import HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import HubPath, local
@@ -275,17 +276,21 @@ class Repository(LocalFolder):
         model = [name for name in there if self.is_of_a_model(name)]
         if model and not journal and not overwrite:
             raise UsageError(
-                f"{self.repo}: already contains a model; pass --overwrite to replace it", hint="--overwrite"
+                f"{self.repo}: already contains a model or an adapter; pass --overwrite to replace it",
+                hint="--overwrite",
             )
         # config and index go first: at no time do they stand beside weights they do not belong to
         commit(self.repo, self.revision, [self.journal()], "Start a merge with loratool", delete=model)
         return None
 
     def is_of_a_model(self, name: str) -> bool:
-        """Whether a file is what a loader takes for a model: at the top of the repository, or in a component's folder."""
+        """Whether a loader reads a file with the model: at the top of the repository, or in a component's folder.
+
+        The config of an adapter is one of them, which transformers would put on top of the model.
+        """
         folder, _, file = name.rpartition("/")
         return folder in ("", *self.plan.base.components) and (
-            file in ("config.json", MODEL_INDEX) or file.endswith(".safetensors") or is_index(file)
+            file in ("config.json", MODEL_INDEX, PEFT_CONFIG) or file.endswith(".safetensors") or is_index(file)
         )
 
     def keep(self, found: Mapping[str, FinishedShard]) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -245,7 +246,7 @@ def test_the_command_that_gathers_a_distributed_checkpoint_works(
     path = spoil_adapter(bench) if role == "adapter" else spoil_base(bench)
     save_distributed(path.parent / name, stored)
     told = bench.refuses_to_merge(name, "gather it with").err
-    line = told[told.index("gather it with: ") + 16 :].splitlines()[0]
+    line = told[told.index("gather it with: ") + 16 :].splitlines()[0].partition(". Then copy ")[0]
     words = shlex.split(line)
     words[-1] = str(bench.outputs / words[-1])
     if words[0] == "accelerate":
@@ -261,6 +262,12 @@ def test_the_command_that_gathers_a_distributed_checkpoint_works(
         gathered = load_file(Path(words[-1]) / "model.safetensors")
     assert gathered.keys() == stored.keys()
     assert all(torch.equal(gathered[key], tensor) for key, tensor in stored.items())
+    if name != "dcp":
+        bench.refuses("merge", bench.base, words[-1], "-o", bench.out, told=["adapter_config.json is missing"])
+        assert ". Then copy adapter_config.json into OUT" in told
+        shutil.copy(bench.adapter / "adapter_config.json", words[-1])
+        assert bench.run("merge", bench.base, words[-1], "-o", bench.out).code == 0
+        check_is_merged(tensors_of(bench.out))
 
 
 @pytest.mark.parametrize("script", [True, False], ids=["with its script", "without"])
@@ -272,7 +279,7 @@ def test_a_checkpoint_of_deepspeed_is_told_with_the_command_that_gathers_it(benc
     if script:
         (bench.adapter / "zero_to_fp32.py").write_text("")
     wanted = "zero_to_fp32.py" if script else "deepspeed.utils.zero_to_fp32"
-    bench.refuses_to_merge("DeepSpeed", wanted, "--safe_serialization")
+    bench.refuses_to_merge("DeepSpeed", wanted, "--safe_serialization", "Then copy adapter_config.json into OUT")
     bench.refuses_to_inspect(bench.adapter, "DeepSpeed", wanted)
 
 
@@ -289,3 +296,26 @@ def test_the_line_that_converts_a_pickled_model_works(bench: Workbench, monkeypa
     follow(told, model, monkeypatch)
     found = load_file(model / "converted" / MODEL)
     assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+
+
+def test_an_archive_is_refused_with_the_command_that_unpacks_it(bench: Workbench) -> None:
+    """What the command leaves is the adapter; a zip is told with its own command."""
+    zipped = shutil.make_archive(str(bench.inputs / "z"), "zip", bench.adapter)
+    bench.refuses("merge", bench.base, zipped, "-o", bench.out, told=[f"unzip {zipped} -d {zipped[:-4]}"])
+    bench.refuses("merge", zipped, bench.adapter, "-o", bench.out, told=[f"unzip {zipped} -d"])
+    bench.refuses("inspect", zipped, told=[f"unzip {zipped} -d"])
+    packed = shutil.make_archive(str(bench.inputs / "my lora"), "gztar", bench.adapter)
+    told = bench.refuses("merge", bench.base, packed, "-o", bench.out, told=["an archive; unpack it with: "]).err
+    line = told[told.index("unpack it with: ") + 16 :].partition("; then pass the folder")[0]
+    subprocess.run(line, shell=True, cwd=bench.inputs, check=True)
+    assert bench.run("merge", bench.base, bench.inputs / "my lora", "-o", bench.out).code == 0
+    check_is_merged(tensors_of(bench.out))
+
+
+def test_states_of_a_training_run_are_not_converted(tmp_path: Path) -> None:
+    """No command is proposed that would make safetensors of an optimizer's state."""
+    for name in ("optimizer.pt", "training_args.bin", "random_states_0.pkl"):
+        torch.save({}, tmp_path / name)
+    with pytest.raises(loratool.InputError, match="only files of a training run") as told:
+        loratool.inspect(tmp_path)
+    assert "python -c" not in str(told.value)

@@ -181,6 +181,8 @@ PROPOSED = {
     "an output that is there": ("merge base style -o merged", 2, "merge base style -o merged --overwrite"),
     "an output that is an input": ("merge base style -o base", 2, "merge base style -o ./base-style"),
     "a command with a typing error": ("marge base style -o out", 2, "merge base style -o out"),
+    "an output inside a file": ("merge base style -o base/config.json/out", 2, "merge base style -o ./base-style"),
+    "a run whose weights are in pieces": ("merge base sharded -o out", 3, "inspect sharded --check"),
     "an option without its value": ("merge base style -o", 2, "merge --help"),
     "an output without -o": ("merge base style out", 2, "merge base style -o out"),
     "an output without -o, where only one operand is taken": (
@@ -205,6 +207,10 @@ def test_an_error_ends_with_the_next_command(name: str, capsys: pytest.CaptureFi
     moved("style", "run/checkpoint-20")
     moved("style", "run/checkpoint-100")
     Path("org/name").mkdir(parents=True)
+    moved("style", "sharded/checkpoint-3")
+    Path("sharded/checkpoint-3/adapter_model.safetensors").unlink()
+    Path("sharded/checkpoint-3/pytorch_model_fsdp_0").mkdir()
+    Path("sharded/checkpoint-3/pytorch_model_fsdp_0/__0_0.distcp").touch()
     moved("style", "other")
     path = Path("other/adapter_model.safetensors")
     path.write_bytes(path.read_bytes().replace(b"q_proj", b"z_proj"))

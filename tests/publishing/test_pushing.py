@@ -146,6 +146,23 @@ def test_the_old_weights_go_with_the_commit_that_brings_others(
     assert held(hub, "alice/new") == {**wanted(models / "model"), "kept.txt": b"mine"}
 
 
+def test_a_model_is_not_pushed_next_to_an_adapter(hub: HubServer, client: Client, models: Path) -> None:
+    """transformers loads the model of a repository with the adapter that is in it, so a merged one would be changed twice.
+
+    An adapter is pushed next to a model, with a note.
+    """
+    client.works("push", models / "adapter", "alice/new")
+    before = held(hub, "alice/new")
+    said = client.refused("push", models / "model", "alice/new", code=2)
+    assert "alice/new contains an adapter (adapter_config.json)" in said
+    assert "another repository" in said
+    assert held(hub, "alice/new") == before
+    client.works("push", models / "model", "alice/base")
+    report = json.loads(client.works("push", models / "adapter", "alice/base", "--json").out)
+    assert "model-in-repo" in {note["code"] for note in report["notes"]}
+    assert held(hub, "alice/base").keys() >= {"config.json", "adapter_config.json"}
+
+
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 def test_a_dry_run_tells_what_would_be_sent_and_asks_nobody(
     hub: HubServer, client: Client, models: Path, kind: str
@@ -158,6 +175,7 @@ def test_a_dry_run_tells_what_would_be_sent_and_asks_nobody(
     for name in ("optimizer.pt", ".env", "notes.docx", "token", "a.lock"):
         assert f"left out           {name} (" in text or f"left out            {name} (" in text, text
     assert "would be pushed to" in text
+    assert "training_args.bin (left by training)" in text
 
 
 def test_secrets_are_not_to_be_had_by_including_them(models: Path) -> None:

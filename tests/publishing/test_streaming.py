@@ -265,6 +265,7 @@ def test_a_repository_that_holds_a_model_is_kept_unless_told(
     old = tmp_path / "old"
     shutil.copytree(models / "base", old)
     (old / "model-extra.safetensors").write_bytes((old / "model-00001-of-00004.safetensors").read_bytes())
+    (old / "adapter_config.json").write_text("{}")  # which transformers would put on top of the merged model
     hub.add("alice/there", old)
     before = held(hub, "alice/there")
     assert "--overwrite" in client.refused(*words("alice/there"), code=2, cwd=tmp_path / "work")
@@ -273,7 +274,7 @@ def test_a_repository_that_holds_a_model_is_kept_unless_told(
     commits = list(hub.repos["alice/there"].commits.values())[1:]
     for commit in commits[:-1]:  # never the old config beside the new weights
         assert not {"config.json", "model.safetensors.index.json"} & set(commit)
-    assert "model-extra.safetensors" not in held(hub, "alice/there")
+    assert not {"model-extra.safetensors", "adapter_config.json"} & set(held(hub, "alice/there"))
     assert "pytorch_model.bin" in held(hub, "alice/there")  # which is no business of a merge
 
 

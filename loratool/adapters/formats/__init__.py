@@ -20,6 +20,7 @@ from loratool.adapters.formats.known import (
 )
 from loratool.adapters.formats.named import Named
 from loratool.adapters.formats.peft import PEFT
+from loratool.adapters.formats.peft.files import without_config
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.errors import InputError, LoratoolError, about, printable
@@ -137,6 +138,8 @@ def not_an_adapter(path: Path) -> LoratoolError:
         return InputError(f"{printable(path)}: not an adapter; expected its folder, or its .safetensors or .gguf file")
     if any((path / name).is_file() for name in (MODEL_CONFIG, MODEL_INDEX)):
         return InputError(f"{printable(path)}: this is a model; an adapter is expected here")
+    if any(WRITTEN.claims(head) for head in heads_at(path)):
+        return without_config(path / WRITTEN.config_name)
     return InputError(
         f"{printable(path)}: not an adapter: it contains neither {WRITTEN.config_name} nor {WRITTEN.weights_name}"
     )

@@ -75,8 +75,8 @@ def open_weights(path: Path, notes: list[Note], adapter_name: str | None) -> tup
             raise InputError(f"{printable(folder / name)}: {foreign_file(folder / name)}")
     file = by_header(folder)
     if file is None:
-        told = instead_of_weights(folder)
-        raise InputError(f"{printable(folder)}: {WEIGHTS} is missing{f'; {told}' if told else ''}")
+        told = instead_of_weights(folder, CONFIG) or "copy it from the training output"
+        raise InputError(f"{printable(folder)}: {WEIGHTS} is missing; {told}")
     notes.append(
         Note("other-name", f"its weights were read from {printable(file.path.name)}; PEFT reads {WEIGHTS} only")
     )
@@ -170,12 +170,15 @@ def config_at(path: Path) -> Path:
     return folder / CONFIG
 
 
+def without_config(path: Path) -> InputError:
+    """The error for weights whose config is not where it should be."""
+    return InputError(f"{printable(path)} is missing, and with it the rank and alpha; copy it from the training output")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """`adapter_config.json` as a dict. Problems are told without repeating the file's text."""
     if not os.path.lexists(path) and path.parent.is_dir():
-        raise InputError(
-            f"{printable(path)} is missing, and with it the rank and alpha; copy it from the training output"
-        )
+        raise without_config(path)
     config = read_json(path, lenient=True)
     if not {"peft_type", "r", "lora_alpha"} & set(config):
         raise InputError(f"{printable(path)}: not an adapter config: it has no peft_type, r or lora_alpha")
