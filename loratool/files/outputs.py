@@ -61,12 +61,15 @@ def check_target(
     try:
         out = Path(os.path.realpath(out))
         if not stat.S_ISDIR(out.parent.stat().st_mode):
-            raise UsageError(f"{shown}: {printable(out.parent)} is not a folder; choose another OUT", hint=ANOTHER_OUT)
+            raise NotADirectoryError
     except FileNotFoundError:
         parents = ("mkdir", str(out.parent)) if os.altsep else ("mkdir", "-p", str(out.parent))
         raise StorageError(
             f"{shown}: the folder {printable(out.parent)} does not exist; create it first", hint=shell_line(parents)
         ) from None
+    except NotADirectoryError:
+        told = f"{shown}: {printable(out.parent)} is not a folder; choose another OUT"
+        raise StorageError(told, hint=ANOTHER_OUT) from None
     except OSError as error:
         raise StorageError(f"{shown}: cannot create it in {printable(out.parent)}: {error.strerror}") from error
     around = identities(out)

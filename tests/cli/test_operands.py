@@ -181,7 +181,7 @@ PROPOSED = {
     "an output that is there": ("merge base style -o merged", 2, "merge base style -o merged --overwrite"),
     "an output that is an input": ("merge base style -o base", 2, "merge base style -o ./base-style"),
     "a command with a typing error": ("marge base style -o out", 2, "merge base style -o out"),
-    "an output inside a file": ("merge base style -o base/config.json/out", 2, "merge base style -o ./base-style"),
+    "an output inside a file": ("merge base style -o base/config.json/no/out", 6, "merge base style -o ./base-style"),
     "a run whose weights are in pieces": ("merge base sharded -o out", 3, "inspect sharded --check"),
     "an option without its value": ("merge base style -o", 2, "merge --help"),
     "an output without -o": ("merge base style out", 2, "merge base style -o out"),
