@@ -45,7 +45,6 @@ class Remote:
     repo: str
     commit: str
     files: dict[str, RemoteFile]
-    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def look_up(place: HubPath) -> Remote:
     with asking(place.repo, place.revision):
         info: Any = patiently(lambda: api().model_info(place.repo, revision=place.revision, files_metadata=True))
     entries = [(s.rfilename, s.size, s.blob_id, s.lfs.sha256 if s.lfs else None) for s in info.siblings or ()]
-    return Remote(place.repo, commit_of(place.repo, info.sha), files_of(place.repo, entries), bool(info.private))
+    return Remote(place.repo, commit_of(place.repo, info.sha), files_of(place.repo, entries))
 
 
 @contextmanager

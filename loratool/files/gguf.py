@@ -215,10 +215,10 @@ class Reader:
             raise self.refuse(f"claims {count} {what}, more than the rest of its header can hold")
         return count
 
-    def text(self, longest: int, what: str) -> str:
+    def name(self, what: str) -> str:
         length = self.count(1, f"bytes of {what}")
-        if length > longest:
-            raise self.refuse(f"{what} has {length} bytes, over the limit of {longest}")
+        if length > LONGEST_NAME:
+            raise self.refuse(f"{what} has {length} bytes, over the limit of {LONGEST_NAME}")
         start = self.need(length)
         try:
             return self.raw[start : start + length].decode()
@@ -235,7 +235,7 @@ class Reader:
         alignment = self.alignment(values)
         table, tensors, problems = self.at, dict[str, TensorInfo](), list[str]()
         for _ in range(count):
-            name = self.text(LONGEST_NAME, "the name of a tensor")
+            name = self.name("the name of a tensor")
             info = self.tensor(name, alignment, problems)
             if name in tensors:
                 raise self.refuse(f"tensor {printable(name)} is listed twice")
@@ -272,7 +272,7 @@ class Reader:
         found: dict[str, Value] = {}
         for _ in range(count):
             start = self.at
-            key = self.text(LONGEST_NAME, "a key of its metadata")
+            key = self.name("a key of its metadata")
             if key in found:
                 raise self.refuse(f"the key {printable(key)} of its metadata is duplicated")
             found[key] = self.value(key, self.number("I"))

@@ -48,7 +48,7 @@ class Presence:
     """The signs of life of this process in a folder, from its beginning to its end."""
 
     def __init__(self, folder: Path, share: str) -> None:
-        self.folder, self.share, self.doing = folder, share, set[str]()
+        self.share, self.doing = share, set[str]()
         self.path = folder / f"{PREFIX}{os.urandom(16).hex()}.json"
         self.over, self.lock = threading.Event(), threading.Lock()
 

@@ -373,7 +373,7 @@ class PartFile(OpenFile):
     """The sink of one part of a file, other parts of which are written by other processes at the same time."""
 
     def __init__(self, path: Path, part: FilePart, layout: Layout, stop: threading.Event, store: SharedFolder) -> None:
-        self.filepart, self.layout, self.store = part, layout, store
+        self.filepart, self.store = part, store
         # the pages that this part has to itself; the ends of the file are nobody else's
         self.first = -(-part.start // PAGE) * PAGE
         self.last = part.stop if part.stop == layout.size else max(part.stop // PAGE * PAGE, self.first)

@@ -57,14 +57,14 @@ def logarithmic(label: str, values: Sequence[float]) -> Axis:
     return Axis(label, 10**low, 10**high, tuple((10**at, figure(10**at, 2)) for at in exponents), log=True)
 
 
-def linear(label: str, low: float, high: float, shown: str = "g") -> Axis:
-    """An axis with about five values of few digits at it; `shown` is their format."""
+def linear(label: str, low: float, high: float) -> Axis:
+    """An axis with about five values of few digits at it."""
     span = high - low or 1.0
     unit = 10 ** math.floor(math.log10(span / 4))
     step = next(unit * times for times in (1, 2, 2.5, 5, 10) if span / (unit * times) <= 5)
     first = math.ceil(low / step - 1e-9)
     values = [at * step for at in range(first, first + 12) if at * step <= high + 1e-9 * span]
-    return Axis(label, low, high, tuple((value, f"{round(value, 9):{shown}}") for value in values))
+    return Axis(label, low, high, tuple((value, f"{round(value, 9):g}") for value in values))
 
 
 def counting(label: str, high: int) -> Axis:

@@ -96,9 +96,12 @@ def compare(
     return Comparison(tuple(problems), tuple(notes))
 
 
-def check(folder: Path, in_order: bool = False) -> tuple[Note, ...]:
-    """The notes of a comparison; raises `VerificationError` naming every file with a problem."""
-    found = compare(folder, in_order=in_order)
+def check(folder: Path) -> tuple[Note, ...]:
+    """The notes of a comparison; raises `VerificationError` naming every file with a problem.
+
+    Files are read in order, as `why_unlike` explains.
+    """
+    found = compare(folder, in_order=True)
     if found.problems:
         raise VerificationError(
             f"{printable(folder)}: differs from what {PROVENANCE} says was written; {WAY_OUT}:", found.problems

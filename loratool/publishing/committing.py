@@ -193,7 +193,6 @@ def commit(
     uploads: Sequence[Upload],
     message: str,
     *,
-    description: str = "",
     delete: Iterable[str] = (),
     create_pr: bool = False,
     tell: Callable[[int], None] = lambda _count: None,
@@ -226,7 +225,6 @@ def commit(
                     repo,
                     operations,
                     commit_message=message,
-                    commit_description=description,
                     revision=revision,
                     create_pr=create_pr,
                 )

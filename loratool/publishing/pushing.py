@@ -35,7 +35,7 @@ def push(path: PathLike, repo: str, options: PushOptions, progress: Progress | N
     check_message(options.message)
     check_name(repo)
     root = folder_at(path, options.include)
-    unlike = record.check(root, in_order=True)
+    unlike = record.check(root)
     choice = partial(
         select,
         root,

@@ -11,9 +11,9 @@ from loratool.templates import some
 __all__ = ["command", "quoted", "some"]
 
 
-def command(verb: str, path: Path, options: str = "", out: str = "OUT") -> str:
+def command(verb: str, path: Path, options: str = "") -> str:
     """A command line on an adapter."""
-    return " ".join(filter(None, ["loratool", verb, quoted(path), "-o", out, options]))
+    return " ".join(filter(None, ["loratool", verb, quoted(path), "-o", "OUT", options]))
 
 
 def quoted(path: Path) -> str:

@@ -263,7 +263,6 @@ class Sums:
         def nothing(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64)
 
-        self.count = count
         self.products = nothing(count, count)  # ⟨ΔWᵢ, ΔWⱼ⟩
         self.sizes = nothing(count, count)  # ‖ΔWᵢ‖² over the layers that adapter j has too
         self.layers = nothing(count, count)  # that both have

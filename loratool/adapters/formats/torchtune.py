@@ -22,7 +22,7 @@ from loratool.adapters.formats.format import Config
 from loratool.adapters.formats.known import TorchtuneFiles
 from loratool.adapters.formats.torchtune_writing import TorchtuneNames, ordered_file
 from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
-from loratool.adapters.layers import Kind
+from loratool.adapters.layers import Kind, innermost
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
@@ -117,7 +117,7 @@ class Torchtune(TorchtuneFiles, TrainerFormat):
         return {"q_proj": heads.queries, "k_proj": heads.keys} if PERMUTED[known[0]] else {}
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
-        lost = [t for t, u in adapter.updates.items() if not isinstance(innermost_of(u), (LowRank, Unsettled))]
+        lost = [t for t, u in adapter.updates.items() if not isinstance(innermost(u), (LowRank, Unsettled))]
         lost += adapter.bases
         return (Note("not-in-torchtune", f"torchtune stores LoRA and DoRA alone: {some(lost)}"),) if lost else ()
 
@@ -201,10 +201,6 @@ def settings_of(rank: int, alpha: float, base: str) -> dict[str, Any]:
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "base_model_name_or_path": base or None,
     }
-
-
-def innermost_of(update: Update) -> Update:
-    return update.inner if isinstance(update, Magnitude) else update
 
 
 TORCHTUNE = Torchtune()

@@ -60,7 +60,6 @@ class Known:
 class Names:
     """The modules of one architecture by their names without dots, in one layout for each."""
 
-    architecture: str
     original: Mapping[str, Known]
     diffusers: Mapping[str, Known]
 
@@ -84,7 +83,7 @@ def names_of(architecture: str, component: str) -> Names:
             diffusers.setdefault(flat(module), known)
             if module.startswith(TEXT_MODEL):  # which transformers 5 leaves out
                 diffusers.setdefault(flat(module.removeprefix(TEXT_MODEL)), known)
-    return Names(architecture, original, diffusers)
+    return Names(original, diffusers)
 
 
 def flat(module: str) -> str:
