@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -116,7 +117,7 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
     disagree: all faulty shards at once.
     """
     try:
-        is_folder = root.is_dir() if root.stat() else False
+        is_folder = stat.S_ISDIR(root.stat().st_mode)
     except OSError as error:
         raise unreadable(root, error) from error
     if not is_folder:

@@ -159,8 +159,8 @@ def alone(folder: Path, presence: Presence) -> Iterator[Callable[[], None]]:
         draft.unlink(missing_ok=True)
 
     def check() -> None:
-        if (last := last_of(folder)) not in (None, own):
-            refuse_if_alive(folder, last or own)
+        if (last := last_of(folder)) is not None and last != own:
+            refuse_if_alive(folder, last)
 
     try:
         yield check
