@@ -14,7 +14,6 @@ from loratool.adapters.adapter import Adapter, Derived, StoredTensor
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.lazy import Tensor
 
 Parts = Mapping[str, Update]  # by target
 WAY_OUT = "pass the model that was trained with --base, or copy its config.json into the adapter's folder"
@@ -40,9 +39,6 @@ class Unsettled(Update):
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.b.shape[0], self.a.shape[1])
-
-    def delta(self, weight: Tensor) -> Tensor:
-        raise NotImplementedError("it is settled first")
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:  # noqa: ARG002
         return None

@@ -204,13 +204,17 @@ class Codec(Protocol):
         ...
 
     def left_plain(
-        self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint
+        self,
+        setting: Setting,
+        packing: Packing,  # noqa: ARG002 (some kinds list no weights)
+        plain: Collection[str],  # noqa: ARG002
+        base: Checkpoint,  # noqa: ARG002
     ) -> Mapping[str, Any]:
         """The values of one setting where the weights `plain` (their plain names) are not packed any more.
 
         The spelling is what the loaders of that kind match. Nothing else of the values changes.
         """
-        ...
+        return setting.values
 
     def named_too(
         self,

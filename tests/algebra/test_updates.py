@@ -27,6 +27,7 @@ from loratool.algebra.updates.multiplying import (
     Scale,
 )
 from loratool.algebra.updates.products import Bases, Circulant, Grid, Hadamard, Kronecker, Pooled, Shared, Tiled
+from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.algebra.updates.residual import Residual
 from loratool.algebra.updates.rewriting import Injection, Network, Pairs, Recomposed
@@ -238,6 +239,38 @@ def test_rows_change_as_the_definition_says(
     block = as_matrix(weight, fitted.fold)[part].clone()
     fitted.add_rows(block, first, strength, as_matrix(base, fitted.fold)[part])
     torch.testing.assert_close(block, wanted[part])
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith("Spectrum")])
+def test_an_update_changes_a_weight_alike_with_and_without_preparation(name: str) -> None:
+    """Of those that are prepared; the places of a spectrum are drawn only then."""
+    given, shape = KINDS[name].make(random(5), 4, 3, 2)
+    weight = random(6)(*shape)
+    fitted = given.fit(shape)
+    assert fitted is not None
+    prepared = fitted.prepared(blocks_of(weight, fitted.fold, 3)).delta(weight)
+    torch.testing.assert_close(fitted.delta(weight), prepared.reshape(shape))
+
+
+ORDERS = {"heads by halves": RowOrder(2), "parts of groups": RowOrder(2, (1, 1))}
+MATRICES = [name for name, kind in KINDS.items() if len(kind.make(random(5), 4, 4, 2)[1]) == 2]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", [name for name in MATRICES if name != "ReplaceRows"])
+def test_rows_in_another_order_get_the_change_of_the_rows_of_the_model(name: str, order: str) -> None:
+    """The oracle moves the whole weight: it orders the rows, changes them, and puts them back."""
+    given, shape = KINDS[name].make(random(5), 4, 4, 2)
+    weight = random(6)(*shape)
+    fitted = given.fit(shape)
+    assert fitted is not None
+    stored = torch.from_numpy(ORDERS[order].numbers(shape[0]))
+    wanted = weight + fitted.prepared(blocks_of(weight, 1, 3)).delta(weight)
+    reordered = Reordered(fitted, ORDERS[order], shape[0]).prepared(blocks_of(weight[stored], 1, 3))
+    torch.testing.assert_close(weight[stored] + reordered.delta(weight[stored]), wanted[stored])
+    block = weight[stored][1:]
+    reordered.add_rows(block, 1, 1.0, weight[stored][1:])
+    torch.testing.assert_close(block, wanted[stored][1:])
 
 
 def dora(update: Magnitude, base: Tensor, weight: Tensor) -> Tensor:

@@ -112,9 +112,8 @@ class Spelling(Protocol):
     def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
         """A and B of a product, as they are stored."""
 
-    def keeps(self, form: Form) -> bool:  # noqa: ARG002 (what is not known to be the same is computed)
+    def keeps(self, form: Form) -> bool:
         """Whether A and B of a layer are stored row by row, as (rank, in) and (out, rank), so that bytes can be copied."""
-        return False
 
     def bias(self, target: str) -> str:
         """The name of what B adds to the output, for the target of the weight."""
@@ -122,7 +121,6 @@ class Spelling(Protocol):
     @property
     def scales_biases(self) -> bool:
         """Whether its reader multiplies these by the scale of their layer."""
-        return False
 
     def magnitude(self, target: str) -> str:
         """The name of the lengths of rows that DoRA trains."""
@@ -156,7 +154,6 @@ class Spelling(Protocol):
     @property
     def flattens(self) -> bool:
         """Whether names of modules have no dots, so that targets need none either."""
-        return False
 
     def of_one_rank(self) -> Sequence[tuple[str, ...]]:
         """Groups of targets to which it gives one rank."""
@@ -432,18 +429,6 @@ class Format(FormatFiles, Protocol):
         """Whether what an adapter of this format saved whole for a target stood in a layer that it adapts."""
         return False
 
-    def one_rank_experts(self, targets: Iterable[str]) -> tuple[str, ...]:  # noqa: ARG002
-        """Those targets that get one rank for being experts of one model, or with them."""
-        return ()
-
     def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:  # noqa: ARG002
         """What to say where layers whose `own` ranks differ were made one of rank."""
         return iter(())
-
-    def task_heads(self, task: str) -> tuple[str, ...]:  # noqa: ARG002
-        """The modules that it saves whole for a task, whatever the config says."""
-        return ()
-
-    def tells_apart(self, parameters: set[str]) -> bool:
-        """Whether it can adapt these parameters of one module and tell whose factors are whose."""
-        return len(parameters) == 1

@@ -88,9 +88,6 @@ class Add(Update):
 
 def stack(updates: Sequence[tuple[LowRank, float]]) -> LowRank:
     """Σ strength · update of low-rank updates as one: factors side by side, ranks add up, exact."""
-    if len(updates) == 1:
-        (update, strength), *_ = updates
-        return LowRank(update.up, update.down, update.scale * strength, kernel=update.kernel)
     up = torch.cat([u.up * (u.scale * strength) for u, strength in updates], dim=1)
     down = torch.cat([u.down for u, _ in updates], dim=0)
     return LowRank(up, down, 1.0, kernel=updates[0][0].kernel)

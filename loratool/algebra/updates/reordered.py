@@ -55,20 +55,12 @@ class Reordered(Wrapped):
     start: int = 0  # the row of `inner` that is the first of them
 
     @property
-    def looks_at_base(self) -> bool:  # type: ignore[override]  # a constant for the other kinds
-        return self.inner.looks_at_base
-
-    @property
     def adds_products(self) -> bool:  # type: ignore[override]  # a constant for the other kinds
         return self.inner.adds_products
 
     @property
     def needs_weight(self) -> bool:
         return self.inner.needs_weight
-
-    @property
-    def turnable(self) -> bool:
-        return False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from loratool.bases.codecs.fp8 import scale_names
 from loratool.bases.codecs.mixed import complete
@@ -25,7 +24,7 @@ from loratool.bases.codecs.numbers import FP8, FP8_E5M2, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, bytes_of, told
 from loratool.bases.codecs.scaled import Scaled, scheme_of
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, WithoutParameters, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParameters, plain_dtype
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -100,15 +99,6 @@ class Fp8Files(Codec):
         marks = [name for name in base.tensors if name.rpartition(".")[2] == MARK]
         packing = replace(complete(finder, found, LEFTOVERS, self.title, WAY_OUT), unread=unread, marks=marks)
         return packing if found or unread else None
-
-    def left_plain(
-        self,
-        setting: Setting,
-        packing: Packing,  # noqa: ARG002 (no config lists them)
-        plain: Collection[str],  # noqa: ARG002
-        base: Checkpoint,  # noqa: ARG002
-    ) -> Mapping[str, Any]:
-        return setting.values
 
     def metadata(
         self,

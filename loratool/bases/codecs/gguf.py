@@ -6,13 +6,13 @@ without it, in `gguf_blocks`. Types for which it has no encoder are read only; t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.codecs.gguf_blocks import DECODERS, decode_into, decoded
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, WithoutParameters
+from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParameters
 from loratool.bases.weights import Memory, Plain, Room, plain_of
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint
@@ -136,12 +136,3 @@ class Gguf(Codec):
         weights = {name: blocks_of(plain_of(base, name)) for name, kind in packed.items() if kind in DECODED}
         unread = {name: kind for name, kind in packed.items() if kind not in DECODED}
         return Packing(weights, unread=unread) if packed else None
-
-    def left_plain(
-        self,
-        setting: Setting,
-        packing: Packing,  # noqa: ARG002 (no config lists them)
-        plain: Collection[str],  # noqa: ARG002
-        base: Checkpoint,  # noqa: ARG002
-    ) -> Mapping[str, Any]:
-        return setting.values

@@ -6,10 +6,9 @@ codebooks, SpQR keeps outliers apart), and their libraries decode on a GPU alone
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-from loratool.bases.packed import Codec, Packing, Setting, Settings
+from loratool.bases.packed import Codec, Packing, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 
@@ -47,12 +46,3 @@ class Unreadable(Codec):
             title = "MLX"  # which names no method
         packed = {name: title for name, info in base.tensors.items() if info.dtype not in FLOAT_NAMES}
         return Packing({}, unread=packed) if title and packed else None
-
-    def left_plain(
-        self,
-        setting: Setting,
-        packing: Packing,  # noqa: ARG002 (nothing of these becomes plain)
-        plain: Collection[str],  # noqa: ARG002
-        base: Checkpoint,  # noqa: ARG002
-    ) -> Mapping[str, Any]:
-        return setting.values

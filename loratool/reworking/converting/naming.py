@@ -90,10 +90,6 @@ def flat(module: str) -> str:
     return module.replace(".", "_")
 
 
-def components_of(architecture: str) -> tuple[str, ...]:
-    return (DENOISING, *ARCHITECTURES[architecture].texts)
-
-
 def component_of(word: str, architecture: str) -> str:
     """The component of an architecture that a word means; empty where it has no such."""
     texts = ARCHITECTURES[architecture].texts

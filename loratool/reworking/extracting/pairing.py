@@ -57,11 +57,6 @@ class Change:
     same: bool = False  # nothing differs; it gets factors because something beside it does
 
     @property
-    def module(self) -> str:
-        """What patterns are matched with."""
-        return self.target if self.kind is Kind.PARAMETER else self.target.rpartition(".")[0]
-
-    @property
     def kernel(self) -> tuple[int, ...]:
         return self.base.shape[2:] if self.kind is Kind.CONVOLUTION else ()
 
