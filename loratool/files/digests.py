@@ -22,12 +22,11 @@ from loratool.files.inputs import open_regular
 from loratool.files.names import has_other_parts
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo
-from loratool.files.source import Source, expect
+from loratool.files.source import PIECE, Source, expect, read_pieces
 from loratool.files.stand_ins import hashed, stand_in
 from loratool.files.weight_formats import read_weight_file
 from loratool.templates import first_few
 
-PIECE = 1 << 20  # bytes that are read at a time
 CHUNK = 64 << 20  # bytes of a tensor that have a digest of their own, in whole rows
 FUNCTION = "blake3"  # of the digests that are made
 VERSION = re.compile(r'"[\x21\x23-\x7e]{1,200}"')  # an ETag
@@ -233,7 +232,9 @@ def root_of(header: str, tensors: Iterable[Listed], begin: Callable[[], State]) 
 def parts_of(path: Path) -> Iterator[bytes]:
     """All bytes of a file in parts. Raises `InputError` where it is not a regular file, or changes meanwhile."""
     if (there := stand_in(path)) is not None:
-        yield from pieces_of(there.source())
+        source = there.source()
+        expect(source, 0, source.size)
+        yield from map(bytes, read_pieces(source, 0, source.size))
         return
     with open(open_regular(path), "rb", buffering=0) as stream:
         before = Identity.of(os.fstat(stream.fileno()))
@@ -241,15 +242,6 @@ def parts_of(path: Path) -> Iterator[bytes]:
             yield part
         if Identity.of(os.fstat(stream.fileno())) != before or Identity.of(path.stat()) != before:
             raise InputError(f"{printable(path)}: the file changed while it was being read; start again")
-
-
-def pieces_of(source: Source) -> Iterator[bytes]:
-    """All bytes of a source, piece by piece."""
-    expect(source, 0, source.size)
-    for at in range(0, source.size, PIECE):
-        piece = bytearray(min(PIECE, source.size - at))
-        source.read(at, len(piece), memoryview(piece))
-        yield bytes(piece)
 
 
 def digest_of(path: Path) -> Digest:
@@ -442,16 +434,9 @@ def has_bytes(source: Source, start: int, stop: int, wanted: Reference, find: Fi
         return True
     if stop - start != wanted.stop - wanted.start:
         return False
-    ours, theirs = (memoryview(bytearray(min(PIECE, stop - start))) for _ in range(2))
     with open(open_regular(path), "rb", buffering=0) as stream:
-        other = LocalSource(path, stream.fileno())
-        for done in range(0, stop - start, PIECE):
-            size = min(PIECE, stop - start - done)
-            source.read(start + done, size, ours)
-            other.read(wanted.start + done, size, theirs)
-            if ours[:size] != theirs[:size]:
-                return False
-    return True
+        theirs = read_pieces(LocalSource(path, stream.fileno()), wanted.start, wanted.stop)
+        return all(one == other for one, other in zip(read_pieces(source, start, stop), theirs, strict=True))
 
 
 def has_digest(source: Source, start: int, stop: int, begin: Callable[[], State], digest: str) -> bool:
@@ -461,10 +446,8 @@ def has_digest(source: Source, start: int, stop: int, begin: Callable[[], State]
 
 def digest_of_range(source: Source, start: int, stop: int, begin: Callable[[], State]) -> str:
     """The digest of some bytes of a source."""
-    state, buffer = begin(), memoryview(bytearray(min(PIECE, stop - start)))
+    state = begin()
     expect(source, start, stop - start)
-    for at in range(start, stop, PIECE):
-        piece = buffer[: stop - at]
-        source.read(at, len(piece), piece)
+    for piece in read_pieces(source, start, stop):
         state.update(piece)
     return state.hexdigest()

@@ -109,13 +109,8 @@ def files_of(root: Path, is_adapter: Callable[[Path], bool]) -> tuple[list[str],
 def component_names(root: Path) -> list[str]:
     """The folders of a pipeline's components that hold weights to read, in the order of its index."""
     table = read_json(root / MODEL_INDEX)
-    named = [name for name, value in table.items() if isinstance(value, list) and is_plain(name)]
+    named = [name for name, value in table.items() if isinstance(value, list) and name.isidentifier()]
     return [name for name in named if any(n.endswith(".safetensors") for n in names_in(root / name))]
-
-
-def is_plain(name: str) -> bool:
-    """Whether it is a name that a component can have, which leads nowhere else."""
-    return name.isidentifier()
 
 
 def names_in(folder: Path) -> list[str]:

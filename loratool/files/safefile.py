@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import archive, foreign_start, is_text
 from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
+from loratool.files.source import read_pieces
 from loratool.files.stand_ins import stand_in, told_identity
 from loratool.files.system import copy_in_kernel, read_ahead, read_at, write_at
 
@@ -425,21 +426,19 @@ def copy_bytes(source: int, target: int, count: int, position: int, target_posit
     ):
         done += moved
     if done < count:
-        buffer = memoryview(bytearray(min(count - done, 1 << 20)))
-        while done < count:
-            piece = buffer[: count - done]
-            read_exactly(source, piece, position + done, path)
-            write_fully(target, piece, target_position + done)
-            done += len(piece)
+        copy_pieces(LocalSource(path, source), position + done, count - done, target, target_position + done)
 
 
 def copy_range(source: Source, start: int, count: int, target: int, at: int) -> None:
     """Copy bytes of a source to byte `at` of an open file."""
     if isinstance(source, LocalSource):
         source.copy_to(target, start, count, at)
-        return
-    buffer = memoryview(bytearray(min(count, 1 << 20)))
-    for done in range(0, count, len(buffer) or 1):
-        piece = buffer[: count - done]
-        source.read(start + done, len(piece), piece)
-        write_fully(target, piece, at + done)
+    else:
+        copy_pieces(source, start, count, target, at)
+
+
+def copy_pieces(source: Source, start: int, count: int, target: int, at: int) -> None:
+    """The same by way of memory."""
+    for piece in read_pieces(source, start, start + count):
+        write_fully(target, piece, at)
+        at += len(piece)

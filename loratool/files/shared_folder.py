@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.arguments import Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
-from loratool.files.digests import HASHES, PIECE, digest_of_part
+from loratool.files.digests import HASHES, digest_of_part
 from loratool.files.folders import PROVENANCE, sidecar_of
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
@@ -35,6 +35,7 @@ from loratool.files.process import on_all_cores
 from loratool.files.safefile import LocalSource, read_exactly, write_fully
 from loratool.files.shard_writer import OpenFile
 from loratool.files.sink import PAGE, Memory
+from loratool.files.source import PIECE
 from loratool.files.staging import Stage, check_space, storage_error, write_durably
 from loratool.files.system import forget_cached, open_file, sync_file, sync_folder
 

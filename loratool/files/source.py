@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PIECE = 1 << 20  # bytes that are read at a time
 
 
 class Source(Protocol):
@@ -16,6 +21,15 @@ class Source(Protocol):
     def read(self, start: int, count: int, into: memoryview) -> None:
         """Fill the first `count` bytes of `into` from byte `start` on. Raises `InputError` where the bytes end early."""
         ...
+
+
+def read_pieces(source: Source, start: int, stop: int) -> Iterator[memoryview]:
+    """Bytes `start` … `stop` of a source, piece by piece in the same memory."""
+    buffer = memoryview(bytearray(min(PIECE, stop - start)))
+    for at in range(start, stop, PIECE):
+        piece = buffer[: stop - at]
+        source.read(at, len(piece), piece)
+        yield piece
 
 
 def expect(source: Source, start: int, count: int) -> None:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from loratool.files.safefile import Layout, SafeFile, TensorInfo, copy_range, read_exactly, write_fully
+from loratool.files.digests import digest_of_range
+from loratool.files.safefile import Layout, LocalSource, SafeFile, TensorInfo, copy_range, write_fully
 from loratool.files.system import open_file, sync_file
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 Triple = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 OF_DATA = "0" * 64  # among the metadata: stands for the SHA-256 of all tensors' bytes
-PIECE = 4 << 20  # bytes that are hashed at a time
 SLACK = 64  # bytes of metadata that may be added before the end
 
 
@@ -59,12 +59,8 @@ class TensorFile:
 
     def digest(self) -> str:
         """SHA-256 of the bytes of all tensors, in their order."""
-        state, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
-        for at in range(0, self.at, PIECE):
-            piece = buffer[: min(PIECE, self.at - at)]
-            read_exactly(self.descriptor, piece, self.reserved + at, self.path)
-            state.update(piece)
-        return state.hexdigest()
+        whole = LocalSource(self.path, self.descriptor)
+        return digest_of_range(whole, self.reserved, self.reserved + self.at, hashlib.sha256)
 
 
 @contextmanager

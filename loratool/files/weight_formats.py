@@ -7,7 +7,7 @@ from pathlib import Path
 from loratool.files.safefile import SafeFile, read_safefile
 
 
-def is_plain(file: SafeFile) -> bool:
+def is_own_file(file: SafeFile) -> bool:
     """Whether a file is all of one file that is here, as `read_weight_file` gives it."""
     if type(file) is SafeFile or file.path.suffix != ".gguf":
         return type(file) is SafeFile

@@ -10,7 +10,6 @@ them for each output.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from loratool.files.sink import PAGE, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
 from loratool.merging.chunks import bytes_in, ranges_behind, ranges_of
+from loratool.merging.crew import Crew
 from loratool.merging.numpy_worker import NumpyWorker
 from loratool.merging.resources import (
     Resources,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from loratool.merging.row_blocks import Worker
 
 MOST_LANES = 4  # output files of a job that are written at the same time
+PATIENCE = 0.8  # seconds that threads have to end
 FINISHING_SHARDS = 2  # output files of a job besides that are being synced
 
 
@@ -87,9 +88,8 @@ class Engine:
         self.choosing = threading.Lock()  # of the resources
         self.chosen: Resources | None = None
         self.precision = ExitStack()  # of all arithmetic, from that choice on
-        self.failures: list[BaseException] = []  # those that are no job's own
+        self.crew = Crew(self.stop)
         self.watches: list[stopwatch.Stopwatch] = []  # one a thread
-        self.ends: list[threading.Lock] = []  # one a thread, which holds it for as long as it runs
 
     @property
     def stopped(self) -> bool:
@@ -120,10 +120,10 @@ class Engine:
         self.tasks = self.make_tasks(list(groups.values()))
         try:
             for number in range(self.workers or most_workers()):
-                self.start(self.work, number)
-            self.join()
-            if self.failures or all(job.failure for job in self.jobs):
-                raise (*self.failures, *(job.failure for job in self.jobs if job.failure))[0]
+                self.crew.start(self.work, number)
+            self.crew.join()
+            if self.crew.failures or all(job.failure for job in self.jobs):
+                raise (*self.crew.failures, *(job.failure for job in self.jobs if job.failure))[0]
         except BaseException:
             self.halt()
             raise
@@ -152,36 +152,6 @@ class Engine:
             if self.progress is not None:
                 self.progress(self.bytes_done, self.bytes_all)
 
-    def start(self, target: Callable[..., None], *arguments: object) -> None:
-        # Neither Thread.join nor an Event stands an interrupt at every moment of a wait: the first may take a
-        # running thread for an ended one (before CPython 3.13), the other may keep its inner lock for ever.
-        end = threading.Lock()
-        end.acquire()
-
-        def guarded() -> None:
-            try:
-                target(*arguments)
-            except BaseException as error:
-                self.failures.append(error)
-                self.stop()
-            finally:
-                end.release()
-
-        self.ends.append(end)
-        try:
-            threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True).start()
-        except RuntimeError:  # no more threads are to be had
-            end.release()
-            raise
-
-    def join(self) -> None:
-        """Wait for all threads, those too that are started meanwhile; signals come through."""
-        at = 0
-        while at < len(self.ends):
-            if self.ends[at].acquire(timeout=0.1):
-                self.ends[at].release()  # for `halt`, which waits for it too
-                at += 1
-
     def stop(self) -> None:
         """Ask every thread to end."""
         for job in self.jobs:
@@ -190,10 +160,7 @@ class Engine:
     def halt(self) -> None:
         """Ask every thread to end, and give them a moment; files are closed where none is at work on them any more."""
         self.stop()
-        until, ended = time.monotonic() + 0.8, True
-        for end in self.ends:  # those too that are started meanwhile
-            ended &= end.acquire(timeout=max(0.0, until - time.monotonic()))
-        for job in self.jobs if ended else ():
+        for job in self.jobs if self.crew.has_ended(PATIENCE) else ():
             job.close()
 
     def make_tasks(self, groups: Sequence[Sequence[tuple[Job, ShardPlan]]]) -> Iterator[tuple[Task, ...]]:
@@ -223,7 +190,7 @@ class Engine:
         with job.guarded():
             if not job.stop.is_set():
                 output = Output.of(job, plan)
-                self.start(self.finish, output)
+                self.crew.start(self.finish, output)
                 outputs.append(output)
         if not outputs:
             self.slots.release()

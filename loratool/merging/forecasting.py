@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from loratool.adapters.adapter import load_update
 from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Memory, Room
 from loratool.files.open_sources import OpenSources
-from loratool.files.process import cores
+from loratool.files.process import on_all_cores
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.seen import Seen, together
 from loratool.lazy import numpy, torch
@@ -48,9 +46,7 @@ def forecast_gains(plan: MergePlan) -> Gains:
     spans = [span for span in plan.edited if plan.rounding == "nearest" and can_forecast(span)]
     spans.sort(key=lambda span: hashlib.sha256(span.placed.name.encode(errors="surrogatepass")).digest())
     shared = SharedUpdates()
-    with ThreadPoolExecutor(cores(), "loratool-forecast") as pool:
-        seen = [*pool.map(partial(seen_of, shared=shared), spans[:MOST_WEIGHTS])]
-    return gains_of(plan, together(seen))
+    return gains_of(plan, together(on_all_cores(partial(seen_of, shared=shared), spans[:MOST_WEIGHTS])))
 
 
 def can_forecast(span: Span) -> bool:
@@ -102,8 +98,7 @@ def seen_by_torch(span: Span, shared: SharedUpdates) -> Seen:
     stored, target = (getattr(torch, FLOAT_NAMES[dtype]) for dtype in (span.weight.exact, span.placed.dtype))
     edits, modules = [], []
     for edit in span.edits:
-        loaded = (shared.load if edit.shared else load_update)(edit.update, device, wide)
-        edits.append(LoadedEdit(edit, loaded, edit.strength))
+        edits.append(LoadedEdit(edit, shared.load(edit, device, wide), edit.strength))
         modules.append((edit.target, Place(edit.first_row, edit.rows, edit.columns, span.width)))
     runs, times = sampled(span)
     found: list[Seen] = []

@@ -17,6 +17,7 @@ from loratool.templates import listed
 
 SAMPLED = 1 << 18  # elements of a weight whose rounding is looked at: gains are right to 0.01 and better
 LEAST_GAIN = 0.9  # less than this of an update is worth a warning
+LEAST_KEPT, MOST_ADDED = 0.5, 1.0  # of an update that is packed anew: less, or more beside it, is a loss to agree to
 MANY = 10.0  # times the whole: too many percent to read
 UNSURE = 0.1  # a gain with a larger standard error is no measurement
 STEP = 1.5  # of a dtype with d binary digits at the size of a number, on average, times 2⁻ᵈ of that number
@@ -111,9 +112,6 @@ def hidden_updates(plan: MergePlan, seen: Seen) -> dict[str, float]:
 def is_finer(stored: str, written: str) -> bool:
     """Whether a dtype has values that another one rounds."""
     return written in FLOAT_DIGITS and FLOAT_DIGITS.get(stored, 0) > FLOAT_DIGITS[written]
-
-
-LEAST_KEPT, MOST_ADDED = 0.5, 1.0  # of an update that is packed anew: less, or more beside it, is a loss to agree to
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device) -> Loade
             replacements.append(LoadedEdit(edit, update, 1.0))
             continue
         dtype = held_in(edit.update, torch.float32) if sums_products(span) else torch.float64
-        update = shared.load(edit.update, device, dtype) if edit.shared else load_update(edit.update, device, dtype)
+        update = shared.load(edit, device, dtype)
         if update.needs_weight:
             update = update.prepared(partial(weight_rows, span, edit, device, dtype))
         others.append(LoadedEdit(edit, update, edit.strength))

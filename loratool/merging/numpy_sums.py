@@ -24,6 +24,7 @@ from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
 from loratool.merging.numpy_rounding import RESULTS, Result, exactly, roundings
+from loratool.merging.totals import BlockSeen
 
 if TYPE_CHECKING:
     from loratool.bases.edits import Edit
@@ -207,16 +208,6 @@ class Added:
         return result.of_rounded(found)
 
 
-@dataclass
-class Measured:
-    """What was seen of some rows that were computed."""
-
-    weight: float = 0.0  # ‖W‖²
-    sampled: bool = False  # whether any of the rows was looked at for what rounding leaves of the update
-    kept: tuple[float, float] = 0.0, 0.0  # of those rows: ⟨W' − W, ΔW⟩ and ‖ΔW‖²
-    changed: bool = False  # whether any element is another one than W, where that was asked
-
-
 class Tiles:
     """Memory for rows of one width, which are computed some at a time."""
 
@@ -236,7 +227,8 @@ class Tiles:
         every: int,
         look: bool,
         meant: Added | None = None,
-    ) -> Measured | None:
+        module: str = "",
+    ) -> BlockSeen | None:
         """Put W + ΔW of some rows into `after`; None where torch has to do it.
 
         Args:
@@ -247,8 +239,9 @@ class Tiles:
             every: of so many rows one is looked at for what rounding leaves of the update.
             look: whether it is asked if any element changes.
             meant: the update, where `added` is corrected so that rounding leaves more of it.
+            module: that it is of.
         """
-        seen = Measured()
+        seen = BlockSeen()
         odd: list[tuple[NDArray[Any], NDArray[Any]]] = []  # places of undecided elements, and W there
         sampled: list[tuple[int, NDArray[Any]]] = []
         with numpy.errstate(all="ignore"):  # of what is not finite
@@ -284,7 +277,9 @@ class Tiles:
             after.reshape(-1)[places] = settled
             seen.changed = seen.changed or (look and bool((self.result.nearest(weights) != settled).any()))
             lap("settle")
-            seen.sampled, seen.kept = bool(sampled), self.kept_of(meant or added, first, sampled, after)
+            if sampled:
+                product, squared = self.kept_of(meant or added, first, sampled, after)
+                seen.kept = {module: (every * product, every * squared)}
             lap("gain")
         return seen
 
@@ -334,8 +329,6 @@ class Tiles:
         self, added: Added, first: int, sampled: list[tuple[int, NDArray[Any]]], after: NDArray[Any]
     ) -> tuple[float, float]:
         """⟨W' − W, ΔW⟩ and ‖ΔW‖² of sampled rows, each with its number from `first` on and its W."""
-        if not sampled:
-            return 0.0, 0.0
         rows = numpy.array([row for row, _ in sampled])
         change = added.of_rows(rows + first)
         applied = numpy.empty_like(change)

@@ -17,10 +17,9 @@ from loratool.merging.compensating import compensated
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import rows_apart
 from loratool.merging.numpy_rounding import RESULTS, Result
-from loratool.merging.numpy_sums import Added, Measured, Read, Tiles, readable
+from loratool.merging.numpy_sums import Added, Read, Tiles, readable
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
-from loratool.merging.totals import BlockSeen
 
 if TYPE_CHECKING:
     from threading import Semaphore
@@ -75,21 +74,15 @@ class NumpyWorker:
         if span.rounding == "compensated" and span.placed.dtype == "BF16":
             added = work.held.of("corrected", partial(corrected, meant, read))
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
-        every = rows_apart(span.rows, span.width)
-        seen = tiles.merge(added, read, first, after, every, look, meant) if added.is_workable else None
-        if seen is not None:
-            self.account(work, meant, len(after), seen)
-        return seen is not None
-
-    def account(self, work: EditedSpan, meant: Added, count: int, seen: Measured) -> None:
-        """Note what was seen of a block."""
-        span, (edit,) = work.span, work.span.edits
+        module, every = span.edits[0].target, rows_apart(span.rows, span.width)
+        seen = tiles.merge(added, read, first, after, every, look, meant, module) if added.is_workable else None
+        if seen is None:
+            return False
         if seen.changed:
             work.totals.changed = True
             work.totals.effective |= work.waiting
-        every = rows_apart(span.rows, span.width)
-        kept = {edit.target: (every * seen.kept[0], every * seen.kept[1])} if seen.sampled else {}
-        work.seen(count, BlockSeen(weight=seen.weight, kept=kept), meant.norm, 0)
+        work.seen(len(after), seen, meant.norm, 0)
+        return True
 
     def by_torch(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:
         """The same rows by a worker that has torch."""

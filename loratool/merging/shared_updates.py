@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_update
 from loratool.algebra.updates.base import Update
 from loratool.lazy import torch
+
+if TYPE_CHECKING:
+    from loratool.bases.edits import Edit
 
 MOST_KEPT = 4  # updates that stay in memory for the next weight
 
@@ -19,8 +23,11 @@ class SharedUpdates:
         self.lock = threading.Lock()
         self.kept: dict[tuple[int, str, torch.dtype], tuple[Update, Update]] = {}
 
-    def load(self, update: Update, device: torch.device, dtype: torch.dtype) -> Update:
-        key = (id(update), str(device), dtype)
+    def load(self, edit: Edit, device: torch.device, dtype: torch.dtype) -> Update:
+        """The update of an edit; it is kept where other edits have it, too."""
+        update, key = edit.update, (id(edit.update), str(device), dtype)
+        if not edit.shared:
+            return load_update(update, device, dtype)
         with self.lock:
             pair = self.kept.pop(key, None) or (update, load_update(update, device, dtype))
             self.kept[key] = pair

@@ -58,3 +58,4 @@ class BlockSeen:
     change: float = 0.0  # ‖ΔW‖²
     largest: float = 0.0  # no element of the result is larger in size
     kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # of sampled rows: module → as `Totals.kept`
+    changed: bool = False  # whether any element is another one than W, where that was asked of numpy

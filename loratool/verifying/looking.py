@@ -11,7 +11,6 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from loratool.adapters.adapter import load_update
 from loratool.algebra.rounding import round_once
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
@@ -256,8 +255,7 @@ def with_factors(edits: Sequence[Edit], shared: SharedUpdates) -> tuple[Edit, ..
     loaded: dict[int, Update] = {}
     for edit in edits:
         if not edit.update.replaces and id(edit.update) not in loaded:
-            load = shared.load if edit.shared else load_update
-            loaded[id(edit.update)] = load(edit.update, cpu, torch.float64)
+            loaded[id(edit.update)] = shared.load(edit, cpu, torch.float64)
     return tuple(dataclasses.replace(edit, update=loaded.get(id(edit.update), edit.update)) for edit in edits)
 
 

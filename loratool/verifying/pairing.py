@@ -68,6 +68,11 @@ class Pairing:
     quantised: dict[str, str] = field(default_factory=dict)  # plain tensor of the plan → how the merged model packs it
     unpackable: set[str] = field(default_factory=set)  # those of a format that is only read
 
+    @property
+    def edited(self) -> list[Pair]:
+        """The pairs that adapters change."""
+        return [each for each in self.pairs if each.span.edits]
+
     def add(self, name: str, span: Span, merged: Checkpoint, ties: Ties) -> None:
         """Pair a tensor that both have."""
         plain, ours = plain_of(merged, name), span.placed

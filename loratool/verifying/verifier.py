@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
@@ -20,7 +19,7 @@ from loratool.devices import Awaited
 from loratool.errors import FitError, printable
 from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO as AUTO_BASE
-from loratool.files.process import cores
+from loratool.files.process import on_all_cores
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.merging.inputs import opened_inputs, planned, several
@@ -143,10 +142,9 @@ class Verifier:
         """Compare everything, look again at what differs, and say what it is; the work began at that second."""
         doubts = self.check()
         rounding, distances = self.prove_all()
-        edited = [each for each in self.pairing.pairs if each.span.edits]
         odd = [each for each in self.pairing.pairs if not each.span.edits and is_off(each, distances[each.name])]
         odd, distances = self.decoded(odd, distances)
-        found = self.explain_all(edited, distances, rounding)
+        found = self.explain_all(self.pairing.edited, distances, rounding)
         changed = self.look_at_all(odd)
         diagnoses, notes = self.diagnose(found, changed, distances)
         tensors = self.proofs(found, distances)
@@ -170,7 +168,7 @@ class Verifier:
         """How every tensor was rounded, and how far it is from the formula rounded that way."""
         rounding, asked = self.rounding, self.options.rounding
         distances = dict(self.known) if self.known is not None else self.prove(self.pairing.pairs, rounding)
-        edited = [each for each in self.pairing.pairs if each.span.edits]
+        edited = self.pairing.edited
         odd = [each for each in edited if distances[each.name].equal < 0.995 and not is_quantised(each.theirs)]
         odd.sort(key=lambda each: each.span.placed.nbytes)
         for other in ROUNDINGS if odd and asked != TWICE else ():
@@ -207,16 +205,14 @@ class Verifier:
     ) -> dict[str, Explained]:
         """What each edited tensor is; of very many that differ, only some are looked at."""
         odd = [each for each in edited if distances[each.name].unequal]
-        step, shared = max(1, -(-len(odd) // MOST_LOOKED_AT)), SharedUpdates()
-        with ThreadPoolExecutor(cores(), "loratool-explain") as pool:
+        some, shared = odd[:: max(1, -(-len(odd) // MOST_LOOKED_AT))], SharedUpdates()
 
-            def look(each: Pair) -> Explained:
-                if is_quantised(each.theirs):
-                    return explain_packed(each, distances[each.name], self.plan, shared)
-                return explain(each, distances[each.name], self.plan, rounding, shared)
+        def look(each: Pair) -> Explained:
+            if is_quantised(each.theirs):
+                return explain_packed(each, distances[each.name], self.plan, shared)
+            return explain(each, distances[each.name], self.plan, rounding, shared)
 
-            results = pool.map(look, odd[::step])
-            found = {each.name: one for each, one in zip(odd[::step], results, strict=True)}
+        found = {each.name: one for each, one in zip(some, on_all_cores(look, some), strict=True)}
         for each in edited:
             if not distances[each.name].unequal:
                 found[each.name] = as_it_should(each, rounding)
@@ -244,17 +240,15 @@ class Verifier:
 
     def look_at_all(self, odd: Sequence[Pair]) -> dict[str, Changed]:
         """How the tensors differ that should be the base's."""
-        with ThreadPoolExecutor(cores(), "loratool-look") as pool:
-            found = {each.name: one for each, one in zip(odd, pool.map(look_at, odd), strict=True)}
+        found = {each.name: one for each, one in zip(odd, on_all_cores(look_at, odd), strict=True)}
         copied = [name for name, one in found.items() if one.is_noise and name not in self.pairing.quantised]
         return {**found, **{name: dataclasses.replace(found[name], is_noise=False) for name in copied}}
 
     def left_of_updates(self, found: Mapping[str, Explained]) -> dict[str, Survived]:
         """What survived of the updates of each quantised tensor."""
         packed = [each for each in self.pairing.pairs if each.name in self.pairing.quantised and each.name in found]
-        with ThreadPoolExecutor(cores(), "loratool-look") as pool:
-            results = zip(packed, pool.map(lambda each: survived(Look(each, ())), packed), strict=True)
-            return {each.name: left for each, left in results if left is not None}
+        results = zip(packed, on_all_cores(lambda each: survived(Look(each, ())), packed), strict=True)
+        return {each.name: left for each, left in results if left is not None}
 
     def diagnose(
         self, found: Mapping[str, Explained], changed: Mapping[str, Changed], distances: Mapping[str, Distances]
@@ -268,7 +262,8 @@ class Verifier:
         explained = keys_of(pairing)
         tie_changed = any(self.merged.config.get(key) is False for key in TIE_FLAGS)
         small = list(compare_files(plan, self.merged, explained))
-        untouched = sum(1 for each in pairing.pairs if not each.span.edits)
+        edited = len(pairing.edited)
+        untouched = len(pairing.pairs) - edited
         diagnoses = [
             *([self.otherwise] if self.otherwise else []),
             *diagnose_edited(plan, found, distances),
@@ -280,7 +275,6 @@ class Verifier:
         to_write = ("config-edit", *(["siblings-plain"] if pairing.quantised else []))  # what a merge would write
         written = [note for note in plan.notes if note.code not in to_write]
         notes = [*written, *(each for each in small if isinstance(each, Note))]
-        edited = sum(1 for each in pairing.pairs if each.span.edits)
         if len(found) < edited:
             text = f"of {edited} edited tensors, {edited - len(found)} that differ were not looked at a second time"
             notes.append(Note("looked-at-some", text))
