@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.arguments import PathLike
 from loratool.errors import UsageError, about, printable
-from loratool.files.checkpoint import Checkpoint
 from loratool.files.folders import holds_weights
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
 from loratool.files.inputs import unreadable
@@ -24,9 +22,9 @@ from loratool.files.names import at_home
 from loratool.stores.names import StorePath, parse_store
 
 if TYPE_CHECKING:
-    from loratool.fetching.outline import Remote, Role
+    from loratool.fetching.outline import Role
 
-__all__ = ["HubPath", "Located", "check_there", "headers", "local", "parse", "place_of"]
+__all__ = ["HubPath", "check_there", "headers", "local", "parse", "place_of"]
 
 
 def place_of(operand: PathLike) -> HubPath | StorePath | None:
@@ -85,28 +83,8 @@ def local(operand: PathLike, role: Role = "any") -> Path:
         return cached(place) if is_offline() else download(place, role)
 
 
-@dataclass(frozen=True)
-class Located:
-    """Where an operand is: on this disk, or in an outline of a repository."""
-
-    path: Path
-    remote: Remote | None = None  # what the outline is of
-    root: Path = Path()  # of the outline
-
-    def checkpoint(self, unmerged: bool = False) -> Checkpoint:
-        """The model that is there, as `open_checkpoint` opens it."""
-        from loratool.bases.opening import open_checkpoint
-
-        found = open_checkpoint(self.path, unmerged)
-        if self.remote is None:
-            return found
-        from loratool.fetching.outline import ranged_member
-
-        return replace(found, shards=tuple(ranged_member(self.remote, self.root, shard) for shard in found.shards))
-
-
 @contextmanager
-def headers(operand: PathLike) -> Iterator[Located]:
+def headers(operand: PathLike) -> Iterator[Path]:
     """A local operand itself; of a place on the Hub or in a store an outline with headers and configs.
 
     Small tensors are read by range requests, and no file of weights is downloaded.
@@ -117,22 +95,23 @@ def headers(operand: PathLike) -> Iterator[Located]:
         place = place_of(operand)
         if place is None:
             check_there(operand)
-            yield Located(at_home(operand))
+            yield at_home(operand)
             return
         if isinstance(place, StorePath):
             from loratool.fetching.stores import brought
 
-            yield Located(brought(place, None))
+            yield brought(place, None)
             return
         from loratool.fetching.downloading import cached, is_offline, root_of
-        from loratool.fetching.outline import look_up, needed, outlined, put_headers
+        from loratool.fetching.outline import look_up, needed, outlined, put_headers, standing_for
 
         if is_offline():
-            yield Located(cached(place))
+            yield cached(place)
         else:
             remote = look_up(place)
             with outlined(remote, place) as location:
                 root = root_of(location, place)
-                if holds_weights(location):
-                    put_headers(remote, root, needed(root, location, "any").weights)
-                yield Located(location, remote, root)
+                names = needed(root, location, "any").weights if holds_weights(location) else ()
+                put_headers(remote, root, names)
+                with standing_for(remote, root, names):
+                    yield location

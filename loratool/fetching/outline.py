@@ -21,16 +21,17 @@ from loratool.bases.packed import TWINS
 from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
-from loratool.fetching.ranges import Ranged, RangedGguf
+from loratool.fetching.ranges import RangedFile
 from loratool.files.checkpoint import choose_index, choose_shards, gguf_alone, read_index
 from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, PROVENANCE, sort_side_files
-from loratool.files.gguf import GgufFile, gguf_layout
+from loratool.files.gguf import gguf_layout
 from loratool.files.gguf_splits import names_of_parts
 from loratool.files.hub_names import HubPath, way_inside
 from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
-from loratool.files.pipelines import Member, files_of as files_of_pipeline, is_pipeline, itself
-from loratool.files.safefile import PREFIX, SafeFile, header_length
-from loratool.files.small_tensors import READERS, SmallTensors
+from loratool.files.pipelines import files_of as files_of_pipeline, is_pipeline
+from loratool.files.safefile import PREFIX, header_length
+from loratool.files.small_tensors import READERS
+from loratool.files.stand_ins import standing
 from loratool.lazy import hub, hub_utils
 
 Role = Literal["model", "adapter", "any"]
@@ -181,17 +182,18 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
         list(readers.map(put, names))
 
 
-def ranged_member(remote: Remote, root: Path, file: SafeFile) -> SafeFile:
-    """The same under the names that its tensors have in a pipeline, where it is a file of one."""
-    ranged = ranged_file(remote, root, itself(file))
-    return Member.of(ranged, file.prefix) if isinstance(file, Member) else ranged
-
-
-def ranged_file(remote: Remote, root: Path, file: SafeFile) -> Ranged:
-    """A file of the outline at `root`, with its small tensors read from where it is."""
-    read = partial(read_range, remote, file.path.relative_to(root).as_posix())
-    kind = RangedGguf if isinstance(file, GgufFile) else Ranged
-    return kind(file.path, file.layout, file.identity, SmallTensors(file.layout, read))
+@contextmanager
+def standing_for(remote: Remote, root: Path, names: Iterable[str]) -> Iterator[None]:
+    """Let files of the outline stand for those of the repository: whoever reads their tensors is given theirs."""
+    every = {os.fspath(root / name): name for name in names}
+    try:
+        for path, name in every.items():
+            there = remote.files[name]
+            standing[path] = RangedFile(there.size, there.sha256 or there.blob, partial(read_range, remote, name))
+        yield
+    finally:
+        for path in every:
+            standing.pop(path, None)
 
 
 def read_small(remote: Remote, path: PurePath) -> bytes:

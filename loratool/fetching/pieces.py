@@ -17,13 +17,13 @@ from loratool.errors import HubError, InputError, printable
 from loratool.fetching import HubPath, local, place_of
 from loratool.fetching.client import api, asking, is_offline, patiently
 from loratool.fetching.downloading import root_of
-from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers, ranged_file
-from loratool.fetching.ranges import Ranged
+from loratool.fetching.outline import Remote, look_up, needed, outlined, put_headers, read_range
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.digests import sha256_of
 from loratool.files.gguf import GgufFile, read_gguf
 from loratool.files.pipelines import Member, itself
 from loratool.files.safefile import SafeFile, read_safefile
+from loratool.files.small_tensors import SmallTensors
 from loratool.files.source import Source
 from loratool.files.stand_ins import stand_in
 from loratool.lazy import hub
@@ -55,9 +55,10 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Shell(Ranged):
+class Shell(SafeFile):
     """A weight file of which only the header is here, until somebody reads more of it than small tensors."""
 
+    small: SmallTensors
     whole: Whole
 
     @contextmanager
@@ -152,9 +153,10 @@ def on_the_hub(remote: Remote, place: HubPath, location: Path, home: Callable[[s
         return file
 
     def shell(file: SafeFile) -> SafeFile:
-        seen = ranged_file(remote, root, itself(file))
+        seen = itself(file)
         kind = ShellGguf if isinstance(seen, GgufFile) else Shell
-        found = kind(seen.path, seen.layout, seen.identity, seen.small, Whole(partial(fetch, seen)))
+        small = SmallTensors(seen.layout, partial(read_range, remote, seen.path.relative_to(root).as_posix()))
+        found = kind(seen.path, seen.layout, seen.identity, small, Whole(partial(fetch, seen)))
         return Member.of(found, file.prefix) if isinstance(file, Member) else found
 
     shells = tuple(map(shell, checkpoint.shards))

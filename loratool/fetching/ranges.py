@@ -1,15 +1,15 @@
-"""Weight files that are still on the Hub: their small tensors are read by range requests, and kept."""
+"""Weight files that are still on the Hub: what the files of an outline stand for (`stand_ins`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 
-from loratool.files.gguf import GgufFile
-from loratool.files.safefile import SafeFile
-from loratool.files.small_tensors import SmallTensors
+from loratool.files.safefile import Identity, Layout
+from loratool.files.small_tensors import ReadRange, SmallTensors
 from loratool.files.source import Source
+
+AHEAD = 1 << 20  # bytes that are asked for together, where a file is read from its beginning
 
 
 @dataclass(frozen=True)
@@ -17,27 +17,33 @@ class RangedSource:
     """The bytes of a file on the Hub: those of small tensors are kept, all others asked for each time."""
 
     size: int
-    small: SmallTensors
+    ask: ReadRange
+    small: SmallTensors | None
 
     def read(self, start: int, count: int, into: memoryview) -> None:
-        if not self.small.read(start, count, into):
-            into[:count] = self.small.ask(start, count)
+        if self.small is None or not self.small.read(start, count, into):
+            into[:count] = self.ask(start, count)
 
 
 @dataclass(frozen=True)
-class Ranged(SafeFile):
-    """A weight file of which only the header is here."""
+class RangedFile:
+    """A file of one commit."""
 
-    small: SmallTensors
+    size: int
+    state: str  # its digest
+    ask: ReadRange
+    small: dict[str, SmallTensors] = field(default_factory=dict, repr=False, compare=False)  # kept as they arrive
 
-    @contextmanager
-    def open(self) -> Iterator[Source]:
-        yield RangedSource(self.layout.size, self.small)
+    @property
+    def identity(self) -> Identity:
+        number = int.from_bytes(hashlib.sha256(self.state.encode()).digest()[:7], "little")
+        return Identity(0, number, self.size, 0)
 
-    def check_unchanged(self, source: Source | None = None) -> None:
-        """Nothing: it is a file of one commit."""
+    @property
+    def ahead(self) -> int:
+        return min(AHEAD, self.size)
 
-
-@dataclass(frozen=True)
-class RangedGguf(Ranged, GgufFile):
-    """The same of a GGUF file."""
+    def source(self, layout: Layout | None = None) -> Source:
+        if layout is not None and "" not in self.small:
+            self.small[""] = SmallTensors(layout, self.ask)
+        return RangedSource(self.size, self.ask, self.small.get(""))

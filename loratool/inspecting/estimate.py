@@ -102,9 +102,9 @@ def base_at(base: Any) -> Base:
     if os.fspath(base) in PRESETS and not os.path.lexists(base):
         raise UsageError(f"{printable(base)}: no such file or folder; for the known model, pass --preset {base}")
     with headers(base) as location:
-        checkpoint = decoded(location.checkpoint()) if holds_weights(location.path) else None
-        found = read_base(location.path, checkpoint)
-    return replace(found, path=found.path.replace(printable(location.path), printable(base)))
+        checkpoint = decoded(open_checkpoint(location)) if holds_weights(location) else None
+        found = read_base(location, checkpoint)
+    return replace(found, path=found.path.replace(printable(location), printable(base)))
 
 
 def estimate_base(base: Base, ranks: Sequence[int], targets: Sequence[str], dtype: str) -> Estimate:

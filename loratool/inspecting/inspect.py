@@ -21,7 +21,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, LoratoolError, UsageError, VerificationError, escaped, printable
-from loratool.fetching import Located, headers, local
+from loratool.fetching import headers, local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import SHARED, compressed_in
 from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, holds_weights
@@ -114,17 +114,17 @@ def inspect(
     (way,) = (way,) if way is not None else options.readings(1)
     with ExitStack() as stack:
 
-        def at(operand: PathLike, role: Role) -> Located:
+        def at(operand: PathLike, role: Role) -> Path:
             """Where it is; of a place on the Hub all that is needed comes here only for its values."""
             whole = options.values or options.check or options.near is not None
-            return Located(local(operand, role)) if whole else stack.enter_context(headers(operand))
+            return local(operand, role) if whole else stack.enter_context(headers(operand))
 
         location = at(path, "any")
         against = at(options.base, "model") if options.base is not None else None
         if options.base_config is not None:
             against = stack.enter_context(headers(options.base_config))
         facts = look_at(location, path, against, options, progress, way, measured)
-        facts = with_record(facts, location.path) if options.check else facts
+        facts = with_record(facts, location) if options.check else facts
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
         return replace(facts, cost=Cost.since(started, device))
 
@@ -139,22 +139,22 @@ def with_record(facts: OneFacts, location: Path) -> OneFacts:
 
 
 def look_at(
-    place: Located,
+    location: Path,
     path: PathLike,
-    against: Located | None,
+    against: Path | None,
     options: InspectOptions,
     progress: Progress | None,
     way: Reading,
     measured: Measuring | None = None,
 ) -> OneFacts:
-    """What is at a place, which was asked for as `path`; an adapter is held against the base at `against`."""
-    shown, location = Path(path), place.path
+    """What is at a location, which was asked for as `path`; an adapter is held against the base at `against`."""
+    shown = Path(path)
     if not is_adapter(location):
         if options.near is not None:
             raise InputError(f"{printable(shown)}: not an adapter, which --near is for")
         if names := compressed_in(location):
-            return look_at_compressed(place, shown, names, options)
-        return look_at_checkpoint(place, shown, options)
+            return look_at_compressed(location, shown, names, options)
+        return look_at_checkpoint(location, shown, options)
     problems: tuple[str, ...] = ()
     try:
         if options.check:
@@ -168,10 +168,11 @@ def look_at(
     fit: Fit | None = None
     if against:
         from loratool.bases.adapter_fit import fit_of
+        from loratool.bases.opening import open_checkpoint
 
-        checkpoint = against.checkpoint() if holds_weights(against.path) else None
+        checkpoint = open_checkpoint(against) if holds_weights(against) else None
         adapter = settled(adapter, checkpoint.config) if checkpoint else adapter
-        fit = fit_of(adapter, against.path, checkpoint, options.maps, options.fan_in_fan_out)
+        fit = fit_of(adapter, against, checkpoint, options.maps, options.fan_in_fan_out)
         if not options.check:
             fit.require()
     weights = tuple(file.path.name for file in adapter.file.files)
@@ -193,9 +194,9 @@ def look_at(
     return facts
 
 
-def look_at_compressed(place: Located, path: Path, names: Sequence[str], options: InspectOptions) -> OneFacts:
+def look_at_compressed(location: Path, path: Path, names: Sequence[str], options: InspectOptions) -> OneFacts:
     """What is in a folder of compressed adapters: the file that all of them share, and their names."""
-    facts = look_at_checkpoint(replace(place, path=place.path / SHARED), path, options)
+    facts = look_at_checkpoint(location / SHARED, path, options)
     if isinstance(facts, UnreadableFacts):
         return facts
     text = (
@@ -365,18 +366,19 @@ def kind_of(update: Update, layer: Layer | None) -> str:
     return names.get(type(update), type(update).__name__)
 
 
-def look_at_checkpoint(place: Located, path: Path, options: InspectOptions) -> CheckpointFacts | UnreadableFacts:
+def look_at_checkpoint(location: Path, path: Path, options: InspectOptions) -> CheckpointFacts | UnreadableFacts:
+    from loratool.bases.opening import open_checkpoint
     from loratool.provenance.inputs import weights_of
 
     try:
-        checkpoint = place.checkpoint(unmerged=True)
+        checkpoint = open_checkpoint(location, unmerged=True)
         facts = replace(
             checkpoint_facts(checkpoint, path), history=history_of(checkpoint.root, tuple(weights_of(checkpoint)))
         )
     except LoratoolError as error:
         if not options.check:
             raise
-        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, place.path))
+        return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, location))
     if options.values:
         note = Note("values-not-measured", "values of a model are not measured; --values is for adapters")
         facts = replace(facts, notes=(*facts.notes, note))

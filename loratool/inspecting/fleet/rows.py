@@ -13,7 +13,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_at, format_of, is_adapter, not_an_adapter
 from loratool.adapters.reading import Reading
 from loratool.errors import FitError, InputError, LoratoolError, code_of, folded, printable
-from loratool.fetching import Located, headers, local, place_of
+from loratool.fetching import headers, local, place_of
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import foreign_file
 from loratool.files.heads import read_head
@@ -41,7 +41,7 @@ class Reader:
 
     options: InspectOptions
     way: Reading
-    base: Located | None = None
+    base: Path | None = None
     known: dict[bytes, FleetRow] = field(default_factory=dict)  # rows of adapters that are alike, by their likeness
 
     @property
@@ -69,21 +69,21 @@ class Reader:
             ), None
         with ExitStack() as stack:
             place = self.located(member, stack)
-            if is_adapter(place.path):
-                row, sketch = self.of_adapter(member, place.path)
-            elif place.path.suffix in PAGES or (not foreign_file(place.path) and holds_other(place.path)):
+            if is_adapter(place):
+                row, sketch = self.of_adapter(member, place)
+            elif place.suffix in PAGES or (not foreign_file(place) and holds_other(place)):
                 return None
             else:
-                raise not_an_adapter(place.path)
+                raise not_an_adapter(place)
         if like is not None and not row.exit_code:
             self.known[like] = row
         return row, sketch
 
-    def located(self, member: Member, stack: ExitStack) -> Located:
+    def located(self, member: Member, stack: ExitStack) -> Path:
         if place_of(member.path) is None:
-            return Located(member.path)
+            return member.path
         if self.reads_values or self.options.check:
-            return Located(local(member.path, "adapter"))
+            return local(member.path, "adapter")
         return stack.enter_context(headers(member.path))
 
     def of_adapter(self, member: Member, location: Path) -> tuple[FleetRow, Sketch | None]:
@@ -97,9 +97,10 @@ class Reader:
             row = replace(row, health=code_of(text), reason=text, exit_code=InputError.exit_code)
         if self.base is not None:
             from loratool.bases.adapter_fit import fit_of
+            from loratool.bases.opening import open_checkpoint
 
-            checkpoint = self.base.checkpoint()
-            fit = fit_of(adapter, self.base.path, checkpoint, self.options.maps, self.options.fan_in_fan_out)
+            checkpoint = open_checkpoint(self.base)
+            fit = fit_of(adapter, self.base, checkpoint, self.options.maps, self.options.fan_in_fan_out)
             if fit.base.problems and not row.exit_code:
                 row = replace(row, health="does-not-fit", reason=fit.base.problems[0], exit_code=FitError.exit_code)
         if self.options.check:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, UsageError, printable
-from loratool.fetching import Located, check_there, headers, local
+from loratool.fetching import check_there, headers, local
 from loratool.inspecting.fleet.conditions import conditions, sorted_by
 from loratool.inspecting.fleet.members import members
 from loratool.inspecting.fleet.rows import Reader
@@ -106,12 +106,12 @@ class Fleet:
         self.sketches[row.name] = Sketched(sketch.values.astype(np.float32), sketch.facts)
         return replace(row, near=nearest(index, sketch, self.options.top)[0]) if index is not None else row
 
-    def base_at(self, stack: ExitStack) -> Located | None:
+    def base_at(self, stack: ExitStack) -> Path | None:
         base = self.options.base
         if base is None:
             return None
         whole = self.options.values or self.options.check
-        return Located(local(base, "model")) if whole else stack.enter_context(headers(base))
+        return local(base, "model") if whole else stack.enter_context(headers(base))
 
 
 def with_twins(rows: Sequence[FleetRow], sketches: dict[str, Sketched]) -> list[FleetRow]:
