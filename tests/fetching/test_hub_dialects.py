@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from dialect_samples import DIALECTS, PARTS
-from hub_client import Client
-from hub_server import HubServer
 
 import loratool
+
+if TYPE_CHECKING:
+    from hub_client import Client
+    from hub_server import HubServer
 
 # Three of them have their alpha in a tensor, which no header tells.
 SAMPLES = {**DIALECTS, **PARTS}
