@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.commands.library import library_function
+from loratool.errors import UsageError
 from loratool.inspecting import inspect as inspecting
 from loratool.inspecting.inspect import InspectOptions
 from loratool.options.described import made_of
@@ -41,6 +42,8 @@ def inspect(
         FitError: the adapter does not fit the base.
     """
     options = made_of(InspectOptions, keywords, "inspect")
+    if not isinstance(path, os.PathLike) and not path:
+        raise UsageError("inspect needs at least one path")
     if isinstance(path, (str, os.PathLike)) and not is_table([path], options):
         return inspecting.inspect(path, options, progress)
     from loratool.inspecting.fleet.table import table_of

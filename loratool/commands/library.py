@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, UsageError, printable
 from loratool.options.described import Option, Options, PathKind, described_by, keyword_options
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def with_next_step(options: type[Options], command: str = "") -> Callable[[Funct
         @wraps(function)
         def called(*positional: Any, **keywords: Any) -> Any:
             try:
+                check_paths(signature, positional, keywords)
                 return function(*positional, **keywords)
             except LoratoolError as error:
                 with suppress(Exception):  # whatever the arguments are, it is this error that is told
@@ -61,6 +62,39 @@ def with_next_step(options: type[Options], command: str = "") -> Callable[[Funct
         return cast("Function", called)
 
     return made
+
+
+def check_paths(signature: inspect.Signature, positional: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for an argument that is annotated as a path, or as several, and is none.
+
+    A mapping from adapters to weights would else be read as the adapters alone, and a text as a list of its letters.
+    """
+    with suppress(TypeError):  # for the function itself, which says what is missing or too much
+        for name, value in signature.bind(*positional, **keywords).arguments.items():
+            annotation = str(signature.parameters[name].annotation)
+            if "PathLike" in annotation:
+                check_path(name, value, annotation.split(" | "))
+
+
+def check_path(name: str, value: Any, kinds: Sequence[str]) -> None:
+    """Raise `UsageError` unless a value is a path, several or None, as far as the annotation has these."""
+    if value is None and "None" in kinds:
+        return
+    many, one = "Sequence[PathLike]" in kinds, "PathLike" in kinds
+    parts = value if many and isinstance(value, Sequence) and not isinstance(value, str) else [value] if one else None
+    if parts is not None and all(isinstance(each, (str, os.PathLike)) for each in parts):
+        if not all(map(os.fspath, parts)):
+            raise UsageError(f"{name}: an empty text is no path")
+        return
+    expected = " or ".join(["a path"] * one + ["a list of paths"] * many)
+    apart = "; weights are a list of their own, weights=[…]" if holds_weights(value) else ""
+    raise UsageError(f"{name} must be {expected} (got {printable(repr(value))}){apart}")
+
+
+def holds_weights(value: Any) -> bool:
+    """Whether adapters were given with numbers, as a mapping or as pairs."""
+    pairs = value.items() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return any(isinstance(each, tuple) and any(isinstance(part, (int, float)) for part in each) for each in pairs)
 
 
 def step_after(
