@@ -19,6 +19,7 @@ WARNINGS = frozenset(
         "file-not-used",
         "fp8-cast",
         "gain-not-measurable",
+        "no-common-layer",
         "peft-loses-layers",
         "update-lost-in-rounding",
     }

@@ -41,9 +41,9 @@ def brief(value: Any) -> str:
     if isinstance(value, (str, bytes, os.PathLike)):
         text = repr(os.fspath(value))
     elif isinstance(value, Mapping):
-        text = f"{{{len(value)} entries}}" if value else "{}"
+        text = f"{{{len(value)} {'entry' if len(value) == 1 else 'entries'}}}" if value else "{}"
     elif isinstance(value, Collection):
-        text = f"({len(value)} items)" if value else "()"
+        text = f"({len(value)} item{'s' * (len(value) != 1)})" if value else "()"
     elif dataclasses.is_dataclass(value):
         text = f"{type(value).__name__}(…)"
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 
 from loratool.errors import escaped
 from loratool.files.inputs import LARGEST_CONFIG, json_value
@@ -49,10 +49,14 @@ def entries(value: object) -> Iterator[str]:
 def brief(value: object) -> str:
     match value:
         case dict():
-            return f"{{{len(value):,} entries}}" if value else "{}"
+            return f"{{{number_of(value)}}}" if value else "{}"
         case list():
-            return f"[{len(value):,} entries]" if value else "[]"
+            return f"[{number_of(value)}]" if value else "[]"
     return cut(escaped(str(value)), LONGEST_PART)
+
+
+def number_of(value: Sized) -> str:
+    return f"{len(value):,} {'entry' if len(value) == 1 else 'entries'}"
 
 
 def cut(text: str, length: int) -> str:

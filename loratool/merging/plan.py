@@ -129,7 +129,7 @@ def plan_text(plan: MergePlan) -> str:
         ("would read", size(plan.bytes_read)),
         (
             "would write",
-            f"{size(plan.bytes_written)} in {len(plan.shards)} weight files and {len(plan.side_files)} other file{'s' * (len(plan.side_files) != 1)}",
+            f"{size(plan.bytes_written)} in {plural(len(plan.shards), 'weight file')} and {plural(len(plan.side_files), 'other file')}",
         ),
         ("peak memory", f"about {size(plan.peak_memory)}"),
         ("disk needed", size(plan.bytes_written)),

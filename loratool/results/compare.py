@@ -10,7 +10,7 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.matrix import Join, Matrix, matrix_lines
-from loratool.results.text import MOST_LAYERS, aligned, kept, number, shortened, table
+from loratool.results.text import MOST_LAYERS, aligned, kept, number, plural, shortened, table
 
 FEW = 3  # up to this many adapters, every pair is shown
 LEAST_KEPT = 4  # adapters of which a forecast is shown
@@ -93,7 +93,10 @@ class CompareReport(Result):
         rows: list[tuple[str, object]] = []
         if self.modules:
             rows += [("‖ΔW‖", f"{value:.4g}  {name}") for name, value in self.norms.items()]
-        alone = [f"{len(targets)} layers are in {name} only" for name, targets in self.alone.items()]
+        alone = [
+            f"{plural(len(targets), 'layer')} {'is' if len(targets) == 1 else 'are'} in {name} only"
+            for name, targets in self.alone.items()
+        ]
         rows += [("alone", line) for line in shortened(alone, MOST_LAYERS)]
         rows += [("note", line) for line in shortened(list(map(str, self.notes)), MOST_LAYERS)]
         lines = [aligned(rows)] if rows else []
@@ -109,7 +112,7 @@ class CompareReport(Result):
         header = ["cosine", "norms", "overlap out (random)", "in (random)", "interference", "signs", "layer"]
         for pair, totals in self.totals.items():
             cells = [
-                [*related_cells(totals), f"all {totals.layers} layers"],
+                [*related_cells(totals), f"all {totals.layers} layers" if totals.layers > 1 else "the only layer"],
                 *(
                     [*related_cells(found[pair]), printable(target.removesuffix(".weight"))]
                     for target, found in sorted(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import MOST_LINES, aligned
+from loratool.results.text import MOST_LINES, aligned, plural
 from loratool.shown import size
 
 
@@ -33,7 +33,7 @@ class PushReport(Result):
         total = sum(self.files.values())
         rows: list[tuple[str, object]] = [
             ("would be pushed to" if self.dry_run else "pushed to", printable(self.repo)),
-            ("what", f"{self.kind}, {len(self.files)} files, {size(total)}"),
+            ("what", f"{self.kind}, {plural(len(self.files), 'file')}, {size(total)}"),
         ]
         shown = list(self.files.items())
         if not self.dry_run:
@@ -41,7 +41,7 @@ class PushReport(Result):
             rows.append(
                 (
                     "sent",
-                    f"{len(self.uploaded)} files, {size(sent)}"
+                    f"{plural(len(self.uploaded), 'file')}, {size(sent)}"
                     if self.uploaded
                     else "nothing; all files were already there",
                 )

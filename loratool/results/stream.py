@@ -8,7 +8,7 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.merge import AdapterEffect, effect_line
-from loratool.results.text import aligned
+from loratool.results.text import aligned, plural
 from loratool.shown import size
 
 
@@ -40,7 +40,7 @@ class StreamReport(Result):
             ("would be merged into" if self.dry_run else "merged into", printable(self.repo)),
             ("tensors", f"{self.edited} edited, {self.copied} copied"),
             *(("adapter", effect_line(effect)) for effect in self.adapters),
-            ("weights", f"{size(self.bytes_written)} in {self.files} files, {self.cost.seconds:.2f} s"),
+            ("weights", f"{size(self.bytes_written)} in {plural(self.files, 'file')}, {self.cost.seconds:.2f} s"),
             ("on this disk", f"at most {size(self.most_on_disk)} of weights at a time"),
             ("device", self.cost.device),
         ]

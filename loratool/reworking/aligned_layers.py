@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -26,6 +26,7 @@ from loratool.errors import FitError, UsageError, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
+from loratool.templates import some
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
@@ -45,6 +46,21 @@ class AlignedLayer:
         """ΔW, scaling included, weight not."""
         found = sources[self.adapter].load(self.layer.target, device, dtype)
         return Product(found.down.mT, found.up.mT, found.rounding) if self.turned else found
+
+
+def told_bases(sources: Sequence[Contents]) -> Iterator[Note]:
+    """A note where adapters name different bases, with what speaks for or against their being of one model."""
+    bases = {source.training.base for source in sources} - {""}
+    if len(bases) < 2:
+        return
+    having = Counter(target for source in sources for target in source.layers)
+    apart = [source.name for source in sources if source.layers and all(having[each] == 1 for each in source.layers)]
+    text = f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); "
+    if apart:
+        who = f"{some(apart)} and the others" if len(apart) < len(sources) else "they"
+        yield Note("no-common-layer", f"{text}{who} have no layer in common, so they may be of different models")
+    else:
+        yield Note("base-mismatch", f"{text}their shapes agree")
 
 
 def contents_apart(
@@ -162,6 +178,7 @@ class Beside:
     normalize: bool = False  # divide them by the weights of all that have the layer
     carried: Carried = field(default_factory=Carried)
     problems: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)  # saved in shapes that differ, which no policy brings together
     overflows: list[str] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
@@ -176,6 +193,8 @@ class Beside:
         self.keep_rows()
         adapters = [source.adapter for source in self.sources]
         self.carried.tensors.update(self.names.second_copies(adapters, self.carried.tensors))
+        if self.unlike:
+            raise FitError("the adapters saved modules that cannot be combined, as their shapes differ:", self.unlike)
         if self.problems:
             raise FitError(
                 "the adapters saved different values, which cannot be added; pass --saved first or --saved mean to "
@@ -233,7 +252,7 @@ class Beside:
             name = self.names.whole(target, inside)
             first = found[0][1]
             if any(value.shape != first.shape for _, value in found):
-                self.problems.append(f"{printable(target)}: saved whole in several shapes")
+                self.unlike.append(f"{printable(target)}: saved whole in several shapes")
             elif all(same_values(first, value) for _, value in found[1:]) or self.policy == "first":
                 self.carried.tensors[name] = first
             elif self.policy == "mean" and first.info.dtype not in FLOAT_NAMES:

@@ -35,7 +35,7 @@ from loratool.lazy import torch
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
-from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart
+from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart, told_bases
 from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
 from loratool.reworking.dialects import Manner, in_manner
@@ -406,12 +406,7 @@ def remarks(
     yield from (note.under(source.name) for source in sources for note in told_beside(source, carried))
     if len(sources) == 1:
         yield Note("single-adapter", "only one adapter was given, so it is not combined with another")
-    bases = {source.training.base for source in sources} - {""}
-    if len(bases) > 1:
-        yield Note(
-            "base-mismatch",
-            f"the adapters name different bases ({', '.join(sorted(map(printable, bases)))}); their shapes agree",
-        )
+    yield from told_bases(sources)
     for at, source in enumerate(sources):
         if not any(aligned.adapter == at for every in layers.values() for aligned in every):
             yield Note("no-low-rank-update", f"{source.name} has no low-rank update")

@@ -598,7 +598,7 @@ def test_long_values_of_the_header_are_shortened_for_people_and_whole_for_progra
     assert facts.metadata == metadata
     assert facts.shown_metadata is not None
     assert facts.shown_metadata["short"] == "as it is"
-    assert facts.shown_metadata["ss_tag_frequency"].startswith("tag 0: {1 entries}, tag 1: ")
+    assert facts.shown_metadata["ss_tag_frequency"].startswith("tag 0: {1 entry}, tag 1: ")
     assert facts.shown_metadata["ss_tag_frequency"].endswith("… and 44 more")
     assert facts.shown_metadata["ss_training_comment"].endswith("… (1,000 characters)")
     assert all(len(text) < 400 for text in facts.shown_metadata.values())

@@ -441,8 +441,24 @@ def test_a_mean_needs_weights_that_have_a_sum(tmp_path: Path) -> None:
 def test_saved_modules_of_other_shapes_are_refused_whatever_is_asked(tmp_path: Path) -> None:
     each = [saving(tmp_path / "a", 1, draw(5, 3, 20)), saving(tmp_path / "b", 2, draw(6, 4, 20))]
     for saved in ("refuse", "first", "mean"):
-        with pytest.raises(loratool.FitError, match=r"classifier\.weight: saved whole in several shapes"):
+        with pytest.raises(loratool.FitError, match=r"classifier\.weight: saved whole in several shapes") as told:
             loratool.combine(each, tmp_path / "out", saved=saved)
+        assert "--saved" not in str(told.value)  # none of its values helps
+
+
+def test_adapters_of_other_bases_without_a_common_layer_may_be_of_other_models(tmp_path: Path) -> None:
+    """Shapes agree only where there are some to compare; one base in two spellings is no reason to refuse."""
+    one, other, third = (
+        adapter(tmp_path / name, seed, ranks, base_model_name_or_path=base)
+        for seed, (name, ranks, base) in enumerate(
+            [("a", {QUERY: 2}, "some/base"), ("b", {DOWN: 2}, "other/base"), ("c", {QUERY: 1, DOWN: 1}, "some/base")]
+        )
+    )
+    notes = {note.code: str(note) for note in loratool.combine([one, other], tmp_path / "out").notes}
+    assert notes["no-common-layer"].endswith("they have no layer in common, so they may be of different models")
+    assert "base-mismatch" not in notes
+    notes = {note.code: str(note) for note in loratool.combine([one, other, third], tmp_path / "all").notes}
+    assert notes["base-mismatch"].endswith("(other/base, some/base); their shapes agree")
 
 
 def test_a_module_that_one_saves_and_another_adapts_is_refused(tmp_path: Path) -> None:

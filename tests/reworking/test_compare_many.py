@@ -204,7 +204,7 @@ def test_fifty_adapters_fit_a_screen_and_every_pair_is_shown_on_request(
     assert "2× " in "\n".join(lines)
     assert "the same update, cosine" in "\n".join(lines)
     text = bench.run("compare", *paths[:4], "--pairs").out
-    assert text.count("all 1 layers") == 6
+    assert text.count("the only layer") == 6
     assert json.loads(bench.run("compare", *paths[:4], "--json").out)["modules"] == {}
     table = json.loads(bench.run("compare", *paths[:4], "--pairs", "--json").out)
     assert len(table["modules"]["model.a.weight"]) == 6

@@ -244,6 +244,18 @@ def test_adding_one_leaves_every_other_file_as_it_was(compressed: Compressed, tm
         loratool.compress(tmp_path / "relative", into=out)
 
 
+def test_an_adapter_of_another_model_shares_nothing_and_that_is_said(compressed: Compressed, tmp_path: Path) -> None:
+    """None of its modules is one that the shared file has directions of; a relative is added without the note."""
+    shutil.copytree(compressed[0], tmp_path / "out")
+    other = {name.replace("model.layers", "h"): pair for name, pair in factors_of(80_000, 4, None).items()}
+    write_adapter(tmp_path / "other", other)
+    write_adapter(tmp_path / "relative", factors_of(70_000, 4, shared_directions()))
+    report = loratool.compress([tmp_path / "other", tmp_path / "relative"], into=tmp_path / "out")
+    found = [str(note) for note in report.notes if note.code == "no-common-layer"]
+    assert len(found) == 1
+    assert found[0].startswith("other: has no layer in common with the shared file")
+
+
 def test_stacks_of_experts_are_kept_and_named(tmp_path: Path) -> None:
     target = "model.layers.0.mlp.experts"
     for at in range(2):

@@ -20,6 +20,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import numpy as np
 from loratool.results.findings import Finding
 from loratool.results.repairs import command, some
+from loratool.results.text import plural
 
 LARGEST_FLOAT16 = 65504.0
 MANY = 0.01  # the part of a tensor's values from which on subnormal ones are told
@@ -159,9 +160,7 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
         return
     beside = any(isinstance(update, (Replace, ReplaceRows)) for update in adapter.updates.values())
     magnitudes = adapter.training.dora
-    message = (
-        f"every update is zero ({len(idle)} modules, B = 0): it was not trained, or the trained weights were not saved"
-    )
+    message = f"every update is zero ({plural(len(idle), 'module')}, B = 0): it was not trained, or the trained weights were not saved"
     if beside or magnitudes:
         message += "; only " + " and ".join(
             what

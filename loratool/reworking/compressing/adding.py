@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from loratool.files.staging import staged
 from loratool.files.tensor_writer import tensor_file
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import Session, session
+from loratool.notes import Note
 from loratool.provenance.record import versions
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.aligned_layers import contents_apart
@@ -308,9 +309,9 @@ def reported(
         pays=any(layer.cluster for newcomer in newcomers for layer in newcomer.layers.values()),
         price=newcomers[0].stated.price,
     )
-    notes = told([newcomer.member(manner) for newcomer in newcomers])
+    notes = [*told([newcomer.member(manner) for newcomer in newcomers]), *strangers(newcomers)]
     return CompressReport(
-        out=folder,
+        out=Path(os.path.realpath(folder)),
         written=not options.dry_run,
         rule=options.rule,
         totals=totals,
@@ -320,6 +321,19 @@ def reported(
         notes=(*notes, *manner.notes),
         **cost,
     )
+
+
+def strangers(newcomers: Iterable[Newcomer]) -> Iterator[Note]:
+    """A note of each new adapter that changes nothing which the shared file has directions of."""
+    for newcomer in newcomers:
+        if newcomer.bases.clusters and not any(
+            newcomer.bases.clusters.get(target) for target in newcomer.source.layers
+        ):
+            yield Note(
+                "no-common-layer",
+                f"{printable(newcomer.name)}: has no layer in common with the shared file, so it may be of another "
+                "model; it is stored alone, truncated",
+            )
 
 
 def relative(newcomer: Newcomer) -> dict[str, float]:

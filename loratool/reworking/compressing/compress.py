@@ -34,7 +34,7 @@ from loratool.notes import Note
 from loratool.provenance.cards import command
 from loratool.provenance.record import versions
 from loratool.results.compress import CompressReport
-from loratool.reworking.aligned_layers import align_layers, contents_apart
+from loratool.reworking.aligned_layers import align_layers, contents_apart, told_bases
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OWN, VERSION
 from loratool.reworking.compressing.members import Member, told
 from loratool.reworking.compressing.options import CompressOptions
@@ -345,11 +345,7 @@ class Compressor:
             found.append(Note("sharing-does-not-pay", text))
         if kept := self.fleet.kept:
             found.append(Note("experts-kept", f"{len(kept)} stacks of experts are kept as they are: {listed(kept)}"))
-        bases = {source.training.base for source in self.fleet.sources} - {""}
-        if len(bases) > 1:
-            named = ", ".join(sorted(map(printable, bases)))
-            found.append(Note("base-mismatch", f"the adapters name different bases ({named}); their shapes agree"))
-        return (*found, *self.manner.notes)
+        return (*found, *told_bases(self.fleet.sources), *self.manner.notes)
 
     def report(self, target: Path, cost: Mapping[str, Any]) -> CompressReport:
         """What became of every module and adapter."""

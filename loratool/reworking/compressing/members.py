@@ -17,6 +17,7 @@ from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.grouping import by_key
 from loratool.lazy import torch
 from loratool.notes import Note
+from loratool.results.text import plural
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OTHER, VERSION, form_record
 from loratool.reworking.dialects import Manner
 from loratool.reworking.renaming import dialect_of
@@ -98,8 +99,9 @@ def told(members: Sequence[Member]) -> Iterator[Note]:
     for note, names in alike.items():
         yield note.under(names[0]) if len(names) == 1 else Note(note.code, f"{len(names)} adapters: {note.text}")
     if dropped := [(member.source.name, target) for member in members for target in member.dropped]:
-        name, target = dropped[0]
+        (name, target), count = dropped[0], len({of for of, _ in dropped})
         text = (
-            f"{len(dropped)} layers of {len({of for of, _ in dropped})} adapters get no directions and are left out, "
+            f"{plural(len(dropped), 'layer')} of {plural(count, 'adapter')} {'gets' if len(dropped) == 1 else 'get'} no "
+            f"directions and {'is' if len(dropped) == 1 else 'are'} left out, such as {printable(target)} of {name}"
         )
-        yield Note("layers-left-out", f"{text}such as {printable(target)} of {name}")
+        yield Note("layers-left-out", text)
