@@ -84,7 +84,7 @@ def check_path(name: str, value: Any, kinds: Sequence[str]) -> None:
     parts = value if many and isinstance(value, Sequence) and not isinstance(value, str) else [value] if one else None
     if parts is not None and all(isinstance(each, (str, os.PathLike)) for each in parts):
         if not all(map(os.fspath, parts)):
-            raise UsageError(f"{name}: an empty text is no path")
+            raise UsageError(f"{name}: a path is empty")
         return
     expected = " or ".join(["a path"] * one + ["a list of paths"] * many)
     apart = "; weights are a list of their own, weights=[…]" if holds_weights(value) else ""

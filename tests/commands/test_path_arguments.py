@@ -26,8 +26,8 @@ WRONG: dict[str, tuple[str, tuple[Any, ...], str]] = {
         "weights=[…]",
     ),
     "one path where several are compared": ("compare", ("style",), "adapters must be a list of paths (got 'style')"),
-    "an empty text": ("inspect", ("",), "path: an empty text is no path"),
-    "an empty text among others": ("compare", (["a", ""],), "adapters: an empty text is no path"),
+    "an empty text": ("inspect", ("",), "path: a path is empty"),
+    "an empty text among others": ("compare", (["a", ""],), "adapters: a path is empty"),
     "an empty list": ("inspect", ([],), "inspect needs at least one path"),
 }
 
