@@ -98,7 +98,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "compare": lambda: loratool.compare(["adapter", "second"], device="cpu"),
     "inspect an adapter": lambda: loratool.inspect("adapter", values=True, check=True, device="cpu"),
     "inspect a model": lambda: loratool.inspect("base", tensors=True),
-    "inspect nothing": lambda: loratool.inspect("nowhere", check=True),
+    "inspect what is not an adapter": lambda: loratool.inspect("adapter/adapter_config.json", check=True),
     "estimate": lambda: loratool.estimate("base", 4, "all-linear"),
     "push": lambda: loratool.push("adapter", "me/adapter", dry_run=True),
     "stream": lambda: loratool.stream("base", "adapter", "me/merged", dry_run=True, device="cpu"),

@@ -33,7 +33,7 @@ PRINTED = {
     "a model's record": "verify merged",
     "a proof": "verify merged --base base --adapter style",
     "an adapter and a model": "inspect style base --values --check --tensors --metadata --base base",
-    "what cannot be read": "inspect nowhere --check",
+    "what cannot be read": "inspect style/adapter_config.json --check",
     "a part of a merge": "merge base style -o parts --part 1/1",
     "parts of a merge": "merge base style -o parts --status",
     "a merge that is finished": "merge base style -o parts --finish",
