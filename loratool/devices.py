@@ -65,8 +65,13 @@ def without_torch() -> Future[Runtime]:
     from concurrent.futures import Future
 
     future: Future[Runtime] = Future()
-    future.set_result(Runtime(("cpu",), 0.0, stopwatch.Stopwatch("torch"), has_torch=False))
+    future.set_result(cpu_alone())
     return future
+
+
+def cpu_alone() -> Runtime:
+    """The CPU, where nothing needs torch."""
+    return Runtime(("cpu",), 0.0, stopwatch.Stopwatch("torch"), has_torch=False)
 
 
 class Awaited:
@@ -84,7 +89,7 @@ class Awaited:
 
     def used(self) -> Runtime:
         """What was started: the CPU alone where nothing needed torch."""
-        return (self.future or without_torch()).result()
+        return self.future.result() if self.future else cpu_alone()
 
 
 def means_cpu(device: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
 from loratool.errors import InputError, printable
 from loratool.files.open_sources import OpenSources
+from loratool.files.process import on_all_cores
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
 from loratool.lazy import NDArray, Tensor, numpy as np, torch
 from loratool.notes import Note
@@ -261,23 +263,28 @@ class Adapter(Shown):
 
         An adapter whose updates are all zero (B = 0, as before the first training step) gives False.
         """
-        broken: list[str] = []
-        effective = False
-        zero: dict[str, bool] = {}  # tensor → whether all of it is zero; some are shared by all updates
-        memory = bytearray(PIECE)
+        updates = [*self.updates.values(), *self.bases.values()]
+        every: dict[str, StoredTensor] = {}  # by name; some are shared by all updates
+        for tensor in (each for update in updates for each in stored_tensors(update)):
+            every.setdefault(tensor.info.name, tensor)
+        some = [tensor for tensor in every.values() if tensor.info.dtype in EXPONENT]  # and no indices
+        memory = threading.local()  # what a thread reads into: fresh memory for each tensor would take longer
         with OpenSources() as sources:
-            for update in (*self.updates.values(), *self.bases.values()):
-                for tensor in stored_tensors(update):
-                    if tensor.info.name in zero or tensor.info.dtype not in EXPONENT:  # or indices
-                        continue
-                    largest, mask = tensor.largest(sources, memory)
-                    if not is_finite(largest, mask):
-                        broken.append(f"{printable(tensor.info.name)} contains NaN or infinite values")
-                    zero[tensor.info.name] = largest == 0
-                products = (update.up, update.down) if isinstance(update, LowRank) else ()
-                effective = effective or not any(
-                    all(zero.get(t.info.name) for t in stored_tensors(p)) for p in products
-                )
+
+            def look_at(tensor: StoredTensor) -> tuple[int, int]:
+                memory.raw = getattr(memory, "raw", None) or bytearray(PIECE)
+                return tensor.largest(sources, memory.raw)
+
+            found = dict(zip((each.info.name for each in some), on_all_cores(look_at, some), strict=True))
+        broken = [
+            f"{printable(name)} contains NaN or infinite values" for name, one in found.items() if not is_finite(*one)
+        ]
+        zero = {name for name, (largest, _) in found.items() if largest == 0}
+        products = ((update.up, update.down) if isinstance(update, LowRank) else () for update in updates)
+        effective = any(
+            not any(all(each.info.name in zero for each in stored_tensors(part)) for part in parts)
+            for parts in products
+        )
         if broken:
             raise InputError(f"{printable(self.file.path)}: the adapter has values that are not finite:", broken)
         return effective

@@ -24,7 +24,7 @@ from loratool.algebra.rounding import round_once
 from loratool.arguments import PathLike
 from loratool.errors import FitError, InputError, printable
 from loratool.files.digests import recorded
-from loratool.files.folders import PROVENANCE, leaves, sort_side_files
+from loratool.files.folders import CARD, PROVENANCE, leaves, sort_side_files
 from loratool.files.gguf import GgufFile
 from loratool.files.gguf_writer import copy_with_values
 from loratool.files.journal import Journal
@@ -37,7 +37,7 @@ from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.options.described import dtypes, option
 from loratool.options.writing import WritingOptions
-from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
+from loratool.provenance.cards import card, is_nobodys, terms_of
 from loratool.provenance.record import versions
 
 SPELLED = {name: dtype for dtype, name in {**FACTOR_NAMES, "I64": "int64"}.items()}  # float32 → F32

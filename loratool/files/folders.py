@@ -37,6 +37,7 @@ TRAINING_STATES = (
 )
 TRAINING_FILES = (*TRAINING_STATES, "*.pyc", "adapter_*")
 PROVENANCE = "loratool.json"
+CARD = "README.md"
 WEIGHT_FILES = (".safetensors", ".gguf")  # the ends of their names
 
 

@@ -106,34 +106,55 @@ def cores() -> int:
 
 
 def on_all_cores(function: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
-    """What `function` makes of each item, in their order; by threads, as many as cores, this one among them.
+    """What `function` makes of each item, in their order; by threads, as many as cores, where there are several.
 
-    The first error ends all of them, once each is through with its item. A pool of `concurrent.futures` would do all of the
-    others first, and its import takes longer than many a comparison.
+    After an error no other item is begun.
     """
     every = list(items)
+    if len(every) < 2:
+        return [*map(function, every)]
     found: dict[int, Found] = {}
-    errors: list[BaseException] = []
-    left = iter(enumerate(every))  # threads take turns at it, for it is not written in Python
+    left, stop = iter(enumerate(every)), threading.Event()
 
-    def work() -> None:
+    def work(_: int) -> None:
+        for number, item in left:  # which is not written in Python, so that threads may take turns at it
+            if stop.is_set():
+                return
+            found[number] = function(item)
+
+    on_threads(work, min(cores(), len(every)), stop, "loratool-core")
+    return [found[number] for number in range(len(every))]
+
+
+def on_threads(work: Callable[[int], None], count: int, stop: threading.Event, name: str) -> None:
+    """Call `work` with each number below `count`, on a thread for each, to the end of all.
+
+    The first error, or an interrupt, sets `stop`, which the others are to look at, and is raised when all have ended. A pool
+    of `concurrent.futures` does the same, but imports `logging`, which takes longer than many a comparison.
+    """
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
         try:
-            for number, item in left:
-                found[number] = function(item)
-                if errors:
-                    return
+            work(number)
         except BaseException as error:
             errors.append(error)
+            stop.set()
 
-    others = [threading.Thread(target=work, name="loratool-core") for _ in range(min(cores(), len(every)) - 1)]
-    for thread in others:
-        thread.start()
-    work()
-    for thread in others:
-        thread.join()
+    threads = [threading.Thread(target=run, args=(number,), name=f"{name}_{number}") for number in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:  # it has begun
+                thread.join()
+        raise
     if errors:
         raise errors[0]
-    return [found[number] for number in range(len(every))]
 
 
 def has_no_gpu() -> bool:

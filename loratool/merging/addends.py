@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from loratool.algebra.updates.base import Product
 from loratool.grouping import by_key
 from loratool.lazy import Tensor, numpy, torch
+from loratool.merging.bounds import GENEROUS, ROUNDOFF, TINIEST
 from loratool.merging.numpy_rounding import roundings
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ if TYPE_CHECKING:
     Places = NDArray[numpy.int64]
 
 ALL = slice(None)
-GENEROUS = 1 + 2.0**-10  # times a bound: for the roundings in computing the bound itself
-ROUNDOFF = {4: 2.0**-24, 8: 2.0**-53}  # by bytes of the dtype: half the distance from 1 to the next number
-MOST_TERMS = 1 << 12  # of a sum in float32: of more, roundings of its bound would count
 HELD = 2.0**-450, 2.0**511  # sizes whose squares float64 holds
-TINIEST = {4: 2.0**-124, 8: 2.0**-960}  # more than underflow takes from a number
 
 
 @dataclass(frozen=True)

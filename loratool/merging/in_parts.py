@@ -20,7 +20,7 @@ from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError, VerificationError, printable
 from loratool.files import stopwatch
 from loratool.files.digests import sha256_of
-from loratool.files.folders import PROVENANCE
+from loratool.files.folders import CARD, PROVENANCE
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord, PublishedError, SharedOutput
 from loratool.files.sink import Destination
@@ -43,7 +43,6 @@ from loratool.merging.tasks import Job
 from loratool.merging.whole_files import whole_file
 from loratool.notes import Note
 from loratool.options.sharing import Share
-from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.abort import AbortReport
 from loratool.results.base import Cost

@@ -22,7 +22,7 @@ from loratool.bases.weights import WIDENED, Plain, widen
 from loratool.files.process import multiplies_alone
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
-from loratool.merging.addends import ALL, GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
+from loratool.merging.bounds import GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
 from loratool.merging.numpy_rounding import RESULTS, Result, exactly, roundings
 from loratool.merging.totals import BlockSeen
 
@@ -56,7 +56,7 @@ def is_one_product(span: Span) -> bool:
     """Whether the one edit of a span adds a product to all of a matrix."""
     (edit,) = span.edits
     update = update_of(edit)
-    if update is None or edit.shared or edit.columns != ALL or len(span.shape) != 2:
+    if update is None or edit.shared or edit.columns != slice(None) or len(span.shape) != 2:
         return False
     up: object = update.up  # tensors are annotated, and files are planned with
     down: object = update.down

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
     from loratool.bases.binding import Place
     from loratool.bases.trained_view import Binder
-    from loratool.merging.merge_options import PlanOptions
+    from loratool.merging.plan_options import PlanOptions
 
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.addends import TINIEST, Addend, Stack
+from loratool.merging.addends import Addend, Stack
+from loratool.merging.bounds import TINIEST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import VerificationError, printable
 from loratool.files.digests import recorded
-from loratool.files.folders import PROVENANCE
+from loratool.files.folders import CARD, PROVENANCE
 from loratool.files.outputs import as_json
 from loratool.files.staging import Stage
 from loratool.files.stopwatch import lap
 from loratool.files.system import forget_cached
 from loratool.provenance import record
-from loratool.provenance.cards import CARD, card, is_nobodys, terms_of
+from loratool.provenance.cards import card, is_nobodys, terms_of
 
 if TYPE_CHECKING:
     from loratool.bases.side_files import OutputFile

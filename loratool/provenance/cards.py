@@ -17,12 +17,12 @@ from typing import Any
 
 from loratool.arguments import PathLike
 from loratool.errors import escaped, printable
+from loratool.files.folders import CARD
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.hub_names import with_owner
 from loratool.files.inputs import LARGEST_RECORD, open_regular, read_json
 from loratool.options.described import Options, place_word
 
-CARD = "README.md"
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
 LARGEST_CARD = 1 << 20  # bytes of an input's card that are looked at
 # What cards inherit, and what its values look like: words of the Hub, and a link that is an address or a file beside.

@@ -29,7 +29,7 @@ from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, bring, opened
 from loratool.files.digests import Digest, is_hex, read_recorded, why_unlike
-from loratool.files.folders import MODEL_INDEX, PROVENANCE, LeftOut
+from loratool.files.folders import CARD, MODEL_INDEX, PROVENANCE, LeftOut
 from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
@@ -48,7 +48,6 @@ from loratool.merging.reporting import cost, describe
 from loratool.merging.resources import check_limit, runtime_for
 from loratool.merging.small_files import write_small_files
 from loratool.merging.tasks import Job
-from loratool.provenance.cards import CARD
 from loratool.provenance.inputs import ModelDigests, told_model, weights_of
 from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.publishing.options import CommitOptions

@@ -14,7 +14,8 @@ from loratool.results.findings import Finding, findings_text
 from loratool.results.fleet import FleetFacts
 from loratool.results.history import Ancestor, history_text
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import columns, counted, fill, plural, shortened, spread, wrapped
+from loratool.results.text import columns, counted, plural, shortened, spread
+from loratool.results.wrapping import fill, wrapped
 from loratool.shown import size
 from loratool.templates import grouped, template_of
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loratool.errors import escaped, printable
-from loratool.results.text import fill
+from loratool.results.wrapping import fill
 
 
 @dataclass(frozen=True)

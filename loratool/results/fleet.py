@@ -13,7 +13,8 @@ from loratool.results.base import Result
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import figure, fill, fitted, plural, shortened, table as lines_of
+from loratool.results.text import figure, fitted, plural, shortened, table as lines_of
+from loratool.results.wrapping import fill
 from loratool.shown import size
 
 OK = "ok"

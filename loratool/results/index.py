@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.results.base import Result
-from loratool.results.text import fill, memory, plural, shortened, wrapped
+from loratool.results.text import memory, plural, shortened
+from loratool.results.wrapping import fill, wrapped
 from loratool.shown import size
 
 

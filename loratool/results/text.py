@@ -7,7 +7,6 @@ three digits and no unit of memory by itself.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
@@ -81,30 +80,6 @@ def widest(values: list[float | None]) -> float | None:
 def mean_of(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
-
-
-def wrapped(rows: Iterable[tuple[str, object]]) -> str:
-    """`name  value` lines, values in one column and broken between words where they are longer than the line."""
-    pairs = list(rows)
-    width = max((len(name) for name, _ in pairs), default=0) + 2
-    lines = []
-    for name, value in pairs:
-        start = f"{name:<{width}}"
-        lines.append(fill(str(value), start, " " * width))
-    return "\n".join(lines)
-
-
-def fill(text: str, first: str, later: str) -> str:
-    """Text in lines of 80 columns; a word that is longer, such as a path, stays whole."""
-    found = textwrap.fill(
-        escaped(text),
-        COLUMNS,
-        initial_indent=first,
-        subsequent_indent=later,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return found or first.rstrip()
 
 
 def counted(values: Mapping[str, int]) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Cost
-from loratool.results.text import columns, cost_rows, figure, fill, percentage, wrapped
+from loratool.results.text import columns, cost_rows, figure, percentage
+from loratool.results.wrapping import fill, wrapped
 from loratool.shown import size
 from loratool.templates import common_start
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import LoratoolError, printable
+from loratool.files.folders import CARD
 from loratool.files.inputs import json_value
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.notes import Note
-from loratool.provenance.cards import CARD
 from loratool.results.verify import Diagnosis
 
 if TYPE_CHECKING:

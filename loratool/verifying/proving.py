@@ -6,7 +6,6 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Held, Plain, Room
 from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files.open_sources import OpenSources
-from loratool.files.process import cores
+from loratool.files.process import cores, on_threads
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.edited_spans import EditedSpan
@@ -161,30 +160,20 @@ class Proving:
 
     def run(self) -> None:
         """Compare everything."""
-        workers = self.workers
         tasks = iter(self.tasks())
-        with self.sources, ThreadPoolExecutor(workers, "loratool-verify") as pool:
-            futures = [pool.submit(self.work, tasks, number) for number in range(workers)]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                self.stop.set()
+        with self.sources:
+            on_threads(lambda number: self.work(tasks, number), self.workers, self.stop, "loratool-verify")
             self.sources.check_unchanged()
 
     def work(self, tasks: Iterator[Task], number: int) -> None:
         """A thread's life: take the next task until there is none."""
         bench = Bench(self, number)
-        try:
-            while not self.stop.is_set():
-                with self.lock:
-                    task = next(tasks, None)
-                if task is None:
-                    return
-                self.tell(task(bench))
-        except BaseException:
-            self.stop.set()
-            raise
+        while not self.stop.is_set():
+            with self.lock:
+                task = next(tasks, None)
+            if task is None:
+                return
+            self.tell(task(bench))
 
     def tell(self, count: int) -> None:
         with self.lock:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import bits_of
 from loratool.lazy import Tensor, numpy, torch
-from loratool.merging.addends import GENEROUS, ROUNDOFF
+from loratool.merging.bounds import GENEROUS, ROUNDOFF
 from loratool.verifying.distances import Elements, Found
 
 if TYPE_CHECKING:

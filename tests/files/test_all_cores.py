@@ -1,13 +1,14 @@
-"""`on_all_cores`: every item is done once, by as many threads as there are cores, and the first error ends all of them."""
+"""`on_all_cores`: every item is done once, by as many threads as there are cores, and an error ends all of them."""
 
 from __future__ import annotations
 
+import signal
 import threading
 
 import pytest
 
 from loratool.files import process
-from loratool.files.process import on_all_cores
+from loratool.files.process import on_all_cores, on_threads
 
 
 def test_what_comes_back_is_in_the_order_of_the_items() -> None:
@@ -15,7 +16,7 @@ def test_what_comes_back_is_in_the_order_of_the_items() -> None:
     assert on_all_cores(str, []) == []
 
 
-def test_threads_work_at_the_same_time_and_the_caller_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_work_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of three items waits until three threads have begun; fewer threads would wait for ever."""
     monkeypatch.setattr(process, "cores", lambda: 3)
     together = threading.Barrier(3, timeout=30)
@@ -24,8 +25,7 @@ def test_threads_work_at_the_same_time_and_the_caller_is_one_of_them(monkeypatch
         together.wait()
         return threading.current_thread()
 
-    assert len({*(every := on_all_cores(thread, range(3)))}) == 3
-    assert threading.current_thread() in every
+    assert len({*on_all_cores(thread, range(3))}) == 3
 
 
 @pytest.mark.parametrize("fails", [0, 5])
@@ -43,4 +43,20 @@ def test_an_error_is_raised_and_what_has_not_begun_by_then_is_not_done(
     with pytest.raises(ValueError, match=f"item {fails}"):
         on_all_cores(work, range(1_000_000))
     assert len(begun) < 1_000_000
-    assert not [each for each in threading.enumerate() if each.name == "loratool-core"]
+    assert not [each for each in threading.enumerate() if each.name.startswith("loratool-core")]
+
+
+def test_an_interrupt_of_the_caller_stops_its_threads_which_have_ended_when_it_is_raised() -> None:
+    """Signals reach the main thread, which waits; the others look at `stop`."""
+    stop, both, ended = threading.Event(), threading.Barrier(2, timeout=30), []
+
+    def work(number: int) -> None:
+        both.wait()
+        if number == 0:
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C, whichever thread gets it
+        assert stop.wait(30)
+        ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        on_threads(work, 2, stop, "loratool-test")
+    assert sorted(ended) == [0, 1]

@@ -564,7 +564,7 @@ def test_the_report_fits_80_columns(
 
 @pytest.mark.parametrize("number", [1, 4, 6])
 def test_a_long_word_stays_whole_and_long_sentences_are_broken(number: int) -> None:
-    from loratool.results.text import wrapped
+    from loratool.results.wrapping import wrapped
 
     text = wrapped([("name", " ".join(["word"] * 10 * number) + " " + "x" * 90)])
     assert all(len(line) <= 80 or "x" * 90 in line for line in text.splitlines())

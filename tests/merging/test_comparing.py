@@ -15,7 +15,7 @@ from loratool.bases.opening import open_checkpoint
 from loratool.files import sink
 from loratool.merging import resources
 from loratool.merging.comparing import Difference, first_unequal, verify
-from loratool.merging.merge_options import PlanOptions
+from loratool.merging.plan_options import PlanOptions
 from loratool.merging.planning import plan_merge
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -17,7 +17,7 @@ from malformed import write_adapter, write_base
 import loratool
 from loratool import cli
 from loratool.demo import demo
-from loratool.merging.merge_options import PlanOptions
+from loratool.merging.plan_options import PlanOptions
 from loratool.merging.planning import plan_merge
 from loratool.results.base import Cost, Result
 from loratool.results.push import PushReport

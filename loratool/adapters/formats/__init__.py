@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import reduce
 from operator import or_
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Format, FormatFiles
@@ -30,7 +31,9 @@ from loratool.files.heads import Head, read_head
 from loratool.files.inputs import unreadable
 from loratool.files.model_files import MODEL_FILES, FileNames
 from loratool.files.process import without_collections
-from loratool.provenance.cards import Subject
+
+if TYPE_CHECKING:
+    from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
 NAMED = Named(PEFT)
