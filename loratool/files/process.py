@@ -133,6 +133,7 @@ def on_threads(work: Callable[[int], None], count: int, stop: threading.Event, n
     of `concurrent.futures` does the same, but imports `logging`, which takes longer than many a comparison.
     """
     errors: list[BaseException] = []
+    ended = threading.Semaphore(0)  # not `join`, which an interrupt may break off for good before Python 3.13
 
     def run(number: int) -> None:
         try:
@@ -140,19 +141,22 @@ def on_threads(work: Callable[[int], None], count: int, stop: threading.Event, n
         except BaseException as error:
             errors.append(error)
             stop.set()
+        finally:
+            ended.release()
 
     threads = [threading.Thread(target=run, args=(number,), name=f"{name}_{number}") for number in range(count)]
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        for _ in threads:
+            ended.acquire()
     except BaseException:
         stop.set()
+        raise
+    finally:
         for thread in threads:
             if thread.ident is not None:  # it has begun
                 thread.join()
-        raise
     if errors:
         raise errors[0]
 

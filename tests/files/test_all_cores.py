@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 
 import pytest
@@ -47,17 +45,22 @@ def test_an_error_is_raised_and_what_has_not_begun_by_then_is_not_done(
     assert not [each for each in threading.enumerate() if each.name.startswith("loratool-core")]
 
 
-def test_an_interrupt_of_the_caller_stops_its_threads_which_have_ended_when_it_is_raised() -> None:
-    """Signals reach the main thread, which waits; the others look at `stop`."""
-    stop, both, ended = threading.Event(), threading.Barrier(2, timeout=30), []
+def test_an_interrupt_of_the_caller_stops_its_threads_which_have_ended_when_it_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The main thread, which signals interrupt, waits; the others look at `stop`."""
+    stop, both, ended = threading.Event(), threading.Barrier(3, timeout=30), []
 
     def work(number: int) -> None:
         both.wait()
-        if number == 0:
-            os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
         assert stop.wait(30)
         ended.append(number)
 
+    def interrupted(_: threading.Semaphore) -> None:
+        both.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Semaphore, "acquire", interrupted)
     with pytest.raises(KeyboardInterrupt):
         on_threads(work, 2, stop, "loratool-test")
     assert sorted(ended) == [0, 1]
