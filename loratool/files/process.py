@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TypeVar
 
 from loratool.files import system
+from loratool.files.crew import in_threads
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -122,43 +123,8 @@ def on_all_cores(function: Callable[[Item], Found], items: Iterable[Item]) -> li
                 return
             found[number] = function(item)
 
-    on_threads(work, min(cores(), len(every)), stop, "loratool-core")
+    in_threads(work, min(cores(), len(every)), stop)
     return [found[number] for number in range(len(every))]
-
-
-def on_threads(work: Callable[[int], None], count: int, stop: threading.Event, name: str) -> None:
-    """Call `work` with each number below `count`, on a thread for each, to the end of all.
-
-    The first error, or an interrupt, sets `stop`, which the others are to look at, and is raised when all have ended. A pool
-    of `concurrent.futures` does the same, but imports `logging`, which takes longer than many a comparison.
-    """
-    errors: list[BaseException] = []
-    ended = threading.Semaphore(0)  # not `join`, which an interrupt may break off for good before Python 3.13
-
-    def run(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
-        finally:
-            ended.release()
-
-    threads = [threading.Thread(target=run, args=(number,), name=f"{name}_{number}") for number in range(count)]
-    try:
-        for thread in threads:
-            thread.start()
-        for _ in threads:
-            ended.acquire()
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        for thread in threads:
-            if thread.ident is not None:  # it has begun
-                thread.join()
-    if errors:
-        raise errors[0]
 
 
 def has_no_gpu() -> bool:

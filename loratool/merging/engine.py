@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 from loratool.arguments import Progress
 from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files import stopwatch
+from loratool.files.crew import Crew
 from loratool.files.digests import new_state
 from loratool.files.process import cores, share_heaps
 from loratool.files.sink import PAGE, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
 from loratool.merging.chunks import bytes_in, ranges_behind, ranges_of
-from loratool.merging.crew import Crew
 from loratool.merging.numpy_worker import NumpyWorker
 from loratool.merging.resources import (
     Resources,

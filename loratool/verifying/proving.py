@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Held, Plain, Room
 from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
+from loratool.files.crew import in_threads
 from loratool.files.open_sources import OpenSources
-from loratool.files.process import cores, on_threads
+from loratool.files.process import cores
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 from loratool.merging.edited_spans import EditedSpan
@@ -161,8 +162,12 @@ class Proving:
     def run(self) -> None:
         """Compare everything."""
         tasks = iter(self.tasks())
+
+        def work(number: int) -> None:
+            self.work(tasks, number)
+
         with self.sources:
-            on_threads(lambda number: self.work(tasks, number), self.workers, self.stop, "loratool-verify")
+            in_threads(work, self.workers, self.stop)
             self.sources.check_unchanged()
 
     def work(self, tasks: Iterator[Task], number: int) -> None:

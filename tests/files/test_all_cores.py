@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from loratool.files import process
-from loratool.files.process import on_all_cores, on_threads
+from loratool.files.crew import Crew, in_threads
+from loratool.files.process import on_all_cores
 
 
 def test_what_comes_back_is_in_the_order_of_the_items() -> None:
@@ -42,25 +43,27 @@ def test_an_error_is_raised_and_what_has_not_begun_by_then_is_not_done(
     with pytest.raises(ValueError, match=f"item {fails}"):
         on_all_cores(work, range(1_000_000))
     assert len(begun) < 1_000_000
-    assert not [each for each in threading.enumerate() if each.name.startswith("loratool-core")]
+    assert not [each for each in threading.enumerate() if each.name == "loratool-work"]
 
 
 def test_an_interrupt_of_the_caller_stops_its_threads_which_have_ended_when_it_is_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The main thread, which signals interrupt, waits; the others look at `stop`."""
-    stop, both, ended = threading.Event(), threading.Barrier(3, timeout=30), []
+    stop, all_there, ended = threading.Event(), threading.Barrier(3, timeout=30), []
+    join = Crew.join
 
     def work(number: int) -> None:
-        both.wait()
+        all_there.wait()
         assert stop.wait(30)
         ended.append(number)
 
-    def interrupted(_: threading.Semaphore) -> None:
-        both.wait()
+    def interrupted(crew: Crew) -> None:
+        monkeypatch.setattr(Crew, "join", join)
+        all_there.wait()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(threading.Semaphore, "acquire", interrupted)
+    monkeypatch.setattr(Crew, "join", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        on_threads(work, 2, stop, "loratool-test")
+        in_threads(work, 2, stop)
     assert sorted(ended) == [0, 1]

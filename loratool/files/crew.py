@@ -54,3 +54,21 @@ class Crew:
         for end in self.ends:
             ended &= end.acquire(timeout=max(0.0, until - time.monotonic()))
         return ended
+
+
+def in_threads(work: Callable[[int], None], count: int, stop: threading.Event) -> None:
+    """Call `work` with each number below `count`, in a thread for each, until all have ended.
+
+    The first error, or an interrupt, sets `stop`, which all are to look at; it is raised once they have ended. A pool of
+    `concurrent.futures` does the same, but imports `logging`, which takes longer than many a comparison.
+    """
+    crew = Crew(stop.set)
+    try:
+        for number in range(count):
+            crew.start(work, number)
+        crew.join()
+    finally:
+        stop.set()
+        crew.join()
+    if crew.failures:
+        raise crew.failures[0]
