@@ -11,7 +11,7 @@ from typing import Any
 
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.inspecting.fleet.indexing import IndexOptions
-from loratool.inspecting.inspect import InspectOptions
+from loratool.inspecting.options import InspectOptions
 from loratool.lineage.recording import RecordOptions
 from loratool.lineage.reproducing import ReproduceOptions
 from loratool.lineage.running import ManifestOptions

@@ -22,6 +22,17 @@ class Reading:
     adapter_name: str | None = None  # which of several adapters in one file or folder
     input_alpha: float | None = None  # α of every module, for files that do not hold it
 
+    def unused(self) -> tuple[Note, ...]:
+        """What to say of an adapter in a format that has neither several adapters in a file nor fused experts."""
+        return (*self.unused_name(), *self.unused_layout())
+
+    def unused_layout(self) -> tuple[Note, ...]:
+        """What to say where the layout of fused experts was given, and no order of columns makes a difference."""
+        if self.expert_layout is None:
+            return ()
+        text = f"it has no fused experts of a rank above 1, so --expert-layout {self.expert_layout} is ignored"
+        return (Note("expert-layout-not-used", text),)
+
     def unused_name(self) -> tuple[Note, ...]:
         """What to say where the adapter of this name was asked for, and there is only one, without a name."""
         if self.adapter_name is None:

@@ -16,7 +16,7 @@ from loratool.cli.screen import Screen
 from loratool.commands.inspect import is_table
 from loratool.errors import LoratoolError, UsageError, printable
 from loratool.files.system import shell_line
-from loratool.inspecting.inspect import InspectOptions
+from loratool.inspecting.options import InspectOptions
 from loratool.results.facts import OneFacts, UnreadableFacts
 
 MOST_IN_FULL = 3  # paths that are described one by one; more of them are a table

@@ -15,6 +15,7 @@ from loratool.cli.operands import Output, Place
 from loratool.cli.partial import PartialWords, is_shared
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import VERBOSITY, Screen
+from loratool.errors import UsageError
 from loratool.options.described import Flag, Option, Options, PlaceKind, described_by
 from loratool.options.shared import PageOptions, PictureOptions
 
@@ -134,6 +135,14 @@ def with_pictures(own: type[Options]) -> Callable[[Command], Command]:
             overwrite = chosen.overwrite if isinstance(chosen, PageOptions) else bool(own_overwrite)
             html, svg = (None if path is None else Path(path) for path in (chosen.html, chosen.svg))
             pictures = Pictures(html, svg, overwrite, str(click.get_current_context().command.name))
+            if (
+                overwrite
+                and not pictures
+                and words.get("out") is None
+                and not getattr(words.get("options"), "stream", False)
+            ):
+                ways = "-o, --html or --svg" if "out" in words else "--html or --svg"
+                raise UsageError(f"--overwrite needs {ways}; nothing else is written")
             pictures.check(words.get("out"))
             command(**words, pictures=pictures)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratool.commands.library import library_function
 from loratool.errors import UsageError
 from loratool.inspecting import inspect as inspecting
-from loratool.inspecting.inspect import InspectOptions
+from loratool.inspecting.options import InspectOptions
 from loratool.options.described import made_of
 from loratool.results.facts import Facts
 

@@ -63,6 +63,14 @@ class PlanKeywords(ChangeKeywords, LayoutKeywords, total=False):
     accept_loss: bool
 
 
+class ProofKeywords(TypedDict, total=False):
+    """Of ProofOptions."""
+
+    sha256: bool
+    digests: str
+    verify: bool
+
+
 class DeviceKeywords(TypedDict, total=False):
     """Of DeviceOption."""
 
@@ -82,12 +90,8 @@ class OverwriteKeywords(TypedDict, total=False):
     overwrite: bool
 
 
-class WholePlanKeywords(PlanKeywords, RunKeywords, OverwriteKeywords, total=False):
+class WholePlanKeywords(ProofKeywords, PlanKeywords, RunKeywords, OverwriteKeywords, total=False):
     """Of MergeOptions."""
-
-    sha256: bool
-    digests: str
-    verify: bool
 
 
 class SimulationKeywords(TypedDict, total=False):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratool.arguments import PathLike, Progress
 from loratool.commands.publish import with_push
 from loratool.inspecting import in_parts as inspecting
-from loratool.inspecting.inspect import InspectOptions
+from loratool.inspecting.options import InspectOptions
 from loratool.options.described import keyword_options, made_of
 from loratool.options.sharing import Share
 from loratool.results.extract import ExtractReport

@@ -15,7 +15,8 @@ from loratool.adapters.reading import ReadingOptions
 from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError, printable
 from loratool.files.partials import Partials
-from loratool.inspecting.inspect import InspectOptions, inspect
+from loratool.inspecting.inspect import inspect
+from loratool.inspecting.options import InspectOptions
 from loratool.measuring.shared_work import do_share
 from loratool.options.described import described_by
 from loratool.options.shared import NamingOptions, OrientationOption

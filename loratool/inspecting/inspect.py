@@ -6,14 +6,14 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter, stored_tensors
 from loratool.adapters.formats import format_at, is_adapter
 from loratool.adapters.layers import Layer, layer_of
-from loratool.adapters.reading import Reading, ReadingOptions
+from loratool.adapters.reading import Reading
 from loratool.adapters.unsettled import settled
 from loratool.adapters.weight_files import fates
 from loratool.algebra.updates.additive import LowRank
@@ -31,9 +31,8 @@ from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.grouping import by_key
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
+from loratool.inspecting.options import InspectOptions, unused_of_model
 from loratool.notes import Note
-from loratool.options.described import FLAG, Number, PathKind, PlaceKind, option
-from loratool.options.shared import DeviceOption, NamingOptions, OrientationOption
 from loratool.provenance import record
 from loratool.provenance.history import history_of
 from loratool.results.base import Cost
@@ -62,38 +61,6 @@ NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 OF_BLOCK = re.compile(r".*(?:^|_)(?:[a-z]*blocks?|layers?|attentions|resnets)(?:_[0-9]+)+_")  # of a name without dots
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOption):
-    """Of `inspect`."""
-
-    base: str | None = option(
-        help="Base model of the adapters; adds parameter counts, matching weights and sizes.", kind=PlaceKind()
-    )
-    base_config: str | None = option(
-        help="Only the config.json of the base; adds total parameters, for known model families.",
-        kind=PlaceKind("FILE", role="any"),
-    )
-    metadata: bool = option(
-        help="Show what the training tool wrote into the header of an adapter's file.", default=False, kind=FLAG
-    )
-    tensors: bool = option(help="List every tensor.", default=False, kind=FLAG)
-    values: bool = option(help="Measure every module of an adapter: norms, ranks, spectra.", default=False, kind=FLAG)
-    check: bool = option(help="Check for problems; exit with 3 or 5 if there are any.", default=False, kind=FLAG)
-    near: str | None = option(
-        help="List the adapters of an index, made by `loratool index`, that are nearest to this one.",
-        kind=PathKind("INDEX"),
-    )
-    top: int = option(help="How many of the nearest to list.", default=10, kind=Number(whole=True, low=1))
-    where: str | None = option(
-        help='Of several adapters, list those that meet conditions, such as "rank>16 and base~llama".',
-        metavar="CONDITIONS",
-    )
-    sort: str | None = option(
-        help="Of several adapters, sort by these fields, separated by commas; - before one has the largest first.",
-        metavar="FIELD",
-    )
-
-
 def inspect(
     path: PathLike,
     options: InspectOptions,
@@ -111,6 +78,8 @@ def inspect(
         raise UsageError("--base and --base-config are mutually exclusive")
     if alone := [name for name in ("where", "sort") if getattr(options, name) is not None]:
         raise UsageError(f"--{' and --'.join(alone)}: for several adapters; this is one")
+    if options.device != "cpu":  # on which all is done but what --values measures
+        options.check_needed("device", "values")
     (way,) = (way,) if way is not None else options.readings(1)
     with ExitStack() as stack:
 
@@ -379,9 +348,7 @@ def look_at_checkpoint(location: Path, path: Path, options: InspectOptions) -> C
         if not options.check:
             raise
         return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, location))
-    if options.values:
-        note = Note("values-not-measured", "values of a model are not measured; --values is for adapters")
-        facts = replace(facts, notes=(*facts.notes, note))
+    facts = replace(facts, notes=(*facts.notes, *unused_of_model(options)))
     if options.tensors:
         facts = replace(facts, listing=tuple(listed(checkpoint.shards)))
     if options.check:

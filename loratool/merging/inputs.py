@@ -15,7 +15,7 @@ from loratool.bases.same_base import unlike_bases
 from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO, chosen_base
 from loratool.merging.options import RunOptions
-from loratool.merging.plan_options import PlanOptions
+from loratool.merging.plan_options import PlanOptions, ProofOptions
 from loratool.merging.planning import plan_merge
 
 if TYPE_CHECKING:
@@ -84,4 +84,6 @@ def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions)
     """The plan, with what is to be said of the base that it has."""
     plan = plan_merge(base, adapters, options)
     run = options if isinstance(options, RunOptions) else plan.run
-    return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)), run=run)
+    proof = options if isinstance(options, ProofOptions) else plan.proof
+    notes = (*plan.notes, *unlike_bases(plan.base, plan.adapters))
+    return dataclasses.replace(plan, notes=notes, run=run, proof=proof)

@@ -11,6 +11,7 @@ from loratool.errors import printable
 from loratool.files.pipelines import identities, itself
 from loratool.grouping import by_key
 from loratool.merging.options import RunOptions
+from loratool.merging.plan_options import ProofOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.text import MOST_LINES, aligned, plural
@@ -51,6 +52,7 @@ class MergePlan(Result):
     gain_forecast: float | None = None  # the part of the updates that rounding is expected to leave; None: not forecast
     gains_forecast: Mapping[str, float] = field(default_factory=dict)  # the same by module, of those looked at
     run: RunOptions = field(default=RunOptions(), repr=False)  # what the merge may use
+    proof: ProofOptions = field(default=ProofOptions(), repr=False)  # how its output is made sure of
     simulations: tuple[Simulation, ...] = ()  # how long it takes with some numbers of workers
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +110,12 @@ class MergePlan(Result):
             a.file.layout.size for a in self.adapters
         )
 
+    @property
+    def bytes_read_again(self) -> int:
+        """Bytes of the output that are read once it is written: for the SHA-256 of weight files, and to compare all files."""
+        weights = sum(shard.layout.size for shard in self.shards)
+        return weights * self.proof.sha256 + self.bytes_written * self.proof.verify
+
     @cached_property
     def bytes_written(self) -> int:
         return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
@@ -131,6 +139,7 @@ def plan_text(plan: MergePlan) -> str:
             "would write",
             f"{size(plan.bytes_written)} in {plural(len(plan.shards), 'weight file')} and {plural(len(plan.side_files), 'other file')}",
         ),
+        *([("would read again", f"{size(plan.bytes_read_again)} of the output")] if plan.bytes_read_again else []),
         ("peak memory", f"about {size(plan.peak_memory)}"),
         ("disk needed", size(plan.bytes_written)),
     ]
@@ -225,6 +234,7 @@ def plan_data(plan: MergePlan) -> dict[str, Any]:
         "requantized": list(plan.anew),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
+        "bytes_read_again": plan.bytes_read_again,
         "gain_forecast": plan.gain_forecast,
         "gains_forecast": dict(plan.gains_forecast),
         "peak_memory": plan.peak_memory,

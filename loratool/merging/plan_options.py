@@ -1,11 +1,11 @@
-"""Options of a plan: what is merged, and how it is laid out."""
+"""Options of a plan: what is merged, how it is laid out, and what makes sure of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from loratool.merging.options import ChangeOptions
-from loratool.options.described import FLAG, SIZE, Options, option
+from loratool.options.described import FLAG, SIZE, Choice, Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,4 +30,31 @@ class PlanOptions(ChangeOptions, LayoutOption):
         help="With --requantize or --gguf-type: write the output even if most of the update is lost.",
         default=False,
         kind=FLAG,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_needed("accept_loss", "requantize", "gguf_type")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofOptions(Options):
+    """Of a merge: what is known of its output for sure."""
+
+    sha256: bool = option(
+        help="Also record the SHA-256 of each whole weight file, which takes one more reading of it.",
+        default=False,
+        kind=FLAG,
+    )
+    digests: str = option(
+        help="Which digests are computed: new leaves out BASE, and tensors that are copied from it if their digests "
+        "are known from its loratool.json or the Hub's cache; full computes them all.",
+        default="new",
+        kind=Choice(lambda: ("new", "full")),
+    )
+    verify: bool = option(
+        help="Read every file of the output again before it gets its name, and compare it with its digest.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
     )

@@ -412,6 +412,16 @@ class Options:
         for name, (described, default) in described_by(type(self)).items():
             object.__setattr__(self, name, described.taken(getattr(self, name), default))
 
+    def is_given(self, name: str) -> bool:
+        """Whether an option has another value than it has by default."""
+        return bool(getattr(self, name) != described_by(type(self))[name][1])
+
+    def check_needed(self, name: str, *others: str) -> None:
+        """Raise `UsageError` where an option is given that has no effect without one of some others."""
+        if self.is_given(name) and not any(map(self.is_given, others)):
+            every = described_by(type(self))
+            raise UsageError(f"{every[name][0].flag} needs {' or '.join(every[each][0].flag for each in others)}")
+
     def words(self) -> list[str]:
         """The words of a command line that say what is not so by default, and decides what is written."""
         every = described_by(type(self)).items()

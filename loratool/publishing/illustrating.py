@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from loratool.errors import LoratoolError
-from loratool.inspecting.inspect import InspectOptions, inspect
+from loratool.inspecting.inspect import inspect
+from loratool.inspecting.options import InspectOptions
 from loratool.results.facts import AdapterFacts, OneFacts
 
 PICTURE = "loratool-spectrum.svg"

@@ -139,9 +139,12 @@ def select(
             raise UsageError(f"{printable(name)}: left out ({reason}), but a {kind} needs it")
         else:
             left_out.append(LeftOut(name, reason))
+    known = [*names, *extra, *(file.name for file in left_out)]
     left_out = [file for file in left_out if file.name not in {*extra} & {*chosen}]
     uploads = {name: Upload(name, root / name) for name in chosen}
     notes = [*fates(beside, carried=chosen, otherwise="not sent"), *told_of_training(root, chosen)]
+    notes += idle_patterns("--include", include, known)
+    notes += idle_patterns("--exclude", exclude, [*known, CARD, PICTURE])  # which may be made
     generate = CARD not in uploads or card or is_template(root / CARD)
     if not matches(CARD, exclude) and (made := card_for(root, place, generate, notes)) is not None:
         uploads[CARD] = Upload(CARD, content=made)
@@ -294,6 +297,13 @@ def hidden_files(root: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(root):
         yield from (Path(folder, n).relative_to(root).as_posix() for n in (*folders, *files) if n.startswith("."))
         folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def idle_patterns(flag: str, patterns: Sequence[str], names: Sequence[str]) -> Iterator[Note]:
+    """A note for each pattern that matches none of some files."""
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            yield Note("pattern-without-file", f"{flag} {printable(pattern)}: matches no file")
 
 
 def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str]) -> list[Note]:

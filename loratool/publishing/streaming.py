@@ -73,6 +73,18 @@ class StreamOptions(MergeOptions, CommitOptions):
     """Of a merge whose files go to the Hub one by one."""
 
 
+def check_fits_streaming(options: StreamOptions) -> None:
+    """Raise `UsageError` for options that a merge without an output folder has no use for."""
+    if options.shard_size is not None:
+        raise UsageError("a streaming merge keeps the base's shards, so it does not take --shard-size")
+    if options.verify or options.sha256:
+        flag = "--verify" if options.verify else "--sha256"
+        sentence = (
+            f"a streaming merge does not take {flag}: the Hub knows the SHA-256 of every file, and it is compared"
+        )
+        raise UsageError(sentence)
+
+
 def stream(
     base: PathLike,
     adapters: Sequence[PathLike] | PathLike,
@@ -82,8 +94,7 @@ def stream(
 ) -> StreamReport:
     """Merge, and upload each output file before the next is made; `loratool.commands.stream` says all of it."""
     started = time.monotonic()
-    if options.shard_size is not None:
-        raise UsageError("a streaming merge keeps the base's shards, so it does not take --shard-size")
+    check_fits_streaming(options)
     check_message(options.message)
     words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
     ways = options.readings(len(words))

@@ -37,6 +37,7 @@ class PlanTable(TypedDict):
     requantized: list[str]  # edited weights that are packed in the output too
     bytes_read: int
     bytes_written: int
+    bytes_read_again: int  # of the output, where it is compared with its digests or gets the SHA-256 of whole files
     gain_forecast: float | None  # the part of the updates that rounding is expected to leave
     gains_forecast: dict[str, float]  # the same by module
     peak_memory: int

@@ -25,6 +25,7 @@ from loratool.reworking.dialects import OutputDialect
 MATCHES = ("none", "mean", "max", "sum")
 POLICIES = ("truncate", "ctm")
 SIGNS = ("total", "frequency")
+RANDOM = ("dare", "della")  # how the names of methods begin that keep entries at random
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def refuse_idle(options: CombineOptions) -> None:
         ("--normalize", options.normalize is not None, divided),
         ("--iso-beta", options.iso_beta != Combination.iso_beta, ["iso_c"]),
         ("--row-wise", options.row_wise, ["nuslerp"]),
+        ("--seed", options.seed != 0, [name for name in METHODS if name.startswith(RANDOM)]),
     ):
         if is_set and options.combining not in methods:
             raise UsageError(f"{flag} applies only to {', '.join(methods)} (the method is {options.combining})")
@@ -255,6 +257,6 @@ def told(combination: Combination, weights: Sequence[Weight], blocks: BlockWeigh
         "row_wise": combination.row_wise or None,
         "svc": combination.svc or None,
         "block_weights": dict(blocks.factors) or None,
-        "seed": combination.setting.key if combination.method.startswith(("dare", "della")) else None,
+        "seed": combination.setting.key if combination.method.startswith(RANDOM) else None,
     }
     return table | {name: value for name, value in shown.items() if value is not None}

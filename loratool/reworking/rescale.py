@@ -74,6 +74,10 @@ class RescaleOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, 
         kind=FLAG,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_needed("each", "frobenius", "spectral")
+
 
 def rescale(
     adapter: PathLike, out: PathLike, options: RescaleOptions, progress: Progress | None = None
@@ -83,15 +87,13 @@ def rescale(
     alpha, frobenius, spectral = options.alpha, options.frobenius, options.spectral
     asked = {"scale": options.scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
     factors, blocks = read_factors(options.match), BlockWeights.of(options.block_weights)
-    check(asked, {**factors, **blocks.factors}, options.each, options.bake)
+    check(asked, {**factors, **blocks.factors}, options.bake)
     path = local(adapter, "adapter")
     contents, manner, in_place = opened(path, options)
     target = check_adapter_target(out, [path], options, manner.form)
     if not contents.layers and not (contents.changes and manner.form.rescales_tensors):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
-    # what PEFT does not read is not copied, nor what holds its scale in tensors, nor what becomes another dialect
-    written = bool(contents.adapter.packing) or not manner.form.config_name or options.to is not None
-    bake = options.bake or (written and not in_place)
+    bake = bakes(contents, manner, in_place, options)
     changes = dict.fromkeys(contents.changes, options.scale or 1.0)
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
@@ -188,7 +190,7 @@ def read_factors(match: Sequence[str]) -> dict[str, float]:
     return {pattern: float(number) for pattern, _, number in (pair.rpartition("=") for pair in match)}
 
 
-def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each: bool, bake: bool) -> None:
+def check(asked: Mapping[str, float | None], factors: Mapping[str, float], bake: bool) -> None:
     """Raise `UsageError` where the arguments do not mean one thing."""
     given = {name: value for name, value in asked.items() if value is not None}
     if len(given) > 1:
@@ -197,8 +199,18 @@ def check(asked: Mapping[str, float | None], factors: Mapping[str, float], each:
         raise UsageError(
             "nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match, --block-weights or --bake"
         )
-    if each and not {"frobenius", "spectral"} & set(given):
-        raise UsageError("--each needs --frobenius or --spectral")
+
+
+def bakes(contents: Contents, manner: Manner, in_place: bool, options: RescaleOptions) -> bool:
+    """Whether factors are written anew. Raises `UsageError` where a dtype was asked for and they are not."""
+    # what PEFT does not read is not copied, nor what holds its scale in tensors, nor what becomes another dialect
+    written = bool(contents.adapter.packing) or not manner.form.config_name or options.to is not None
+    bake = options.bake or (written and not in_place)
+    if options.dtype != "keep" and not bake:
+        raise UsageError(
+            "--dtype needs --bake, without which alpha changes and the tensors stay the same", hint="--bake"
+        )
+    return bake
 
 
 def by_name(factors: Mapping[str, float], blocks: BlockWeights, layers: Mapping[str, Layer]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from loratool.merging.inputs import opened_inputs, planned, several
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS
 from loratool.merging.output_layout import Span
 from loratool.merging.plan_options import PlanOptions
+from loratool.merging.planning import check_container
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note
 from loratool.options.described import described_by
@@ -106,7 +107,9 @@ def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions
         settings["gguf_type"] = None
     try:
         model, read, _ = opened_inputs(base, adapters, options)
-        return planned(model, read, PlanOptions(**settings))
+        plan = planned(model, read, PlanOptions(**settings))
+        check_container(plan.base, PlanOptions(gguf_type=options.gguf_type))
+        return plan
     except FitError as error:
         if not error.problems:
             raise

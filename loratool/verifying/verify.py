@@ -48,6 +48,6 @@ def by_record(base: PathLike | None, adapters: Sequence[PathLike] | PathLike, op
 
 
 def changed_options(options: VerifyOptions) -> list[str]:
-    """The flags of options that say what was merged, which the check of a record has no use for."""
+    """The flags of options that say what was merged, and what may be used for the proof: the check of a record has no use for them."""
     every = described_by(VerifyOptions).items()
-    return [each.flag for name, (each, default) in every if each.recorded and getattr(options, name) != default]
+    return [each.flag for name, (each, _) in every if options.is_given(name)]

@@ -21,7 +21,7 @@ from loratool.commands import keywords
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.errors import LoratoolError, UsageError
 from loratool.inspecting.fleet.indexing import IndexOptions
-from loratool.inspecting.inspect import InspectOptions
+from loratool.inspecting.options import InspectOptions
 from loratool.lineage.recording import RecordOptions
 from loratool.lineage.reproducing import ReproduceOptions
 from loratool.lineage.running import ManifestOptions

@@ -125,7 +125,7 @@ class Reader:
 def adapter_in(file: GgufFile, path: Path, reading: Reading, form: str) -> tuple[Adapter, list[Problem]]:
     """The adapter of a file, which is at `path`, with all that is wrong with it; `form` is the format's name."""
     kind = file.text(ARCHITECTURE)
-    notes, unsupported = list(reading.unused_name()), list[str]()
+    notes, unsupported = list(reading.unused()), list[str]()
     if (lora := file.text(KIND)) != "lora":
         unsupported.append(f"{KIND} is {printable(repr(lora))}; expected 'lora'")
     if INVOCATION in file.values:

@@ -289,7 +289,7 @@ class Mlx(MlxFiles, Format):
 
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         folder = path if path.is_dir() else path.parent
-        notes = list(reading.unused_name())
+        notes = list(reading.unused())
         file = read_safefile(weights_in(path, notes) if path.is_dir() else path)
         config, there = config_beside(file.path), (folder / CONFIG).is_file()
         if not there and reading.input_alpha is None:

@@ -161,7 +161,7 @@ class TrainerFormat(WithSettings, Format):
         file = self.weights_in(path) if path.is_dir() else read_safefile(path)
         settings = self.config_at(folder)
         config = self.read_config(settings) if settings else {}
-        found = Found(file, reading, list(reading.unused_name()))
+        found = Found(file, reading, list(reading.unused()))
         self.take(found, config)
         adapter = Adapter(
             name=name_of(folder) if path.is_dir() or settings else path.stem,

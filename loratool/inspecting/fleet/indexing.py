@@ -10,8 +10,8 @@ from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError
 from loratool.files.names import at_home
 from loratool.inspecting.fleet.table import Fleet
-from loratool.inspecting.inspect import InspectOptions
 from loratool.inspecting.neighbours import Entry, check_index, write_index
+from loratool.inspecting.options import InspectOptions
 from loratool.options.described import FLAG, Options, PlaceKind, option
 from loratool.results.base import Cost
 from loratool.results.fleet import worst

@@ -14,8 +14,8 @@ from loratool.fetching import check_there, headers, local
 from loratool.inspecting.fleet.conditions import conditions, sorted_by
 from loratool.inspecting.fleet.members import members
 from loratool.inspecting.fleet.rows import Reader
-from loratool.inspecting.inspect import InspectOptions
 from loratool.inspecting.neighbours import Index, nearest, read_index
+from loratool.inspecting.options import InspectOptions
 from loratool.inspecting.twins import Sketched, is_same, twins
 from loratool.lazy import numpy as np
 from loratool.results.base import Cost
@@ -23,7 +23,7 @@ from loratool.results.fleet import FleetFacts, FleetRow
 from loratool.reworking.sketches import Sketch
 from loratool.templates import first_few
 
-OF_ONE = ("base_config", "metadata", "tensors")  # options that show what a table has no room for
+OF_ONE = ("base_config", "metadata", "tensors", "device")  # options that show what a table has no room for, or the like
 
 
 def table_of(operands: Sequence[PathLike], options: InspectOptions, progress: Progress | None = None) -> FleetFacts:
@@ -74,7 +74,9 @@ class Fleet:
     sketches: dict[str, Sketched] = field(default_factory=dict)  # by name
 
     def __post_init__(self) -> None:
-        if alone := [name for name in OF_ONE if getattr(self.options, name)]:
+        given = {name: self.options.is_given(name) for name in OF_ONE}
+        given["device"] &= self.options.device != "cpu"  # on which tables are made
+        if alone := [name for name in OF_ONE if given[name]]:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in alone)
             raise UsageError(f"{flags}: for one adapter at a time, not for a table; name the adapter itself")
 

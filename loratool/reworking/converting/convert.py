@@ -170,6 +170,10 @@ def convert(
     if (shaped := in_their_form(contents, forms)) is not contents:
         contents = shaped
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
+    if options.architecture and not wanted.architecture:
+        raise InputError(
+            f"--architecture is for image and video models, and these are no modules of {options.architecture}"
+        )
     check_norms(contents, goal.dialect, wanted.architecture)
     if goal.server is not None and goal.server.splits(config):
         wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))

@@ -60,3 +60,10 @@ class ExtractOptions(OrientationOption, FactorOptions, DialectOption, DeviceOpti
         metavar="REGEX",
     )
     seed: int = option(help="Random seed of the sketch.", default=0, kind=Number(whole=True))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.rank, int) and self.is_given("max_rank"):
+            raise UsageError(f"--max-rank is for --rank auto and for --energy alone (got --rank {self.rank})")
+        if self.exact and self.is_given("seed"):
+            raise UsageError("--seed is for the sketch, which --exact does without")

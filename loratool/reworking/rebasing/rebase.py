@@ -285,6 +285,7 @@ def remarks(contents: Contents, fits: Sequence[Fit], total: Drift, differing: Dr
             f"{len(whole)} tensors that were saved whole replace those of the new base, such as {printable(whole[0])}"
         )
         yield Note("saved-for-another-base", text)
+    yield from contents.remarks
     yield from changed_beside(*checkpoints(fits))
     yield from told_beside(contents)
     for fit in fits:

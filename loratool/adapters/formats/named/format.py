@@ -131,7 +131,7 @@ class Named(Format):
             dialects=tuple(found.dialects),
             unsupported=tuple(dict.fromkeys(found.unsupported)),
             unused=tuple(found.unused),
-            notes=(*found.notes, *reading.unused_name()),
+            notes=(*found.notes, *reading.unused()),
             beside=() if alone else weight_files(folder, file, {file.path.name}),
             alone=alone,
         )

@@ -82,6 +82,8 @@ def tell(draft: Draft, parameters: set[str]) -> None:
     """Say how lora_B of these parameters was read, for which it makes a difference, where PEFT's way is not certain."""
     given = draft.reading.expert_layout
     written = {parameter: of_parameter(draft.config, parameter) for parameter in parameters}
+    if not parameters:
+        draft.notes += draft.reading.unused_layout()
     if given and (against := sorted(p for p, layout in written.items() if layout not in (None, given))):
         draft.notes.append(
             Note(

@@ -118,6 +118,7 @@ def read_updates(draft: Draft) -> None:
     else:
         from loratool.adapters.formats.peft.methods import METHODS  # loaded for those who need them
 
+        draft.notes += draft.reading.unused_layout()
         method = METHODS[kind]
         draft.sort(kind, method.slots, method.ignored)
         draft.each(method.reader(draft))
