@@ -1,8 +1,9 @@
 """Most blocks of a merge, compared in a fraction of the time that merging them takes.
 
-A sum in float32 that is rounded is the formula's once rounded but for a few elements in a million, all next to a tie.
-So it is enough to know where that is another number than the merged model's; of the elements found, those next to a tie
-are decided exactly, as a merge does.
+A sum in float32 that is rounded is the formula's once rounded but for a few elements, all next to a tie: one in thirty
+thousand of bfloat16, and in ten thousand of float16. So it is enough to know where that is another number than the merged
+model's; of the elements found, those next to a tie are decided exactly, as a merge does. Others next to a tie may count
+as equal in a model that was merged in float32; they are 1 ulp apart at most.
 """
 
 from __future__ import annotations

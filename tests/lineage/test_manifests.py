@@ -11,7 +11,7 @@ from malformed import write_adapter, write_base
 
 import loratool
 from loratool import cli
-from loratool.results.run import RunReport
+from loratool.results.run import RunReport, StepReport
 
 MANIFEST = """\
 # half of a style, in a base
@@ -68,6 +68,37 @@ def test_what_is_up_to_date_is_left_as_it_is(home: Path) -> None:
     assert files(home) == before
     roots = json.loads((home / "made" / "loratool.json").read_bytes())["files"]["model.safetensors"]["root"]
     assert report.steps[1].digests["model.safetensors"] == roots
+
+
+def test_each_step_is_told_when_it_is_done_and_has_a_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[StepReport] = []
+    shutil.rmtree(home / "made")
+    report = loratool.run(home / "models.yaml", progress=told.append)
+    assert told == list(report.steps)
+    assert cli.run(["run", str(home / "models.yaml")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"manifest  {home / 'models.yaml'}"
+    assert [line.split() for line in lines[1:]] == [
+        ["step", str(number), command, "→", f"{home / out},", "up", "to", "date"]
+        for number, command, out in ((1, "rescale", "half"), (2, "merge", "made"), (3, "resize", "small"))
+    ]
+    assert str(report).splitlines()[2].endswith("made, made: its output is missing")
+
+
+OTHERS = {
+    "made_by": ("loratool combine", "its output was made by loratool combine"),
+    "options": (None, "its record has no options"),
+    "operands": (["./base", "./style"], "it has other inputs"),
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_an_output_with_another_record_is_made_again(key: str, home: Path) -> None:
+    record = home / "made" / "loratool.json"
+    value, reason = OTHERS[key]
+    record.write_text(json.dumps({**json.loads(record.read_bytes()), key: value}))
+    step = loratool.run(home / "models.yaml", dry_run=True).steps[1]
+    assert (step.status, step.reason) == ("to-make", reason)
 
 
 def test_a_change_of_an_option_reaches_all_that_is_made_of_it(home: Path) -> None:

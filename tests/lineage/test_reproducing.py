@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from malformed import f32, safetensors_bytes, write_adapter, write_base, write_json
+from safetensors.numpy import load_file
 
 import loratool
 from loratool import cli
@@ -198,3 +199,29 @@ def test_a_file_that_stands_alone_is_repeated_by_the_record_in_its_header(tmp_pa
     found = loratool.reproduce(tmp_path / "two.safetensors", tmp_path / "again.safetensors")
     assert found.passes
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_a_file_that_an_option_names_is_found_by_its_name_and_another_one_is_noticed(
+    home: Path, tmp_path: Path
+) -> None:
+    """The record has its name alone: whether it is the same file, the output tells."""
+    shutil.copytree(home / "adapter", tmp_path / "adapter")
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    end = ".lora_A.weight"
+    grams = {name[len("base_model.model.") : -len(end)]: len(a) for name, a in factors.items() if name.endswith(end)}
+
+    def calibrate(place: Path, slope: float) -> None:
+        place.write_bytes(
+            safetensors_bytes({name: f32(np.diag(1 + slope * np.arange(rank))) for name, rank in grams.items()})
+        )
+
+    calibrate(tmp_path / "seen.safetensors", 3)
+    loratool.resize(tmp_path / "adapter", tmp_path / "out", rank=1, calibration=tmp_path / "seen.safetensors")
+    assert loratool.reproduce(tmp_path / "out", tmp_path / "again").passes
+    (tmp_path / "store").mkdir()
+    (tmp_path / "seen.safetensors").rename(tmp_path / "store" / "seen.safetensors")
+    with pytest.raises(loratool.InputError, match=r"--calibration: .*seen\.safetensors was not found"):
+        loratool.reproduce(tmp_path / "out", tmp_path / "without")
+    assert loratool.reproduce(tmp_path / "out", tmp_path / "moved", folders=[tmp_path / "store"]).passes
+    calibrate(tmp_path / "store" / "seen.safetensors", -0.4)
+    assert not loratool.reproduce(tmp_path / "out", tmp_path / "other", folders=[tmp_path / "store"]).passes

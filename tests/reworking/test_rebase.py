@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import draw, save_model
+from dialect_samples import DIALECTS, write_image_base
 from numpy.typing import NDArray
 from oracle import sha256
 from peft_files import named_by_peft, save_peft
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loratool
@@ -205,6 +206,22 @@ def test_what_differs_around_the_adapter_is_said(home: Path, tmp_path: Path) -> 
     report = loratool.rebase(home / "adapter", tmp_path / "out", base=home / "old", onto=tmp_path / "new", dry_run=True)
     assert {note.code for note in report.notes} >= {"tokenizer-changed", "norms-changed", "embeddings-changed"}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfy", "lycoris", "diffusers"])
+@pytest.mark.parametrize("held", [0.0, 0.4])
+def test_a_file_of_an_image_model_gets_the_strength_in_its_tensors(dialect: str, held: float, tmp_path: Path) -> None:
+    """Which has no config: its alphas, or its factors, are those of 1 − c, as what it adds to a weight shows."""
+    sample = DIALECTS[dialect]
+    adapter = sample.write(tmp_path / "adapter")
+    base = write_image_base(tmp_path / "base.safetensors", sample.weight)
+    loratool.merge(base, adapter, tmp_path / "merged.safetensors", device="cpu")
+    ((name, weight),), (merged,) = load_file(base).items(), load_file(tmp_path / "merged.safetensors").values()
+    save_file({name: weight + held * (merged - weight)}, tmp_path / "new.safetensors")
+    loratool.rebase(adapter, tmp_path / "out", base=base, onto=tmp_path / "new.safetensors")
+    loratool.merge(base, tmp_path / "out", tmp_path / "again.safetensors", device="cpu")
+    (again,) = load_file(tmp_path / "again.safetensors").values()
+    torch.testing.assert_close(again - weight, (1 - held) * (merged - weight), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("held", [0.0, 0.3])
