@@ -200,10 +200,16 @@ def below(folder: Path, role: Role) -> list[Path]:
     with suppress(OSError):
         found = [each for each in sorted(home.iterdir())[:MOST_ENTRIES] if each.is_dir() and fits(each, role)]
         if home is not folder and len(found) > 1:
-            main = (folder / "refs" / "main").read_text().strip()
-            found = [each for each in found if each.name == main] or found
+            found = [each for each in found if each.name == commit_of_main(folder)] or found
         return sorted(found, key=step_of)
     return []
+
+
+def commit_of_main(repository: Path) -> str:
+    """The commit that `main` was when a repository in the Hub's cache was last asked for it; empty where it never was."""
+    with suppress(OSError, UnicodeDecodeError):
+        return (repository / "refs" / "main").read_text(encoding="ascii").strip()
+    return ""
 
 
 def step_of(folder: Path) -> int:

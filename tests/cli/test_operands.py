@@ -140,6 +140,21 @@ def test_what_can_only_mean_one_thing_is_read_as_that_and_said(name: str, capsys
     assert said.startswith(f"note: {typed}: ")
 
 
+@pytest.mark.usefixtures("here")
+def test_of_two_commits_in_the_hub_s_cache_that_of_main_is_read_and_without_one_a_commit_is_proposed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The client writes `refs` for the revisions it was asked for; a commit that was asked for has none."""
+    moved("base", "cache/snapshots/abc")
+    moved("base", "cache/snapshots/def")
+    assert cli.run(command("merge cache style -o out")) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "hint: loratool merge cache/snapshots/def style -o out"
+    Path("cache/refs").mkdir()
+    Path("cache/refs/main").write_text("abc")
+    _, said = data("merge cache style -o out --dry-run --json", capsys)
+    assert said.startswith("note: cache: the model is in its subfolder abc, which is read")
+
+
 PATTERNS = {
     "adapters": ("compare 'runs/*' --json", "compare runs/one runs/two --json"),
     "the only base": ("merge 'ba?e' style -o out --dry-run --json", "merge base style -o out --dry-run --json"),

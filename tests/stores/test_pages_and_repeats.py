@@ -10,6 +10,7 @@ from store_server import BUCKET
 
 from loratool.errors import StoreError
 from loratool.stores import uploads
+from loratool.stores.client import ask
 from loratool.stores.names import StorePath
 from loratool.stores.objects import listed
 
@@ -44,7 +45,7 @@ def test_objects_are_listed_to_the_last_page(store: StoreServer, monkeypatch: py
 def test_the_parts_of_an_upload_are_listed_to_the_last_page(
     store: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, ask = StorePath(BUCKET, "paged-parts"), uploads.ask
+    place = StorePath(BUCKET, "paged-parts")
 
     def by_twos(request: str, there: StorePath, **words: Any) -> Any:
         return ask(request, there, **{"MaxParts": 2, **words} if request == "list_parts" else words)
