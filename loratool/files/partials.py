@@ -21,9 +21,9 @@ from typing import Any
 from loratool.arguments import PathLike
 from loratool.errors import StorageError, UsageError, VerificationError, printable
 from loratool.files.outputs import check_local
-from loratool.files.presence import draft_of, put_new
+from loratool.files.presence import draft_of, publish_new
 from loratool.files.staging import write_durably
-from loratool.files.system import open_file, sync_folder
+from loratool.files.system import open_file
 
 RUN = "run.json"
 OURS = re.compile(r"(run\.json|partial-[0-9]{6}\.(json|bin))(\.[0-9a-f]{32}\.new)?")
@@ -56,7 +56,7 @@ class Partials:
                     f"{printable(self.folder)}: contains files that loratool did not write, such as {printable(odd[0])}; "
                     "choose an empty folder for --into, or a new one"
                 )
-            self.write(RUN, as_lines(self.run))
+            publish_new(self.folder / RUN, as_lines(self.run))
         except OSError as error:
             raise refused(error, self.folder) from error
         self.check()
@@ -80,7 +80,9 @@ class Partials:
                 draft = draft_of(self.folder / f"{name}.bin")
                 write_durably(draft, content, os.O_EXCL)
                 os.replace(draft, self.folder / f"{name}.bin")
-            self.write(f"{name}.json", as_lines({"unit": unit, "sha256": sha256, "size": len(content), **table}))
+            publish_new(
+                self.folder / f"{name}.json", as_lines({"unit": unit, "sha256": sha256, "size": len(content), **table})
+            )
         except OSError as error:
             raise refused(error, self.folder) from error
 
@@ -107,16 +109,6 @@ class Partials:
         """Remove a result that is damaged."""
         with suppress(FileNotFoundError):
             (self.folder / f"partial-{unit:06d}.json").unlink()
-
-    def write(self, name: str, content: bytes) -> None:
-        """Give content a name, unless something has it."""
-        draft = draft_of(self.folder / name)
-        write_durably(draft, content, os.O_EXCL)
-        try:
-            put_new(draft, self.folder / name)
-        finally:
-            draft.unlink(missing_ok=True)
-        sync_folder(self.folder)
 
     def lines_of(self, name: str) -> dict[str, Any] | None:
         """The table of a file whose digest is right."""

@@ -17,7 +17,8 @@ from typing import Any
 from loratool.errors import UsageError, printable
 from loratool.files.inputs import json_object
 from loratool.files.process import host_name, is_running
-from loratool.files.system import create_file
+from loratool.files.staging import write_durably
+from loratool.files.system import create_file, sync_folder
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one after which a worker counts as dead
@@ -209,6 +210,17 @@ def put_new(draft: Path, path: Path) -> bool:
             return False
         os.rename(draft, path)
     return True
+
+
+def publish_new(path: Path, content: bytes) -> bool:
+    """Give content a name if nothing has it, on stable storage when this returns; False where something has."""
+    draft = draft_of(path)
+    write_durably(draft, content, os.O_EXCL)
+    try:
+        return put_new(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def clock_of(folder: Path) -> float:

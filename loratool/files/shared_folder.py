@@ -30,7 +30,7 @@ from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.part_records import FilePart, PartRecord, PublishedError
-from loratool.files.presence import Presence, Worker, alone, draft_of, put_new, workers_in
+from loratool.files.presence import Presence, Worker, alone, publish_new, put_new, workers_in
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import LocalSource, read_exactly, write_fully
 from loratool.files.shard_writer import OpenFile
@@ -266,20 +266,13 @@ class SharedFolder:
 
     def put_record(self, part: FilePart, record: PartRecord) -> None:
         """Make a record known. One that another worker has published first stands, if its bytes are still there."""
-        path = self.record_path(part.name)
-        draft = draft_of(path)
-        write_durably(draft, record.to_bytes(), os.O_EXCL)
-        try:
-            while not put_new(draft, path):
-                theirs = self.read(part.name)
-                if theirs is not None and theirs.is_of(part, self.journal.plan):
-                    same = theirs.chunk_digests() == record.chunk_digests()
-                    if same or not self.problem(part, theirs):
-                        break
-                self.forget(part.name)  # torn, or of bytes that this worker has overwritten
-        finally:
-            draft.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        while not publish_new(self.record_path(part.name), record.to_bytes()):
+            theirs = self.read(part.name)
+            if theirs is not None and theirs.is_of(part, self.journal.plan):
+                same = theirs.chunk_digests() == record.chunk_digests()
+                if same or not self.problem(part, theirs):
+                    break
+            self.forget(part.name)  # torn, or of bytes that this worker has overwritten
         if self.presence is not None:
             self.presence.end(part.name)
 

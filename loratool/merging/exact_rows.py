@@ -183,10 +183,8 @@ class ExactSum:
         if not math.isfinite(told[0]):
             return False
         block.seen.largest, block.seen.weight, block.seen.change = told
-        if len(places) > after.numel() // MANY:
-            changing = self.changing(block.first, count)
-            keep_unchanged(block.before, after, changing)
-            places = places[changing[places // self.width]]
+        if (some := self.in_changing_rows(places, block.before, block.first, after)) is not None:
+            places = places[some]
         parts = singles.factors_in(block.first, count)
         for some in torch.split(places, singles.together) if len(places) else ():
             left = compiled(settle)(some, block.before, block.first, after, parts, told[0], singles.least)
@@ -226,10 +224,7 @@ class ExactSum:
             return False
         block.seen.weight, block.seen.change, block.seen.largest = squared, changed, largest
         sums, weights = told[4:].chunk(2)
-        if len(places) > after.numel() // MANY:
-            changing = self.changing(block.first, len(after)).to(after.device)
-            keep_unchanged(block.before, after, changing)
-            some = changing[places // self.width]
+        if (some := self.in_changing_rows(places, block.before, block.first, after)) is not None:
             places, sums, weights = places[some], sums[some.cpu()], weights[some.cpu()]
         lap("product")
         if len(places):
@@ -266,10 +261,8 @@ class ExactSum:
         size += sum(stack.reach for stack in stacks)
         margin = self.margin(size) + sum(stack.most_error for stack in stacks)
         places = rounded(change.add_(weight), margin * GENEROUS, lower, room.upper)
-        if len(places) > lower.numel() // MANY:
-            changing = self.changing(first, count).to(lower.device)
-            keep_unchanged(weight, lower, changing)
-            places = places[changing[places // self.width]]
+        if (some := self.in_changing_rows(places, weight, first, lower)) is not None:
+            places = places[some]
         if odd is not None:
             lower.copy_(torch.where(odd, kept, lower))
             places, size = places[~odd.view(-1)[places]], math.inf
@@ -293,6 +286,18 @@ class ExactSum:
         change.zero_()
         for stack in stacks:
             stack.add_to(change, first)
+
+    def in_changing_rows(self, places: Tensor, weight: Tensor, first: int, after: Tensor) -> Tensor | None:
+        """Which of many undecided places are in rows to which anything is added; the other rows of W go into `after`.
+
+        None where they are few, and nobody asks.
+        """
+        if len(places) <= after.numel() // MANY:
+            return None
+        changing = self.changing(first, len(after)).to(after.device)
+        still = ~changing
+        after[still] = round_once(weight[still], after.dtype)
+        return changing[places // self.width]
 
     def changing(self, first: int, count: int) -> Tensor:
         """To which of so many rows from `first` on anything is added: (count,) of bool."""
@@ -352,12 +357,6 @@ class ExactSum:
                 part * stack.scale
             )
         return change
-
-
-def keep_unchanged(weight: Tensor, after: Tensor, changing: Tensor) -> None:
-    """Put the rows that do not change into `after`."""
-    still = ~changing
-    after[still] = round_once(weight[still], after.dtype)
 
 
 def rounded(sums: Tensor, margin: float, lower: Tensor, upper: list[Tensor]) -> Tensor:
