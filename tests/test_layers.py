@@ -78,7 +78,7 @@ WITHOUT_TORCH = (
     *("inspecting", "pictures", "commands", "cli", "__main__"),
     *("verifying.options", "verifying.records", "verifying.verify", "verifying.verifier"),
     *("adapters.reading", "adapters.ranks", "adapters.weight_files", "adapters.formats"),
-    *("merging.plan", "merging.planning", "merging.output_layout", "merging.fingerprints"),
+    *("merging.plan", "merging.planning", "merging.draft", "merging.output_layout", "merging.fingerprints"),
 )
 
 WITH_TORCH = ("bases.weights", "bases.codecs")
