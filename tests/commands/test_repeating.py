@@ -210,7 +210,7 @@ COMMANDS = {
     "merge": Command(
         MergeAndPushOptions,
         (BASE, *ADAPTERS),
-        needs={"also_load": ["--ignore-files", EXTRA.replace("2_", "1_")]},
+        needs={"also_load": ["--ignore-files", EXTRA.replace("2_", "1_")], "accept_loss": ["--requantize"]},
         on={
             **{option: (BASE, *operands) for option, operands in READING.items()},
             **dict.fromkeys(("dequantize", "requantize", "accept_loss"), (PACKED, *ADAPTERS)),
