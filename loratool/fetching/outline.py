@@ -146,7 +146,8 @@ def choose(location: Path, role: Role) -> tuple[list[str], list[str]]:
     if adapter and (role == "adapter" or (role == "any" and "config.json" not in names)):
         return format_at(location).needed(location)
     if role == "adapter":
-        found = [name for name in names if name.endswith(".safetensors")]
+        plain, of_llama = ([name for name in names if name.endswith(end)] for end in (".safetensors", ".gguf"))
+        found = plain or of_llama
         if len(found) > 1:
             listed = ", ".join(map(printable, found))
             shown = printable(location)

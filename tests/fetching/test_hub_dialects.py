@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from dialect_samples import DIALECTS, PARTS
+import torch
+from dialect_samples import DIALECTS, PARTS, write_image_base
+from safetensors.torch import load_file
 
 import loratool
 
@@ -33,3 +36,30 @@ def test_an_adapter_is_inspected_on_the_hub_as_on_this_disk(
     hub.add("org/adapter", tmp_path / "adapter")
     there = json.loads(client.works("inspect", "org/adapter", "--json").out)["results"][0]
     assert without_place(there) == without_place(json.loads(json.dumps(loratool.inspect(here).to_dict())))
+
+
+IN_REPOSITORIES = {
+    "kohya": DIALECTS["kohya"],
+    "kohya, as diffusers calls files": replace(DIALECTS["kohya"], name="pytorch_lora_weights.safetensors"),
+    "mlx": DIALECTS["mlx"],
+    "gguf": DIALECTS["gguf"],
+}
+
+
+@pytest.mark.parametrize("name", IN_REPOSITORIES)
+def test_a_repository_of_an_adapter_is_merged_as_its_files_are(
+    name: str, hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    """Beside pictures and a page, as repositories of adapters have them."""
+    sample, base = IN_REPOSITORIES[name], tmp_path / "base.safetensors"
+    here = sample.write(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("# A style")
+    (tmp_path / "adapter" / "images").mkdir()
+    (tmp_path / "adapter" / "images" / "one.png").write_bytes(bytes(5000))
+    hub.add("org/adapter", tmp_path / "adapter")
+    write_image_base(base, sample.weight)
+    client.works("merge", base, "org/adapter", "-o", tmp_path / "there.safetensors")
+    loratool.merge(base, here, tmp_path / "here.safetensors", device="cpu")
+    there, wanted = (load_file(tmp_path / f"{name}.safetensors") for name in ("there", "here"))
+    assert there.keys() == wanted.keys()
+    assert all(torch.equal(there[name], value) for name, value in wanted.items())
