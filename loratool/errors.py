@@ -27,15 +27,16 @@ INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2
     map(chr, range(0xE0100, 0xE01F0))
 )
 MOST_NAMED = 3  # names that a folded problem repeats
+# Patterns are text until they are needed, for compiling them takes longer than many a command.
 # A problem: whose it is (an adapter, say), the dotted name that it is about, and what is said of it.
-SUBJECT = re.compile(r"(?P<whose>[^:\s]+: )??(?P<name>[^\s:]*\.[^\s:]*): (?P<said>.+)", re.DOTALL)
-ALONE = re.compile(r"(?P<whose>)(?P<name>)(?P<said>.*)", re.DOTALL)  # one that is about no name
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer, within a name
+SUBJECT = r"(?s)(?P<whose>[^:\s]+: )??(?P<name>[^\s:]*\.[^\s:]*): (?P<said>.+)"
+ALONE = r"(?s)(?P<whose>)(?P<name>)(?P<said>.*)"  # one that is about no name
+NUMBER = r"(?<=\.)\d+(?=\.)"  # of a layer, within a name
 TENSOR_ENDS = frozenset({"weight", "bias"})
 FILE_ENDS = frozenset({"safetensors", "json"})
 # What people may have copied into an address; a Path has one slash of two. In hf://org/name@main, @ is something else.
-WITH_PASSWORD = re.compile(r"\b((?:s3|https?):/{1,2}(?=[^\s/@]+@)|[a-z][a-z0-9+.-]*:/{1,2}(?=[^\s/@:]*:))[^\s/@]+@")
-SIGNED = re.compile(r"([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token)=)[^&\s'\"]+", re.IGNORECASE)
+WITH_USER = r"\b((?:s3|https?):/{1,2}(?=[^\s/@]+@)|[a-z][a-z0-9+.-]*:/{1,2}(?=[^\s/@:]*:))[^\s/@]+@"
+SIGNED = r"(?i)([?&](?:x-amz-[a-z-]+|awsaccesskeyid|signature|sig|token)=)[^&\s'\"]+"
 shown_as: dict[str, str] = {}  # a folder of this disk → the place elsewhere that it stands for, as it is shown
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
@@ -70,7 +71,7 @@ def without_credentials(text: str) -> str:
     """`text` without the user, the password and the signature that addresses in it may have."""
     if ":/" not in text or not {"@", "="} & {*text}:
         return text
-    return SIGNED.sub(r"\1<TOKEN>", WITH_PASSWORD.sub(r"\1<TOKEN>@", text))
+    return re.sub(SIGNED, r"\1<TOKEN>", re.sub(WITH_USER, r"\1<TOKEN>@", text))
 
 
 def escaped(text: str, keep: str = "") -> str:
@@ -124,10 +125,10 @@ def folded(problems: Iterable[str]) -> list[tuple[str, tuple[str, ...]]]:
     """
     groups: dict[tuple[str, str, str], list[re.Match[str]]] = {}
     for problem in problems:
-        match = SUBJECT.fullmatch(problem) or ALONE.fullmatch(problem)
+        match = re.fullmatch(SUBJECT, problem) or re.fullmatch(ALONE, problem)
         assert match is not None
         name, said = match["name"] or "", match["said"]
-        like = NUMBER.sub("*", said.replace(name, "…") if name else said)
+        like = re.sub(NUMBER, "*", said.replace(name, "…") if name else said)
         key = (match["whose"] or "", like if name else said, code_of(problem, ""))
         groups.setdefault(key, []).append(match)
     found: list[tuple[str, tuple[str, ...]]] = []

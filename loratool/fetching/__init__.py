@@ -8,6 +8,7 @@ What exists locally wins, and then nothing that asks the Hub or a store is even 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def place_of(operand: PathLike) -> HubPath | StorePath | None:
         return None
     if (stored := parse_store(operand)) is not None:
         return stored
-    if page := PAGE.match(slashed(operand)):
+    if page := re.match(PAGE, slashed(operand)):
         address = printable(operand).replace(":/", "://", 1).replace(":///", "://")  # a Path keeps one slash
         raise UsageError(f"{address} is the address of a web page; use the repository id {page['repo']}")
     return parse(operand)

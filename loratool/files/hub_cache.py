@@ -13,9 +13,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.lazy import hub_constants
 
-SNAPSHOT = re.compile(
-    r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?$"
-)
+SNAPSHOT = r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?$"
 
 
 SHA256 = re.compile(r"[0-9a-f]{64}")  # of smaller files the cache has SHA-1
@@ -47,7 +45,7 @@ class Origin:
 def origin_of(path: Path) -> Origin | None:
     """What a path in a cache of the Hub is; None for any other."""
     whole = Path(os.path.abspath(path)).as_posix()  # not resolved: the files of a snapshot are links to blobs
-    match = SNAPSHOT.search(whole)
+    match = re.search(SNAPSHOT, whole)
     if match is None:
         return None
     return Origin(f"{match['owner']}/{match['name']}", match["commit"], printable(match["inside"] or ""))

@@ -14,11 +14,11 @@ from loratool.arguments import PathLike
 from loratool.errors import UsageError, printable
 
 ID = r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)"
-SHORT = re.compile(rf"{ID}(?:@(?P<revision>[^:@]+))?(?::(?P<inside>.+))?")
-URL = re.compile(rf"{ID}(?:@(?P<revision>refs/(?:pr|convert)/[^/:]+|[^/:@]+))?(?:[/:](?P<inside>.*))?")
-PAGE = re.compile(rf"https?:/{{1,2}}(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/){ID}")
+SHORT = rf"{ID}(?:@(?P<revision>[^:@]+))?(?::(?P<inside>.+))?"
+URL = rf"{ID}(?:@(?P<revision>refs/(?:pr|convert)/[^/:]+|[^/:@]+))?(?:[/:](?P<inside>.*))?"
+PAGE = rf"https?:/{{1,2}}(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/){ID}"
 # a name that Git takes, which becomes the name of a file in the Hub's cache
-REVISION = re.compile(r"(?!.*\.\.|.*//|.*/\.|[./-])[^\x00-\x20\x7f~^:?*\[\\]{1,200}(?<![./])")
+REVISION = r"(?!.*\.\.|.*//|.*/\.|[./-])[^\x00-\x20\x7f~^:?*\[\\]{1,200}(?<![./])"
 ONE_SLASH = re.compile(r"^(s3:|hf:)/(?!/)")
 SCHEME = re.compile(r"hf:/{1,2}")  # a Path has lost one of its slashes
 # Models that had no owner until 2024, and that configs still call so: the owner that each has now → the names.
@@ -80,13 +80,13 @@ def parse(operand: PathLike) -> HubPath | None:
     scheme = SCHEME.match(text)
     if scheme:
         text = text[scheme.end() :].removeprefix("models/")
-        match = URL.fullmatch(text)
+        match = re.fullmatch(URL, text)
         if match is None or text.startswith(("datasets/", "spaces/")):
             raise UsageError(
                 f"{printable(operand)}: not a valid model address; expected hf://org/name@revision/subfolder"
             )
     else:
-        match = SHORT.fullmatch(text)
+        match = re.fullmatch(SHORT, text)
         if match is None or (text.endswith(".safetensors") and ":" not in text):
             return None
     inside = (match["inside"] or "").strip("/")
@@ -95,6 +95,6 @@ def parse(operand: PathLike) -> HubPath | None:
     revision = match["revision"]
     if revision and scheme:
         revision = revision.replace("%2F", "/")
-    if revision and not REVISION.fullmatch(revision):
+    if revision and not re.fullmatch(REVISION, revision):
         raise UsageError(f"{printable(operand)}: {printable(revision)} is not a branch, tag or commit")
     return HubPath(match["repo"], revision, inside)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PIECE = 1 << 20  # bytes that are read at a time
+PIECE = 1 << 19  # bytes that are read at a time, and looked at while a core has them in its cache
 
 
 class Source(Protocol):

@@ -12,8 +12,8 @@ from loratool.errors import UsageError, printable
 from loratool.options.described import Kind
 
 MOST = 100_000  # workers
-WHOLE = re.compile(r"\s*-?\d{1,18}\s*", re.ASCII)
-WORD = re.compile(r"(?P<index>-?\d{1,9}|auto)/(?P<count>-?\d{1,9})|auto", re.ASCII)
+WHOLE = r"(?a)\s*-?\d{1,18}\s*"
+WORD = r"(?a)(?P<index>-?\d{1,9}|auto)/(?P<count>-?\d{1,9})|auto"
 SLURM, SLURM_OTHERS = "SLURM_ARRAY_TASK_ID", ("SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 KUBERNETES = "JOB_COMPLETION_INDEX"
@@ -43,7 +43,7 @@ class Share:
         """
         if isinstance(word, Share):
             return word
-        match = WORD.fullmatch(word.strip())
+        match = re.fullmatch(WORD, word.strip())
         if match is None:
             raise UsageError(f"--part must be I/N such as 3/8, auto, or auto/N (got {printable(repr(word))})")
         if match["index"] is None:
@@ -123,7 +123,7 @@ def number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name)
     if value is None:
         raise UsageError(f"--part auto: {name} is not set")
-    if not WHOLE.fullmatch(value):
+    if not re.fullmatch(WHOLE, value):
         raise UsageError(f"--part auto: {name} must be a whole number (got {printable(repr(value))})")
     return int(value)
 

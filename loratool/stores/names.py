@@ -11,7 +11,7 @@ from loratool.errors import UsageError, printable, without_credentials
 from loratool.files.hub_names import slashed
 
 SCHEME = re.compile(r"s3:/{1,2}")  # a Path has lost one of its slashes
-BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+BUCKET = r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]"
 LONGEST_KEY = 1024  # bytes
 FOLDER = ".loratool"  # in an output, or next to one of one object: what those who make it share
 
@@ -70,7 +70,7 @@ def parse_store(operand: PathLike) -> StorePath | None:
         )
     bucket, _, key = text[scheme.end() :].partition("/")
     key = key.removesuffix("/")
-    if not BUCKET.fullmatch(bucket):
+    if not re.fullmatch(BUCKET, bucket):
         raise UsageError(
             f"{printable(operand)}: {printable(repr(bucket))} is not the name of a bucket; expected s3://bucket/prefix"
         )
