@@ -295,10 +295,12 @@ def same_command(arguments: list[str]) -> str:
 
 
 def said_by(error: click.ClickException) -> str:
-    """Click's sentence. Older versions show the name of an option that does not exist as it was typed."""
-    sentence = error.format_message().expandtabs(2)  # choices are listed with tabs
-    name = getattr(error, "option_name", None)
-    return sentence.replace(name, escaped(name)) if isinstance(name, str) and name else sentence
+    """Click's sentence, but for an option that does not exist, of which Click compares the hyphens, too."""
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        from loratool.cli.unknown_options import sentence
+
+        return sentence(escaped(error.option_name), error.ctx.command)
+    return error.format_message().expandtabs(2)  # choices are listed with tabs
 
 
 def usage_of(error: click.ClickException) -> str:
@@ -315,6 +317,11 @@ def step_after(error: click.ClickException, arguments: list[str]) -> str:
     word = next(iter(arguments), "")
     if context and context.parent is None and (near := near_command(word)):
         return typed(near, *arguments[1:])
+    if context and isinstance(error, click.NoSuchOption):
+        from loratool.cli.unknown_options import corrected
+
+        if words := corrected(error.option_name, context.command, arguments):
+            return typed(*words)
     if context and word == "estimate" and isinstance(error, click.MissingParameter):
         given = {argument.partition("=")[0] for argument in arguments}
         return typed(*arguments, *(each for pair in ESTIMATED.items() if pair[0] not in given for each in pair))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from loratool.adapters.formats import format_at
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.hub_names import parse, with_owner
+from loratool.notes import Note
+
+Model = TypeVar("Model", bound=Checkpoint)
 
 AUTO = "auto"
 # What tells models of one family apart, by the fields of configs that hold it. Vocabularies are not among them: they grow.
@@ -30,6 +36,14 @@ def named_base(path: Path) -> str:
 def chosen_base(base: PathLike, adapters: Sequence[Path]) -> PathLike:
     """The base itself, or the one that the adapters name where it is called "auto"."""
     return base_of(adapters) if os.fspath(base) == AUTO and not os.path.lexists(AUTO) else base
+
+
+def told_choice(model: Model, given: PathLike, chosen: PathLike) -> Model:
+    """The model, with a note where it is not the one that was given, but the one that the adapters name."""
+    if os.fspath(given) == os.fspath(chosen):
+        return model
+    text = f"{printable(chosen)} is read as the base, because the adapter names it"
+    return dataclasses.replace(model, notes=(*model.notes, Note("base-named", text)))
 
 
 def base_of(adapters: Sequence[Path]) -> str:

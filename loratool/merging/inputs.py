@@ -13,7 +13,7 @@ from loratool.arguments import PathLike
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.fetching import check_there, local
-from loratool.fetching.bases import AUTO, chosen_base
+from loratool.fetching.bases import AUTO, chosen_base, told_choice
 from loratool.merging.options import RunOptions
 from loratool.merging.plan_options import PlanOptions, ProofOptions
 from loratool.merging.planning import plan_merge
@@ -32,15 +32,18 @@ def opened_inputs(
 ) -> tuple[Checkpoint, list[Adapter], list[Path]]:
     """The base, the adapters, and where those are on this disk; `stack` is that of `prepare`."""
     ways = options.readings(max(1, len(adapters)))
+    given = base
     base, paths = located(base, adapters)
     if not paths or stack is None:
-        return *read_inputs(local(base, "model"), paths, ways), paths
+        model, read = read_inputs(local(base, "model"), paths, ways)
+        return told_choice(model, given, base), read, paths
     import tempfile
 
     from loratool.fetching.pieces import opened
 
     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loratool-")))
-    return stack.enter_context(opened(base, lambda _name: home)).checkpoint, read_all(paths, ways), paths
+    model = stack.enter_context(opened(base, lambda _name: home)).checkpoint
+    return told_choice(model, given, base), read_all(paths, ways), paths
 
 
 def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:

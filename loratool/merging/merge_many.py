@@ -18,7 +18,7 @@ from loratool.arguments import PathLike, Progress
 from loratool.bases.opening import open_checkpoint
 from loratool.errors import LoratoolError, StorageError, UsageError, about, printable
 from loratool.fetching import local
-from loratool.fetching.bases import chosen_base
+from loratool.fetching.bases import chosen_base, told_choice
 from loratool.files import stopwatch
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.staging import clear_spent
@@ -201,7 +201,8 @@ def prepare_many(base: PathLike, wanted: Sequence[Wanted], errors: dict[str, Lor
     if not places:
         return []
     every = [path for paths in places.values() for path in paths]
-    model = open_checkpoint(local(chosen_base(base, every), "model"))
+    chosen = chosen_base(base, every)
+    model = told_choice(open_checkpoint(local(chosen, "model")), base, chosen)
     ready: list[Prepared] = []
     for each in wanted:
         if each.key in places:

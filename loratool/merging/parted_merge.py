@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from loratool.adapters.formats import replaceable
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
+from loratool.fetching.bases import told_choice
 from loratool.fetching.stores import brought
 from loratool.files.folders import PROVENANCE
 from loratool.files.journal import Journal
@@ -170,10 +171,10 @@ def planned_for(
 ) -> tuple[MergePlan, list[Path]]:
     """The plan of a merge into a store, and the adapters' places on this disk."""
     apart_from_inputs(place, [base, *adapters])
-    base, paths = located(base, adapters)
-    apart_from_inputs(place, [base])  # before it is downloaded
-    model, read, paths = opened_inputs(base, paths, options)
-    return as_one_file(planned(model, read, options), Path(str(place))), paths
+    chosen, paths = located(base, adapters)
+    apart_from_inputs(place, [chosen])  # before it is downloaded
+    model, read, paths = opened_inputs(chosen, paths, options)
+    return as_one_file(planned(told_choice(model, base, chosen), read, options), Path(str(place))), paths
 
 
 def checked_place(out: PathLike) -> StorePath:

@@ -24,7 +24,7 @@ from loratool.adapters.formats.known import PEFT_CONFIG
 from loratool.arguments import PathLike, Progress
 from loratool.errors import HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import HubPath, local
-from loratool.fetching.bases import chosen_base
+from loratool.fetching.bases import chosen_base, told_choice
 from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, bring, opened
@@ -108,8 +108,9 @@ def stream(
         draft = stack.enter_context(workplace(temporary / home.name))
         # a dry run, or one that is refused, makes nothing in the working directory
         stage = cache(lambda: draft if options.dry_run else stack.enter_context(workplace(home)))
-        source = stack.enter_context(opened(chosen_base(base, paths), lambda name: stage().place_for(name)))
-        plan = planned(source.checkpoint, read_all(paths, ways), options)
+        chosen = chosen_base(base, paths)
+        source = stack.enter_context(opened(chosen, lambda name: stage().place_for(name)))
+        plan = planned(told_choice(source.checkpoint, base, chosen), read_all(paths, ways), options)
         runtime = runtime_for(plan.spans, options)
         check_values(plan)
         invoked = repeated(plan, paths, options, f" --stream --push-to-hub {repo}")

@@ -207,7 +207,12 @@ def test_an_adapter_alone_is_merged_into_the_base_that_it_names(base: Path, adap
     assert json.loads(config.read_text())["base_model_name_or_path"] == str(base)
     for number, operands in enumerate(([str(adapter)], ["auto", str(adapter)])):
         assert run(["merge", *operands, "-o", str(tmp_path / f"out{number}")]) == 0
+        (note,) = [each for each in json.loads((tmp_path / f"out{number}" / "loratool.json").read_text())["notes"] if each["code"] == "base-named"]  # fmt: skip
+        assert note["text"] == f"{base} is read as the base, because the adapter names it"
     check_same(folded(tmp_path / "out0"), folded(tmp_path / "out1"))
+    report = loratool.merge_many("auto", {tmp_path / "out2": adapter})
+    assert "base-named" in {note.code for each in report.reports.values() for note in each.notes}
+    assert "base-named" not in {note.code for note in loratool.plan(base, adapter).notes}
 
 
 def test_any_other_operand_alone_is_wrong_usage(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
