@@ -108,8 +108,7 @@ def stream(
         draft = stack.enter_context(workplace(temporary / home.name))
         # a dry run, or one that is refused, makes nothing in the working directory
         stage = cache(lambda: draft if options.dry_run else stack.enter_context(workplace(home)))
-        chosen = chosen_base(base, paths)
-        source = stack.enter_context(opened(chosen, lambda name: stage().place_for(name)))
+        source = stack.enter_context(opened(chosen := chosen_base(base, paths), lambda name: stage().place_for(name)))
         plan = planned(told_choice(source.checkpoint, base, chosen), read_all(paths, ways), options)
         runtime = runtime_for(plan.spans, options)
         check_values(plan)
