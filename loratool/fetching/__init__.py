@@ -48,10 +48,11 @@ def check_there(*operands: PathLike) -> None:
     for operand in operands:
         if place_of(operand) is None:
             path = at_home(operand)
-            try:
-                path.stat()
-            except OSError as error:
-                raise unreadable(path, error) from None
+            with about(operand):
+                try:
+                    path.stat()
+                except OSError as error:
+                    raise unreadable(path, error) from None
 
 
 def local(operand: PathLike, role: Role = "any") -> Path:
