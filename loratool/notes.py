@@ -24,6 +24,7 @@ WARNINGS = frozenset(
         "update-lost-in-rounding",
     }
 )
+BASE_NAMED = "base-named"  # of the words that were typed, not of the result: no record has it
 
 
 @dataclass(frozen=True)

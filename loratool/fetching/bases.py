@@ -13,7 +13,7 @@ from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.hub_names import parse, with_owner
-from loratool.notes import Note
+from loratool.notes import BASE_NAMED, Note
 
 Model = TypeVar("Model", bound=Checkpoint)
 
@@ -43,7 +43,7 @@ def told_choice(model: Model, given: PathLike, chosen: PathLike) -> Model:
     if os.fspath(given) == os.fspath(chosen):
         return model
     text = f"{printable(chosen)} is read as the base, because the adapter names it"
-    return dataclasses.replace(model, notes=(*model.notes, Note("base-named", text)))
+    return dataclasses.replace(model, notes=(*model.notes, Note(BASE_NAMED, text)))
 
 
 def base_of(adapters: Sequence[Path]) -> str:

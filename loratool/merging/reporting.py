@@ -17,7 +17,7 @@ from loratool.files.seen import Seen, together
 from loratool.files.staging import Stage
 from loratool.merging.effects import effect_notes, effects_of, size_notes
 from loratool.merging.gain import Errors, Gains, check_loss, gain_notes, gains_of
-from loratool.notes import Note, as_records
+from loratool.notes import BASE_NAMED, Note, as_records
 from loratool.provenance import record
 from loratool.provenance.inputs import told_input
 from loratool.results.base import Cost
@@ -106,7 +106,7 @@ def provenance(
         "dtypes": dict(Counter(span.placed.dtype for span in plan.spans)),
         "device": device,
         "tensors": {"edited": len(plan.edited), "copied": plan.copied, "all": len(plan.spans)},
-        "notes": as_records(plan.notes),
+        "notes": as_records(note for note in plan.notes if note.code != BASE_NAMED),  # `command` names the base
     }
 
 
