@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -45,26 +44,16 @@ class EditedSpan:
             if effect not in effective and (changed if alone else has_effect(loaded.only(effect), before, first)):
                 effective.add(effect)
 
-    def packed_anew(
-        self, kept: dict[str, tuple[float, float]], lost: float, change: float, weight: float, differs: bool
-    ) -> None:
-        """Account for a weight that was packed anew: ‖W' − (W + ΔW)‖², ‖ΔW‖², ‖W‖², and whether W' is not W."""
+    def merged(self, block: BlockSeen) -> None:
+        """Account for a block of rows, or for all of them."""
         name = self.span.placed.name
-        with self.lock:
-            self.totals.kept[name], self.totals.lost[name] = kept, (lost, change)
-            self.totals.norms[name] = weight, change
-            if differs:
-                self.totals.changed = True
-                self.totals.effective |= effects_in([self.span])
-
-    def seen(self, rows: int, block: BlockSeen, whole: float, nonfinite: int) -> None:
-        """Account for a block that has been written; `whole` is ‖ΔW‖ of all blocks, or infinite where nobody knows."""
-        name = self.span.placed.name
-        change = whole**2 * rows / self.span.rows if math.isfinite(whole) else block.change
         with self.lock:
             self.totals.kept[name] = summed([self.totals.kept.get(name, {}), block.kept])
-            if nonfinite:
-                self.totals.nonfinite[name] = self.totals.nonfinite.get(name, 0) + nonfinite
+            if block.nonfinite:
+                self.totals.nonfinite[name] = self.totals.nonfinite.get(name, 0) + block.nonfinite
+            if block.changed:
+                self.totals.changed = True
+                self.totals.effective |= self.waiting
             if self.span.edits:
                 before = self.totals.norms.get(name, (0.0, 0.0))
-                self.totals.norms[name] = before[0] + block.weight, before[1] + change
+                self.totals.norms[name] = before[0] + block.weight, before[1] + block.change

@@ -100,39 +100,14 @@ def make_parts(
         share: what they are called together, for people.
         progress: called with (bytes done, total bytes).
     """
-    report = PartReport(merge.output.out, share, merge.output.plan, (), (), {}, 0, True, ())
     try:
-        made = make(merge, parts, share, progress)
+        return make(merge, parts, share, progress)
     except PublishedError:
-        return dataclasses.replace(report, cost=Cost.since(merge.started))
-    return dataclasses.replace(
-        report,
-        made=tuple(part.name for part in made.made),
-        kept=made.kept,
-        redone=made.redone,
-        bytes_written=sum(part.size for part in made.made),
-        published=False,
-        notes=made.notes,
-        workers=made.workers,
-        profile=made.profile,
-        cost=made.cost,
-    )
+        took = Cost.since(merge.started)
+        return PartReport(merge.output.out, share, merge.output.plan, (), (), {}, 0, True, (), cost=took)
 
 
-@dataclass(frozen=True)
-class Made:
-    """What one process did of a merge."""
-
-    made: Sequence[FilePart]
-    kept: tuple[str, ...]
-    redone: dict[str, str]  # of those made, the ones that had a record, and what was wrong
-    notes: tuple[Note, ...]
-    cost: Cost
-    workers: int  # threads
-    profile: Profile
-
-
-def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None) -> Made:
+def make(merge: PartedMerge, parts: Sequence[FilePart], share: str, progress: Progress | None = None) -> PartReport:
     """Make those of some parts that are not there; raises `PublishedError` where the output is complete."""
     runtime = runtime_for(plan_of(merge.plan, parts).spans, merge.options)
     return result_of(making(merge, parts, share, runtime), merge, runtime, progress)
@@ -146,7 +121,7 @@ def result_of(
         return make_one(making, merge.options, runtime, progress, merge.output.held(merge.parts))
 
 
-def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: Future[Runtime]) -> Making[Made]:
+def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: Future[Runtime]) -> Making[PartReport]:
     """Make some parts, as a generator: it gives its job, and is to be sent the engine that has run it."""
     if merge.published:
         raise PublishedError
@@ -169,9 +144,20 @@ def making(merge: PartedMerge, parts: Sequence[FilePart], share: str, runtime: F
         engine = yield job
         if job.failure is not None:
             raise job.failure
-    kept = tuple(part.name for part in there if part.name not in redone)
-    profile = Profile(stopwatch.together(engine.watches))
-    return Made(todo, kept, redone, notes, cost(runtime, merge.started), engine.resources().workers, profile)
+    return PartReport(
+        out=output.out,
+        share=share,
+        plan=output.plan,
+        made=tuple(part.name for part in todo),
+        kept=tuple(part.name for part in there if part.name not in redone),
+        redone=redone,
+        bytes_written=sum(part.size for part in todo),
+        published=False,
+        notes=notes,
+        workers=engine.resources().workers,
+        profile=Profile(stopwatch.together(engine.watches)),
+        cost=cost(runtime, merge.started),
+    )
 
 
 def merge_status(

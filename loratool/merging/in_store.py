@@ -52,7 +52,7 @@ def making_in_store(merge: PartedMerge, runtime: Future[Runtime]) -> Making[Merg
         report = published(merge)
     except PublishedError:  # by an earlier run, or by another one at the same time
         return complete_already(merge)
-    left = {part.file for part in made.made}
+    left = {part.file for part in merge.parts if part.name in made.made}
     return dataclasses.replace(
         report,
         resumed=tuple(shard.name for shard in merge.plan.shards if shard.name not in left),

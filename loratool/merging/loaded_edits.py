@@ -121,7 +121,7 @@ class LoadedEdits:
     ) -> BlockSeen:
         """Put rows from `first` on, with all edits, into `after`; `before` has them as they are stored.
 
-        ‖ΔW‖ is seen where `measure` asks for it.
+        ‖ΔW‖ is seen where `measure` asks for it, or where it is known.
         """
         seen = BlockSeen()
         if not self.replacements and not self.others:
@@ -141,6 +141,8 @@ class LoadedEdits:
                 some = slice(rows[0] - first, None, self.every)
                 seen.kept = self.kept(self.sum, before[some], after[some], rows)
                 lap("gain")
+        if not (self.is_bound or self.replacements):
+            seen.change = self.norm**2 * len(before) / self.rows
         return seen
 
     @property

@@ -78,10 +78,8 @@ class NumpyWorker:
         seen = tiles.merge(added, read, first, after, every, look, meant, module) if added.is_workable else None
         if seen is None:
             return False
-        if seen.changed:
-            work.totals.changed = True
-            work.totals.effective |= work.waiting
-        work.seen(len(after), seen, meant.norm, 0)
+        seen.change = meant.norm**2 * len(after) / span.rows
+        work.merged(seen)
         return True
 
     def by_torch(self, work: EditedSpan, first: int, count: int, sources: OpenSources, shift: int) -> memoryview:

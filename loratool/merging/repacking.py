@@ -21,6 +21,7 @@ from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import kept_of
 from loratool.merging.resources import rows_of_block
 from loratool.merging.row_blocks import Worker
+from loratool.merging.totals import BlockSeen
 
 
 @dataclass
@@ -31,10 +32,7 @@ class Attempt:
     parameters: Mapping[str, Tensor]
     packed: list[Tensor] = field(default_factory=list)  # bytes, on the CPU
     lost: float = 0.0  # ‖what the packed values are − (W + ΔW)‖²
-    change: float = 0.0  # ‖ΔW‖²
-    norm: float = 0.0  # ‖W‖²
-    kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # as in `Totals.kept`
-    differs: bool = False  # whether any value is another one than the base's
+    seen: BlockSeen = field(default_factory=BlockSeen)
 
     def take(self, before: Tensor, after: Tensor, first: int, modules: list[tuple[str, Place]]) -> None:
         """Pack some rows, (n, width) of float32, of which the first is row `first` of the weight."""
@@ -42,13 +40,14 @@ class Attempt:
         packed = self.weight.encode(after.view(-1, self.weight.line), first * lines, self.parameters)
         values = self.weight.decode_packed(packed, first * lines, len(after) * lines, self.parameters)
         values = values.view(after.shape)
-        self.differs = self.differs or not torch.equal(values, before)
+        seen = self.seen
+        seen.changed = seen.changed or not torch.equal(values, before)
         error, change = values.sub_(after), after - before
         self.lost += float(torch.linalg.vector_norm(error)) ** 2
-        self.norm += float(torch.linalg.vector_norm(before)) ** 2
-        self.change += float(torch.linalg.vector_norm(change)) ** 2
+        seen.weight += float(torch.linalg.vector_norm(before)) ** 2
+        seen.change += float(torch.linalg.vector_norm(change)) ** 2
         rows = torch.arange(first, first + len(after), device=after.device)
-        self.kept = summed([self.kept, kept_of(change, error.add_(change), rows, modules, 1)])
+        seen.kept = summed([seen.kept, kept_of(change, error.add_(change), rows, modules, 1)])
         self.packed.append(packed.cpu())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -88,7 +87,8 @@ def pack_anew(worker: Worker, work: EditedSpan, sources: OpenSources, block: int
                 other.take(before, after, first, modules)
                 lap("repack")
             chosen = min(chosen, other, key=lambda each: each.lost)
-    work.packed_anew(chosen.kept, chosen.lost, chosen.change, chosen.norm, chosen.differs)
+    work.merged(chosen.seen)
+    work.totals.lost[work.span.placed.name] = chosen.lost, chosen.seen.change
     return chosen.tensors()
 
 

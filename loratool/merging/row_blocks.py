@@ -6,7 +6,6 @@ of it on the device, and a stream of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -130,8 +129,9 @@ class Worker:
         if span.edits and (work.waiting or not work.totals.changed):
             work.look_for_effects(loaded, before, first, after)
         lap("look")
-        nonfinite = 0 if seen.largest <= torch.finfo(after.dtype).max else check_finite(span, before, after)
-        work.seen(len(after), seen, math.inf if measured or loaded.replacements else loaded.norm, nonfinite)
+        if not seen.largest <= torch.finfo(after.dtype).max:
+            seen.nonfinite = check_finite(span, before, after)
+        work.merged(seen)
 
     def stored_rows(self, work: EditedSpan, first: int, count: int, sources: OpenSources) -> torch.Tensor:
         """Rows of a span's weight as they are stored, read once for all outputs that ask for them in turn.

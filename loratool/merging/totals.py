@@ -55,7 +55,8 @@ class BlockSeen:
     """What was seen of a block of rows."""
 
     weight: float = 0.0  # ‖W‖²
-    change: float = 0.0  # ‖ΔW‖²
+    change: float = 0.0  # ‖ΔW‖², or the block's share of that of all rows
     largest: float = 0.0  # no element of the result is larger in size
     kept: dict[str, tuple[float, float]] = field(default_factory=dict)  # of sampled rows: module → as `Totals.kept`
-    changed: bool = False  # whether any element is another one than W, where that was asked of numpy
+    changed: bool = False  # whether all updates of it together change an element, where that is found out with the rest
+    nonfinite: int = 0  # NaN and inf that the base itself holds
