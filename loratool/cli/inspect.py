@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +19,9 @@ from loratool.errors import LoratoolError, UsageError, printable
 from loratool.files.system import shell_line
 from loratool.inspecting.options import InspectOptions
 from loratool.results.facts import OneFacts, UnreadableFacts
+
+if TYPE_CHECKING:
+    from loratool.results.fleet import FleetRow
 
 MOST_IN_FULL = 3  # paths that are described one by one; more of them are a table
 
@@ -134,7 +138,11 @@ def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, a
     else:
         screen.show({"results": [found]}, str(found))
     pictures.write(found)
-    tell_bad([row.path for row in found.adapters if row.exit_code], len(found.adapters))
+    tell_bad(
+        [row for row in found.adapters if row.exit_code],
+        len(found.adapters),
+        "in the table" if as_csv else "below the table",
+    )
     return found.exit_code
 
 
@@ -146,21 +154,26 @@ def show_lines(paths: Sequence[Path], options: InspectOptions, screen: Screen) -
     from loratool.results.base import plain
     from loratool.results.fleet import worst
 
-    codes, bad = [], []
+    codes: list[int] = []
+    bad: list[FleetRow] = []
     with screen.bar("reading", unit=" adapters") as progress:
         for row in rows_of(paths, options, progress):
             codes.append(row.exit_code)
-            bad += [row.path] if row.exit_code else []
+            bad += [row] if row.exit_code else []
             click.echo(json.dumps(plain(row), allow_nan=False))
-    tell_bad(bad, len(codes))
+    tell_bad(bad, len(codes), "in the lines")
     return worst(codes)
 
 
-def tell_bad(bad: Sequence[str | Path], count: int) -> None:
-    """Say on stderr why the command fails; the table has the reasons."""
+def tell_bad(bad: Sequence[FleetRow], count: int, where: str) -> None:
+    """Say on stderr why the command fails, and where the reasons are."""
+    from loratool.results.fleet import counted_health
+
     if bad:
-        sentence = f"Error: {len(bad)} of {count} adapters cannot be used; their reasons are in the table"
-        click.echo(f"{sentence}\nhint: {shell_line(['loratool', 'inspect', str(bad[0]), '--check'])}", err=True)
+        what = counted_health(row.health for row in bad)
+        step = shell_line(["loratool", "inspect", bad[0].path, "--check"])
+        failed = f"{len(bad)} of {count} adapters failed ({what})"
+        click.echo(f"Error: {failed}; the reasons are {where}\nhint: {step}", err=True)
 
 
 def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> int:

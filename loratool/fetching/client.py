@@ -29,9 +29,15 @@ PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not me
 
 
 def api() -> hub.HfApi:
-    """The client; its bars are shown where somebody can see them, and what it logs is safe to show."""
+    """The client; its bars are shown where somebody can see them, and what it logs is safe to show.
+
+    Raises `HubError` where HF_ENDPOINT is not an address.
+    """
     import logging
 
+    if not str(hub_constants.ENDPOINT).startswith(("https://", "http://")):
+        found = printable(repr(endpoint()))
+        raise HubError(f"HF_ENDPOINT must be an address such as https://huggingface.co (got {found})")
     if not (sys.stderr and sys.stderr.isatty()):
         hub_utils.disable_progress_bars()
     handlers = logging.getLogger("huggingface_hub").handlers
@@ -148,8 +154,14 @@ def is_of_the_answer(error: Exception) -> bool:
 
 
 def unreachable(error: BaseException) -> str:
+    """Why no answer came, and what to do about it. Large files go through Xet, which mirrors of the Hub may lack."""
     if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to use the Hub"
+    if "xet" in str(error):
+        return (
+            f"{endpoint()} does not take files through Xet ({type(error).__name__}: {told(error)}); check the network and "
+            "try again, or set HF_HUB_DISABLE_XET=1 to send them without it"
+        )
     return (
         f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); check the network and try "
         "again, or set HF_HUB_OFFLINE=1 to use only the cache"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from loratool.results.base import Result
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import figure, fitted, plural, shortened, table as lines_of
+from loratool.results.text import counts, figure, fitted, plural, shortened, table as lines_of
 from loratool.results.wrapping import fill
 from loratool.shown import size
 
@@ -105,16 +105,17 @@ class FleetFacts(Result):
 
     def summary(self) -> Iterator[str]:
         """How many there are."""
-        bad = sum(row.health != OK for row in self.adapters)
+        bad = counted_health([row.health for row in self.adapters])
         total = size(sum(row.bytes for row in self.adapters))
         told = f"{plural(len(self.adapters), 'adapter')}, {total}"
-        yield (
-            told
-            + (f", {bad} with problems" if bad else "")
-            + (f"; {self.filtered} filtered out" if self.filtered else "")
-        )
+        yield (told + (f", {bad}" if bad else "") + (f"; {self.filtered} filtered out" if self.filtered else ""))
         if self.left_out:
             yield fill(", ".join(shortened(self.left_out, 4)), f"not adapters ({len(self.left_out)}): ", "    ")
+
+
+def counted_health(words: Iterable[str]) -> str:
+    """How many adapters have which problem, such as `2 unreadable, 1 untrained`; empty where all are well."""
+    return ", ".join(f"{count} {word}" for word, count in counts(word for word in words if word != OK).items())
 
 
 def worst(codes: Any) -> int:

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from loratool import cli
 from loratool.bases.opening import open_checkpoint
-from loratool.errors import InputError, UsageError, without_tokens
+from loratool.errors import HubError, InputError, UsageError, without_tokens
 from loratool.fetching import parse, place_of
+from loratool.fetching.client import asking
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import HubPath
 
@@ -445,6 +446,19 @@ def test_a_server_that_is_not_there_is_told(hub: HubServer, client: Client) -> N
     told = client.refused("inspect", "org/base", HF_ENDPOINT="http://127.0.0.1:9")
     assert "cannot be reached" in told
     assert "HF_HUB_OFFLINE=1" in told
+
+
+def test_a_server_without_xet_is_told_with_the_setting_that_helps() -> None:
+    """What the client raises, word for word, for an answer of 404 to its request of a token for Xet."""
+    place = "http://127.0.0.1:9/api/models/me/x/xet-write-token/main"
+    said = f"Network error: Request error: HTTP status client error (404 Not Found), domain: {place}"
+    with pytest.raises(HubError, match="set HF_HUB_DISABLE_XET=1 to send them without it"), asking("me/x"):
+        raise ConnectionError(said)
+
+
+def test_an_endpoint_that_is_not_an_address_is_named(client: Client) -> None:
+    told = client.refused("inspect", "org/base", HF_ENDPOINT="huggingface.co")
+    assert "HF_ENDPOINT must be an address such as https://huggingface.co (got 'huggingface.co')" in told
 
 
 def test_content_that_arrives_damaged_is_found_and_not_kept(hub: HubServer, client: Client, tmp_path: Path) -> None:

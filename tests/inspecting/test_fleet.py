@@ -137,8 +137,9 @@ def test_one_that_cannot_be_read_is_a_row_with_its_reason(zoo: Path, capsys: pyt
     shown = capsys.readouterr()
     assert "images/torn.safetensors: the file is truncated inside its header" in shown.out
     assert "text/a29" in shown.out
+    assert shown.out.splitlines()[-2].endswith(", 2 unreadable")
     assert shown.err == (
-        "Error: 2 of 40 adapters cannot be used; their reasons are in the table\n"
+        "Error: 2 of 40 adapters failed (2 unreadable); the reasons are below the table\n"
         f"hint: loratool inspect {zoo / 'images' / 'torn.safetensors'} --check\n"
     )
     found = fleet(zoo)

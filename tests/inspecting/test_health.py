@@ -191,6 +191,9 @@ CASES: dict[str, Case] = {
     "wrapper-prefix": Case(wrapped, told="_orig_mod.*silently skips", repair="loratool rescale .* --bake"),
     "prefix-doubled": Case(doubled, told="prefix twice.*silently skips", repair="loratool merge BASE"),
     "adapter-name-in-names": Case(named, level="note", told="reads only …lora_A.weight", repair="loratool rescale .* --bake"),
+    "task-unknown": Case(
+        config={"task_type": "SEQUENCE_CLASSIFICATION"}, level="note", told="'SEQUENCE_CLASSIFICATION'.*SEQ_CLS", repair="null"
+    ),
     "task-not-named": Case(config={"task_type": None}, level="note", told="no task_type", repair="CAUSAL_LM"),
     "missing-partner, everywhere": Case(halved, told="^6 modules: lora_B is missing.* and 3 more.$"),
     "missing-partner": Case(drop(f"{FIRST}.lora_B.weight"), told="lora_B is missing"),
@@ -554,3 +557,25 @@ def test_a_type_that_is_not_merged_is_not_sent_to_a_merge(tmp_path: Path) -> Non
     facts: Any = loratool.inspect(write(tmp_path / "adapter", sound_tensors(), peft_type="SOUP"), check=True)
     assert {f.code for f in facts.findings} == {"not-mergeable", "vllm-type"}
     assert not [f.repair for f in facts.findings if "loratool merge" in f.repair]
+
+
+def test_the_tasks_that_are_known_are_pefts() -> None:
+    """PEFT refuses a config with any other."""
+    from peft import TaskType
+
+    from loratool.adapters.formats.peft.health import TASKS
+
+    assert {*TASKS} == {task.value for task in TaskType}
+
+
+def test_no_rank_is_advised_for_updates_that_have_none(tmp_path: Path) -> None:
+    """A LoKr of subnormal values: `resize --rank 1`, the rank of nothing, would lose most of it."""
+    small = torch.full((4, 4), 1e-7, dtype=torch.float16)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    alpha = torch.tensor(1.0, dtype=torch.float16)
+    tensors = {f"{name}.lokr_w1": small, f"{name}.lokr_w2": torch.ones(80, 80).half(), f"{name}.alpha": alpha}
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    facts = loratool.inspect(tmp_path / "lokr.safetensors", check=True)
+    assert isinstance(facts, loratool.AdapterFacts)
+    (found,) = [each for each in facts.findings or () if each.code == "subnormal"]
+    assert not found.repair

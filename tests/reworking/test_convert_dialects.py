@@ -676,7 +676,7 @@ def test_language_models_and_image_models_are_told_apart(tmp_path: Path) -> None
         loratool.convert(gpt2, tmp_path / "out", to="diffusers")
     flux = in_diffusers(FLUX, tmp_path / "lora.safetensors")
     unet = peft_adapter(tmp_path / "unet", OF_UNET)
-    for dialect in ("mlx", "peft-fused"):
+    for dialect in ("mlx", "peft-fused", "gguf", "torchtune"):  # the last two without a config of such a model
         for adapter in (flux, unet):
             with pytest.raises(InputError, match="for language models"):
                 loratool.convert(adapter, tmp_path / "out", to=dialect)

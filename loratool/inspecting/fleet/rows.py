@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_at, format_of, is_adapter, not_an_adapter
 from loratool.adapters.reading import Reading
-from loratool.errors import FitError, InputError, LoratoolError, code_of, folded, printable
+from loratool.errors import FitError, InputError, LoratoolError, code_of, escaped, folded, printable
 from loratool.fetching import headers, local, place_of
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import foreign_file
@@ -176,7 +176,7 @@ def row_of(adapter: Adapter) -> FleetRow:
         parameters=adapter.parameters,
         bytes=adapter.file.layout.size,
         dtype=distinct(info.dtype for info in adapter.file.tensors.values()),
-        reason=printable(adapter.unsupported[0]) if adapter.unsupported else "",
+        reason=escaped(adapter.unsupported[0]) if adapter.unsupported else "",
         health="not-mergeable" if adapter.unsupported else OK,
     )
 

@@ -186,8 +186,10 @@ def is_zero(scans: dict[str, Scan], name: str) -> bool:
 def look_at_ranges(adapter: Adapter, scans: dict[str, Scan], path: Path) -> Iterator[Finding]:
     """Values at the ends of a dtype's range."""
     tensors = adapter.file.tensors
-    rank = max((u.rank for u in adapter.updates.values() if isinstance(u, LowRank)), default=1)
-    balance = command("resize", path, f"--rank {rank} --uniform")
+    ranks = [update.rank for update in adapter.updates.values() if isinstance(update, LowRank)]
+    # the rank that others need, such as LoKr, is not known here, and a smaller one would lose most of them
+    alike = len(ranks) == len(adapter.updates) > 0
+    balance = command("resize", path, f"--rank {max(ranks)} --uniform") if alike else ""
     if large := [n for n, found in scans.items() if found.largest > LARGEST_FLOAT16]:
         most = max(scans[name].largest for name in large)
         yield Finding(

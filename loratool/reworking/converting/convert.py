@@ -55,7 +55,7 @@ from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed, settled
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
-from loratool.reworking.converting.strangers import check_has_names
+from loratool.reworking.converting.strangers import check_has_names, check_of_language
 from loratool.reworking.converting.wholes import (
     added_up,
     check_norms,
@@ -144,8 +144,10 @@ def convert(
     target = check_adapter_target(out, inputs, options, goal.form)
     base = open_checkpoint(home) if home else None
     config = base.config if base is not None else {}
+    read = read_adapter(path, way)
+    check_of_language(read, goal.dialect)
     goal = replace(goal, form=goal.form.for_model(config))
-    given = added_up(on_model(read_adapter(path, way), config), goal.dialect)
+    given = added_up(on_model(read, config), goal.dialect)
     check_has_names(given, goal.dialect)
     if base is not None and goal.dialect == "peft":
         given = with_values(given, base)

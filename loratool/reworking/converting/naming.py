@@ -7,7 +7,7 @@ module of known architectures in both layouts, so that names without dots are lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from types import MappingProxyType
@@ -133,6 +133,15 @@ def may_be_of_image(target: str) -> bool:
     return names_component(target) or spelling_of(f"base_model.model.{target.rpartition('.')[0]}") is not None
 
 
+def refuse_image_modules(targets: Collection[str], dialect: str) -> None:
+    """Raise `InputError` for modules of an image model where a dialect is one of language models."""
+    if dialect not in LAYOUTS and any(map(may_be_of_image, targets)) and (image := readings(targets)):
+        raise InputError(
+            f"{dialect} is for language models, and these are modules of {image[0].architecture}; --to peft writes "
+            "adapters of image models for PEFT"
+        )
+
+
 def found_in(target: str, architecture: str, layout: str) -> Known | None:
     """The module of an architecture that a target is, with the denoiser's names in a layout."""
     for word, module in candidates(target):
@@ -226,11 +235,7 @@ def respelled(
     Raises `InputError` or `FitError` where names cannot be brought to the dialect.
     """
     config = base.config if base is not None else {}
-    if dialect not in LAYOUTS and any(map(may_be_of_image, layers)) and (image := readings(layers)):
-        raise InputError(
-            f"{dialect} is for language models, and these are modules of {image[0].architecture}; --to peft writes "
-            "adapters of image models for PEFT"
-        )
+    refuse_image_modules(layers, dialect)
     whole = {target: Target.same(each) for target, each in beside.items()}
     if dialect == "peft-split":
         apart, told = split(layers, config)

@@ -6,7 +6,14 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import DIALECTS, NAMED, WRITTEN, format_of
 from loratool.errors import InputError, printable
 from loratool.layouts.diffusion.known import ARCHITECTURES
-from loratool.reworking.converting.naming import DIFFUSERS, LAYOUTS, ORIGINAL, found_in, same_layout
+from loratool.reworking.converting.naming import (
+    DIFFUSERS,
+    LAYOUTS,
+    ORIGINAL,
+    found_in,
+    refuse_image_modules,
+    same_layout,
+)
 from loratool.templates import grouped
 
 
@@ -28,6 +35,14 @@ def check_has_names(adapter: Adapter, dialect: str) -> None:
         grouped(map(printable, targets)),
         hint="loratool help dialects",
     )
+
+
+def check_of_language(adapter: Adapter, dialect: str) -> None:
+    """Raise `InputError` where a dialect of language models is to be written of an adapter of an image model.
+
+    It comes before such a dialect asks for the config of a model, which image models do not have.
+    """
+    refuse_image_modules(adapter.updates, dialect)
 
 
 def is_known(target: str, dialect: str) -> bool:

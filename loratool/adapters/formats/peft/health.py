@@ -25,6 +25,8 @@ REPAIRS = {  # what to do about problems of reading, by their codes
 }
 MOVED = ("pissa_niter_", "corda", "lora_ga", "loftq")  # initialisations after which the base cannot be worked out
 
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
 
 def findings(adapter: Adapter, path: Path) -> Iterator[Finding]:
     """What names of tensors and the config show; `path` is what commands are told with."""
@@ -112,6 +114,13 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
             f"{CONFIG} has no task_type: AutoPeftModel cannot choose a class, and PEFT wraps the model without its "
             "generation methods",
             f'set "task_type" in {CONFIG}, to "CAUSAL_LM" for a language model',
+        )
+    elif (task := adapter.config["task_type"]) not in TASKS:
+        yield Finding(
+            "note",
+            "task-unknown",
+            f"PEFT does not load an adapter with the task_type {printable(repr(task))}; it knows {', '.join(TASKS)}",
+            f'set "task_type" in {CONFIG} to one of them, or to null',
         )
     if not adapter.config.get("base_model_name_or_path"):
         yield Finding("note", "base-not-named", "the config does not name the adapter's base model")
