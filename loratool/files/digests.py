@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Protocol
 
 from loratool.errors import InputError, printable
 from loratool.files.inputs import open_regular
-from loratool.files.names import has_other_parts
+from loratool.files.names import is_plain
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo
 from loratool.files.source import PIECE, Source, expect, read_pieces
@@ -286,16 +286,6 @@ def read_recorded(provenance: Mapping[str, Any]) -> dict[str, Digest]:
             if is_plain(name) and (digest := Digest.of_record(entry)) is not None:
                 found[name] = digest
     return found
-
-
-def is_plain(name: object) -> bool:
-    """Whether a name is a relative path that stays in its folder, spelled in the one usual way."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        return False
-    path = PurePosixPath(name)
-    if has_other_parts(name):
-        return False
-    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and name != "."
 
 
 def nowhere(_reference: Reference) -> None:

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import StorageError, printable
-from loratool.files.digests import Digest, is_plain
+from loratool.files.digests import Digest
 from loratool.files.inputs import json_object
+from loratool.files.names import is_plain
 from loratool.files.seen import Seen
 from loratool.files.system import belongs_to, current_user, open_file
 

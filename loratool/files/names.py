@@ -140,3 +140,13 @@ def why_refused(folder: Path, name: str) -> str:
             return "this file system stores it under another name"
         place /= part
     return ""
+
+
+def is_plain(name: object) -> bool:
+    """Whether a name is a relative path that stays in its folder, spelled in the one usual way."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    if has_other_parts(name):
+        return False
+    return not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and name != "."

@@ -24,7 +24,7 @@ from loratool.errors import InputError, LoratoolError, UsageError, VerificationE
 from loratool.fetching import headers, local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import SHARED, compressed_in
-from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, holds_weights
+from loratool.files.folders import PROVENANCE, holds_weights
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import itself
 from loratool.files.safefile import SafeFile, TensorInfo
@@ -33,7 +33,6 @@ from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.options import InspectOptions, unused_of_model
 from loratool.notes import Note
-from loratool.provenance import record
 from loratool.provenance.history import history_of
 from loratool.results.base import Cost
 from loratool.results.facts import (
@@ -47,7 +46,7 @@ from loratool.results.facts import (
     UnreadableFacts,
     WeightFacts,
 )
-from loratool.results.findings import Finding
+from loratool.results.findings import NOT_AS_WRITTEN
 from loratool.results.text import counts
 from loratool.results.values import Values
 from loratool.templates import listed as in_one_line
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
     from loratool.fetching.outline import Role
 
 Measuring = Callable[[Adapter, "Fit | None", str, Progress | None], Values]
-NOT_AS_WRITTEN = "not-as-written"  # the code of a finding
 OF_BLOCK = re.compile(r".*(?:^|_)(?:[a-z]*blocks?|layers?|attentions|resnets)(?:_[0-9]+)+_")  # of a name without dots
 
 
@@ -93,18 +91,12 @@ def inspect(
         if options.base_config is not None:
             against = stack.enter_context(headers(options.base_config))
         facts = look_at(location, path, against, options, progress, way, measured)
-        facts = with_record(facts, location) if options.check else facts
+        if options.check:
+            from loratool.inspecting.written import with_record  # with all that hashes files
+
+            facts = with_record(facts, location)
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
         return replace(facts, cost=Cost.since(started, device))
-
-
-def with_record(facts: OneFacts, location: Path) -> OneFacts:
-    """What a check found, and whether the files are still those that loratool wrote, where it did."""
-    whole = location.is_dir() or location.name.endswith(INDEX_SUFFIX)
-    found = record.compare(location if location.is_dir() else location.parent, "" if whole else location.name)
-    problems = [Finding("problem", NOT_AS_WRITTEN, text, record.WAY_OUT) for text in found.problems]
-    notes = [Finding("note", note.code, note.text) for note in found.notes]
-    return replace(facts, findings=(*problems, *(facts.findings or ()), *notes))
 
 
 def look_at(

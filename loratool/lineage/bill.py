@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, VerificationError, escaped, printable
-from loratool.files.digests import Digest, is_hex, is_plain, read_recorded, sha256_of
+from loratool.files.digests import Digest, is_hex, read_recorded, sha256_of
 from loratool.files.folders import record_for
 from loratool.files.hub_cache import HUB_ID
+from loratool.files.names import is_plain
 from loratool.files.process import cores
 from loratool.provenance import record
 from loratool.provenance.recorded import ancestors_of, record_at

@@ -14,9 +14,10 @@ from typing import Any
 from loratool.errors import HubError, InputError, LoratoolError, printable
 from loratool.fetching import local
 from loratool.fetching.stores import look_up
-from loratool.files.digests import HASHES, OTHER, Digest, digest_of_part, is_hex, is_plain, sha256_of, why_unlike
+from loratool.files.digests import HASHES, OTHER, Digest, digest_of_part, is_hex, sha256_of, why_unlike
 from loratool.files.hub_cache import sha256_of_link
 from loratool.files.hub_names import parse
+from loratool.files.names import is_plain
 from loratool.files.system import link_or_copy
 from loratool.files.weight_formats import read_weight_file
 from loratool.provenance.record import sound_blob

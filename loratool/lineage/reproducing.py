@@ -13,7 +13,8 @@ from typing import Any
 
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, escaped, printable
-from loratool.files.digests import is_plain, read_recorded
+from loratool.files.digests import read_recorded
+from loratool.files.names import is_plain
 from loratool.lineage.locating import Found, Search, Wanted, here, why_unlike_facts
 from loratool.lineage.makers import Maker, Makers
 from loratool.notes import Note

@@ -14,6 +14,7 @@ from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.folders import PROVENANCE, record_for
 from loratool.files.inputs import LARGEST_RECORD, json_object, read_json
 from loratool.files.model_files import MADE_HERE
+from loratool.files.names import is_plain
 from loratool.files.weight_formats import read_weight_file
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ def made_of(place: Path, files: Mapping[str, str], metadata: Mapping[str, str] |
             for them is not about what is there.
         metadata: of the header of its file of weights, which may hold the record.
     """
-    from loratool.files.digests import read_recorded  # with hashlib, which who only looks at a record does without
-
     folder = place if place.is_dir() else place.parent
     try:
         record = record_at(place, metadata)
+
+        from loratool.files.digests import read_recorded  # with hashlib, which is not needed where there is no record
+
         listed = read_recorded(record)
         if not all(is_listed(listed.get(name), folder / name, sha256) for name, sha256 in files.items()):
             record = {}
@@ -146,8 +148,6 @@ def shortened(record: Mapping[str, Any], budget: Budget, generation: int = 1) ->
 
 def entry_of(entry: Mapping[str, Any], budget: Budget, generation: int) -> dict[str, Any]:
     """An input of an earlier record, with how it was made."""
-    from loratool.files.digests import is_plain
-
     found = {key: bounded(entry[key]) for key in KEPT_OF_INPUT if key in entry}
     files = entry.get("files")
     if isinstance(files, Mapping):

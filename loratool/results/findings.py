@@ -9,6 +9,8 @@ from typing import Literal
 from loratool.errors import escaped, printable
 from loratool.results.wrapping import fill
 
+NOT_AS_WRITTEN = "not-as-written"  # the code of a problem: another file than loratool wrote
+
 
 @dataclass(frozen=True)
 class Finding:

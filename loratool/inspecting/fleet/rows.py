@@ -20,8 +20,9 @@ from loratool.files.heads import read_head
 from loratool.inspecting.fleet.alike import likeness
 from loratool.inspecting.fleet.members import Member, is_model, names_in
 from loratool.inspecting.health import examine, tell_unreadable
-from loratool.inspecting.inspect import exit_code_of, layer_in, leaf, told_format, with_record
+from loratool.inspecting.inspect import exit_code_of, layer_in, leaf, told_format
 from loratool.inspecting.options import InspectOptions
+from loratool.inspecting.written import with_record
 from loratool.results.facts import UnreadableFacts
 from loratool.results.findings import Finding
 from loratool.results.fleet import OK, FleetRow
