@@ -61,7 +61,7 @@ class Screen:
 
         def progress(done: int, total: int) -> None:
             if not shown:
-                shown.append(tqdm(desc=word, file=sys.stderr, leave=False, **looks))
+                shown.append(tqdm(desc=word, total=total, file=sys.stderr, leave=False, **looks))
             shown[0].total = total
             shown[0].update(done - shown[0].n)
 
