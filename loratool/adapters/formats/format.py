@@ -319,7 +319,7 @@ class Format(FormatFiles, Protocol):
         return adapter
 
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
-        """The files of a recognised folder that reading it takes, as paths in it: weights, and others."""
+        """The files of a folder that reading it takes, as paths in it: weights, and others. Its names alone are there."""
         others = [self.config_name, *sort_side_files(location, {self.weights_name})[0]]
         return [self.weights_name], others
 

@@ -96,9 +96,6 @@ class GgufAdapter(GgufFiles, Format):
 
         return training_of(self.file_at(path), set())
 
-    def needed(self, location: Path) -> tuple[list[str], list[str]]:
-        return [(self.file_in(location) or Path(self.weights_name)).name], []
-
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         from loratool.adapters.formats.gguf_reading import adapter_in
 

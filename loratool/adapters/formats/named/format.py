@@ -105,8 +105,7 @@ class Named(Format):
         return replace(training, base=training.base or found.base, rank=training.rank or found.rank)
 
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
-        weights = [WEIGHTS] if (location / WEIGHTS).is_file() else [self.file_at(location).path.name]
-        return weights, sort_side_files(location, {*weights})[0]
+        return [WEIGHTS], sort_side_files(location, {WEIGHTS})[0]  # other names are told apart by heads alone
 
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
         from loratool.adapters.formats.named.reading import Reader
