@@ -38,8 +38,8 @@ from loratool.results.compare import FEW, CompareReport, Forecast, Meeting, Nota
 from loratool.results.matrix import Join, Matrix
 from loratool.results.text import mean_of
 from loratool.reworking.aligned_layers import AlignedLayer, align_layers, contents_apart
-from loratool.reworking.dialects import ModelOption
-from loratool.reworking.renaming import named_alike
+from loratool.reworking.dialects import ModelOption, unused_base
+from loratool.reworking.renaming import dialect_of, named_alike
 
 # which pairs are worth knowing about: by their cosine, and by directions that they share without being alike
 SAME, ALIKE, OPPOSED = 0.999, 0.5, -0.2
@@ -124,6 +124,7 @@ class Comparer:
     ) -> None:
         self.sources, self.layers, self.at_work, self.rank = sources, layers, at_work, options.rank
         self.in_full = options.pairs or len(sources) <= FEW
+        self.idle = unused_base(sources, dialect_of(sources[0])) if options.base is not None else ()
         self.names = [source.name for source in sources]
         self.sums = Sums(len(sources))
         self.which: dict[str, tuple[int, ...]] = {}
@@ -191,6 +192,7 @@ class Comparer:
 
     def remarks(self) -> Iterator[Note]:
         """What a reader of the numbers should know."""
+        yield from self.idle
         for source in self.sources:
             yield from (note.under(source.name) for note in fates(source.adapter.beside, otherwise="not compared"))
         bases = {source.training.base for source in self.sources} - {""}

@@ -36,6 +36,9 @@ class DialectOption(Options):
     )
 
 
+BASE_UNUSED = Note("base-not-used", "--base is ignored, as nothing here depends on the model of the adapters")
+
+
 @dataclass(frozen=True)
 class Manner:
     """The dialect in which an adapter is written."""
@@ -128,4 +131,12 @@ def in_manner(
         wanted = respelled(source.layers, dialect, manner.architecture, hint_of(source), base, outlines(source))
         manner = replace(manner, architecture=wanted.architecture, notes=(*manner.notes, *wanted.notes))
         found.append(renamed(source, wanted.targets, wanted.beside))
+    if base is not None:
+        manner = replace(manner, notes=(*manner.notes, *unused_base(sources, dialect)))
     return found, manner
+
+
+def unused_base(sources: Sequence[Contents], dialect: str) -> tuple[Note, ...]:
+    """What to say of a base that was given for adapters which are read, and written, in a dialect that depends on none."""
+    alike = bool(dialect) and all(dialect_of(source) == dialect for source in sources)
+    return (BASE_UNUSED,) if alike and not DIALECTS[dialect].format.takes_model else ()

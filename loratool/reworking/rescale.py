@@ -41,7 +41,7 @@ from loratool.options.described import FLAG, Number, Pairs, option
 from loratool.options.shared import BlockOption
 from loratool.options.writing import PublishOptions
 from loratool.results.rescale import RescaledLayer, RescaleReport
-from loratool.reworking.dialects import Manner, OutputDialect, in_manner
+from loratool.reworking.dialects import BASE_UNUSED, Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, record_of, run
 
 EVEN = 1e-9  # factors that differ by less are one
@@ -122,10 +122,11 @@ def rescale(
         notes = (
             *rounding_only(rounded, modules),
             *remarks(contents, told, bake, len(changes) * (options.scale is None)),
+            *manner.notes,
         )
         if bake:
             own = {t: layer.rank for t, layer in contents.layers.items()}
-            notes += (*manner.form.rank_notes(own, ranks_of(contents, manner)), *manner.notes)
+            notes += (*manner.form.rank_notes(own, ranks_of(contents, manner)),)
         facts = {"adapter": at_work.origins[0], **facts_of(asked, factors, bake)}
         if bake:
             run(Baker(contents, manner, modules, at_work, options, facts, notes, changes), target, [path], options)
@@ -148,15 +149,20 @@ def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]
     """An adapter, how it is written, and whether its tensors stay but for those that hold its strength."""
     (way,) = options.readings(1)
     base = options.model()
+    idle = (BASE_UNUSED,) if base is not None else ()  # where tensors stay as they are
     read = read_adapter(path, way)
     if restates(read, options):
-        return contents_of(as_stored(read), "rescale"), Manner(format_of(read), ""), True
+        return contents_of(as_stored(read), "rescale"), Manner(format_of(read), "", notes=idle), True
     given = settled(read, base.config if base else {})
     contents = contents_of(given, "rescale", as_products=bool(given.dialects))
     if format_of(given).rescales_tensors and not options.bake and options.to is None:
-        return replace(contents, adapter=given), Manner(format_of(given), ""), True  # LoHa and LoKr stay what they are
+        return (
+            replace(contents, adapter=given),
+            Manner(format_of(given), "", notes=idle),
+            True,
+        )  # LoHa and LoKr stay what they are
     if is_copied(contents, options):
-        return contents, Manner(format_of(given), ""), False
+        return contents, Manner(format_of(given), "", notes=idle), False
     (contents,), manner = in_manner([contents], options.to, base)
     return contents, manner, False
 

@@ -123,6 +123,7 @@ READERS = {
     *(PUSHING[name] for name in ("rescale", "resize", "combine", "convert")),
     f"{PUSHING['rebase']} --force",
 }
+WITH_MODEL = {"rescale", "resize", "combine", "compare", "compress"}
 # Command line → the code of the note.
 NOTED = {
     **{f"{words} {more}": code for words in READERS for more, code in READING.items()},
@@ -131,6 +132,7 @@ NOTED = {
     "inspect base --base-config base/config.json": "options-for-adapters",
     "inspect base --metadata": "options-for-adapters",
     "inspect base --values": "values-not-measured",
+    **{f"{words} --base base": "base-not-used" for words in READERS if words.split()[0] in WITH_MODEL},
     f"{MERGE} --rounding stochastic": "rounding-unused",
     f"{PLAN} --rounding stochastic": "rounding-unused",
     f"{MERGE} --map zzz=b": "map-unused",
