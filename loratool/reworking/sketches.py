@@ -25,6 +25,7 @@ from loratool.results.sketch import SketchFacts
 from loratool.reworking.base_names import BaseNames, Origin, base_names
 
 NOT_FINITE = "not-finite"  # the code of a problem
+LARGEST = 1e38  # of the numbers of a sketch, which tables and indexes have in float32
 DIGITS = 9  # of a number that is shown, as many as float32 has
 KINDS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -73,7 +74,10 @@ def sketch_of(adapter: Adapter, base: Checkpoint | None = None) -> Sketch:
                         own = up[part.rows.first : part.rows.first + part.rows.count]
                         sketcher.add(part.name, own, down, part.at)
         saved = digest_of(contents, names, sources)
-    return Sketch(sketcher.sketch(), names.origin, math.sqrt(math.fsum(squares)), max(roundings), saved)
+    values = sketcher.sketch()
+    if len(values) and np.abs(values).max() > LARGEST:
+        raise not_finite(adapter)
+    return Sketch(values, names.origin, math.sqrt(math.fsum(squares)), max(roundings), saved)
 
 
 def not_finite(adapter: Adapter) -> InputError:

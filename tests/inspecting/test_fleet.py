@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from malformed import write_adapter
 from paths import ROOT
 from peft_files import edit_config
 from safetensors.numpy import load_file, save_file
@@ -236,6 +237,21 @@ def test_the_same_update_in_other_clothes_is_found_with_values(zoo: Path) -> Non
     assert row(found, "text/a05").norm == pytest.approx(np.sqrt(sum((d**2).sum() for d in deltas)), rel=1e-6)
     nan = row(found, "text/nan")
     assert (nan.health, nan.exit_code, nan.sketch) == ("not-finite", 3, None)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_update_beyond_float32_has_no_sketch_and_disturbs_no_other_row(tmp_path: Path) -> None:
+    """Its factors are numbers, and ‖ΔW‖ is one in float64; distances to it would be infinite, or no numbers."""
+    write_adapter(tmp_path / "plain")
+    tensors = load_file(shutil.copytree(tmp_path / "plain", tmp_path / "huge") / "adapter_model.safetensors")
+    huge = {name: np.full_like(value, 3e38) if ".lora_B." in name else value for name, value in tensors.items()}
+    save_file(huge, tmp_path / "huge" / "adapter_model.safetensors")
+    found = fleet(tmp_path, values=True)
+    told = {each.name: (each.health, each.reason, each.sketch is None) for each in found.adapters}
+    assert told == {
+        "plain": ("ok", "", False),
+        "huge": ("not-finite", "factors times their scaling overflow", True),
+    }
 
 
 def test_json_is_one_object_as_the_schema_says(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
