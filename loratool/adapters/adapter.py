@@ -15,10 +15,11 @@ from loratool.adapters.weight_files import WeightFile
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace
-from loratool.errors import InputError, printable
+from loratool.errors import InputError, as_typed, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo
+from loratool.files.system import shell_line
 from loratool.lazy import NDArray, Tensor, numpy as np, torch
 from loratool.notes import Note
 from loratool.shown import Shown
@@ -286,7 +287,9 @@ class Adapter(Shown):
             for parts in products
         )
         if broken:
-            raise InputError(f"{printable(self.file.path)}: the adapter has values that are not finite:", broken)
+            place = self.file.path if self.alone else self.folder
+            step = shell_line(["loratool", "inspect", as_typed(str(place)), "--check"])
+            raise InputError(f"{printable(self.file.path)}: the adapter has values that are not finite:", broken, step)
         return effective
 
     def digests(self) -> dict[str, str]:

@@ -298,7 +298,7 @@ def proposals(operand: Operand) -> list[str]:
     if os.path.lexists(path):
         if path.is_dir() and is_bare(path):
             if not (inside := below(path, role)):
-                return [f"hf://{word}"] if on_the_hub(word) else []
+                return [f"hf://{word}"] if on_the_hub(word) and role != "folder" else []
             return [str(each) for each in reversed(inside) if has_weights(each)]
         return []
     if (folder := same_name(operand)) is not None:

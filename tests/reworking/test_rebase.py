@@ -57,6 +57,26 @@ def write_base(folder: Path, tensors: Mapping[str, Tensor], tokens: str = "{}") 
     return folder
 
 
+@pytest.mark.parametrize("which", ["adapter", "old", "new"])
+def test_values_that_are_not_finite_are_named(tmp_path: Path, which: str) -> None:
+    """No cosine says anything of NaN, and comparisons with it refuse nothing."""
+    old, new = weights(), weights()
+    broken = f"{next(iter(MODULES))}.weight"
+    if which != "adapter":
+        {"old": old, "new": new}[which][broken][1, 2] = float("nan")
+    pairs = factors()
+    if which == "adapter":
+        pairs[next(iter(MODULES))][0][0, 0] = float("inf")
+    adapter = save_peft(tmp_path / "adapter", named_by_peft(pairs), r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"])  # fmt: skip
+    write_base(tmp_path / "old", old)
+    write_base(tmp_path / "new", new)
+    with pytest.raises(loratool.InputError, match="not finite") as told:
+        loratool.rebase(adapter, tmp_path / "out", base=tmp_path / "old", onto=tmp_path / "new", force=True)
+    (problem,) = told.value.problems
+    assert problem.startswith("base_model" if which == "adapter" else f"{which}: {broken}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The old base and its adapter."""

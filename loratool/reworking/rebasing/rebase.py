@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -72,6 +73,7 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
     target = check_adapter_target(out, [path, first, second], options, form)
     fits = [fit_of(given, place, open_checkpoint(place), options.maps) for place in (first, second)]
     pairs = paired(given, fits)
+    given.check_values()
     with session(options.device, [contents]) as at_work:
         bases = checkpoints(fits)
 
@@ -79,6 +81,7 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
             return [(name, drift_of(pairs[name], bases, at_work.device))]
 
         drifts = dict(at_work.through(work, pairs, len(pairs), progress))
+        check_finite(drifts, bases)
         total, differing = added(drifts.values()), added(d for d in drifts.values() if not d.equal)
         refuse(total, differing, options.force)
         factor = factor_of(differing)
@@ -160,6 +163,18 @@ def factor_of(differing: Drift) -> float:
     if c is None or z is None or z <= NOISE:
         return 1.0
     return 1 - min(1.0, max(0.0, c))
+
+
+def check_finite(drifts: Mapping[str, Drift], bases: tuple[Checkpoint, Checkpoint]) -> None:
+    """Raise `InputError` naming weights of the bases that are not finite: no limit holds for what comes of them."""
+    sizes = [(base, name, size) for name, each in drifts.items() for base, size in zip(bases, (each.old, each.new), strict=True)]  # fmt: skip
+    broken = [
+        f"{printable(base_name(base))}: {printable(name)} contains NaN or infinite values"
+        for base, name, size in sizes
+        if not math.isfinite(size)
+    ]
+    if broken:
+        raise InputError("the bases cannot be compared, as they have values that are not finite:", broken)
 
 
 def refuse(total: Drift, differing: Drift, force: bool) -> None:
