@@ -13,6 +13,7 @@ from loratool.errors import escaped
 # Codes of notes that the command line prints on stderr as warnings too.
 WARNINGS = frozenset(
     {
+        "adapter-not-finite",
         "adapter-without-effect",
         "alpha-is-zero",
         "expert-layout-assumed",

@@ -32,6 +32,7 @@ from loratool.provenance.cards import addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
 from loratool.publishing.committing import Upload
 from loratool.publishing.illustrating import PICTURE, NoPictureError, illustrated, picture_of
+from loratool.templates import some
 
 # What a model or an adapter is made of beside its weights; anything else is sent only where --include names it.
 KNOWN = (
@@ -155,6 +156,7 @@ def select(
     if written and PROVENANCE in uploads:
         uploads[PROVENANCE] = Upload(PROVENANCE, content=listing(root / PROVENANCE, written))
     notes += check_secrets(printable(root), uploads.values(), allow_secret)
+    notes += told_of_values(root) if kind == "adapter" else ()
     if kind == "adapter" and os.path.isabs(base := named_base(root)):
         notes.append(
             Note(
@@ -218,6 +220,14 @@ def listing(path: Path, written: Mapping[str, bytes]) -> bytes:
         return raw
     files = table["files"] | {name: digest_of_bytes(content).record() for name, content in written.items()}
     return as_json({**table, "files": dict(sorted(files.items()))})
+
+
+def told_of_values(root: Path) -> Iterator[Note]:
+    """A note of an adapter that nobody can use, as it has values that are not finite."""
+    try:
+        read_adapter(root).check_values()
+    except InputError as error:
+        yield Note("adapter-not-finite", f"nothing can be merged or computed with it: {some(error.problems)}")
 
 
 def told_of_training(root: Path, names: Iterable[str]) -> Iterator[Note]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from dialect_samples import DIALECTS, gguf_of
 from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_other_origins
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.errors import InputError, UsageError
@@ -161,6 +161,20 @@ def test_a_model_is_not_pushed_next_to_an_adapter(hub: HubServer, client: Client
     report = json.loads(client.works("push", models / "adapter", "alice/base", "--json").out)
     assert "model-in-repo" in {note["code"] for note in report["notes"]}
     assert held(hub, "alice/base").keys() >= {"config.json", "adapter_config.json"}
+
+
+def test_an_adapter_with_values_that_are_not_finite_is_pushed_with_a_warning(models: Path, tmp_path: Path) -> None:
+    """Whoever downloads it can do nothing with it."""
+    broken = shutil.copytree(models / "adapter", tmp_path / "adapter", symlinks=True)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    name = min(tensors)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    notes = {note.code: note for note in loratool.push(broken, "alice/new", dry_run=True).notes}
+    assert f"{name} contains NaN or infinite values" in str(notes["adapter-not-finite"])
+    assert notes["adapter-not-finite"].is_warning
+    sound = loratool.push(models / "adapter", "alice/new", dry_run=True)
+    assert "adapter-not-finite" not in {note.code for note in sound.notes}
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
