@@ -157,7 +157,9 @@ def unreachable(error: BaseException) -> str:
     """Why no answer came, and what to do about it. Large files go through Xet, which mirrors of the Hub may lack."""
     if isinstance(error, hub_errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to use the Hub"
-    if "xet" in str(error):
+    if any(
+        "xet" in frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)
+    ):  # the client's `_upload_xet_files`
         return (
             f"{endpoint()} does not take files through Xet ({type(error).__name__}: {told(error)}); check the network and "
             "try again, or set HF_HUB_DISABLE_XET=1 to send them without it"

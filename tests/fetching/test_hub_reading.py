@@ -449,11 +449,16 @@ def test_a_server_that_is_not_there_is_told(hub: HubServer, client: Client) -> N
 
 
 def test_a_server_without_xet_is_told_with_the_setting_that_helps() -> None:
-    """What the client raises, word for word, for an answer of 404 to its request of a token for Xet."""
+    """What the client raises in its function of this name for an answer of 404 to its request of a token for Xet."""
     place = "http://127.0.0.1:9/api/models/me/x/xet-write-token/main"
-    said = f"Network error: Request error: HTTP status client error (404 Not Found), domain: {place}"
+
+    def _upload_xet_files() -> None:
+        raise ConnectionError(
+            f"Network error: Request error: HTTP status client error (404 Not Found), domain: {place}"
+        )
+
     with pytest.raises(HubError, match="set HF_HUB_DISABLE_XET=1 to send them without it"), asking("me/x"):
-        raise ConnectionError(said)
+        _upload_xet_files()
 
 
 def test_an_endpoint_that_is_not_an_address_is_named(client: Client) -> None:
