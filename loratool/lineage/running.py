@@ -75,7 +75,7 @@ def made_here(out: Path) -> bool:
 def looked_at(step: Step, pending: Collection[Path]) -> StepReport:
     """What would be done of a step; `pending` are outputs of earlier steps that may come out different."""
     waits = [each for each in step.inputs if any(is_within(out, each) for out in pending)]
-    reason = "" if waits and is_there(step.out) else "its output is missing" if waits else why_stale(step)
+    reason = "" if waits and is_there(step.out) else "no output yet" if waits else why_stale(step)
     status = TO_MAKE if reason else TO_SEE if waits else UP_TO_DATE
     return report(step, status, reason)
 
@@ -105,7 +105,7 @@ def why_stale(step: Step) -> str:
         made = here(step.out)
         record = record_at(made)
     except InputError:
-        return "its output is missing"
+        return "no output yet"
     operands, models = resolved(step)
     wanted = invocation(step.command, operands, replace(step.options, **models))
     if record.get("made_by") != f"loratool {step.command}":

@@ -59,7 +59,7 @@ class MergeReport(Written):
 
     def text(self) -> str:
         """What a merge did, for people."""
-        rate = self.bytes_written / max(self.cost.seconds, 1e-9) / 1e9
+        rate = self.bytes_written / max(self.cost.seconds, 1e-9)
         rows: list[tuple[str, object]] = [
             ("merged into", printable(self.out)),
             (
@@ -68,7 +68,7 @@ class MergeReport(Written):
                 + (f", {self.converted} converted" if self.converted else ""),
             ),
             *(("adapter", effect_line(effect)) for effect in self.adapters),
-            ("written", f"{size(self.bytes_written)} in {self.cost.seconds:.2f} s ({rate:.2f} GB/s)"),
+            ("written", f"{size(self.bytes_written)} in {self.cost.seconds:.2f} s ({size(rate)}/s)"),
             (
                 "device",
                 f"{self.cost.device}, {plural(self.workers, 'worker')}, start-up {self.cost.startup_seconds:.2f} s",

@@ -82,7 +82,7 @@ def test_each_step_is_told_when_it_is_done_and_has_a_line(home: Path, capsys: py
         ["step", str(number), command, "→", f"{home / out},", "up", "to", "date"]
         for number, command, out in ((1, "rescale", "half"), (2, "merge", "made"), (3, "resize", "small"))
     ]
-    assert str(report).splitlines()[2].endswith("made, made: its output is missing")
+    assert str(report).splitlines()[2].endswith("made, made: no output yet")
 
 
 OTHERS = {
