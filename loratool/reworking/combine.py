@@ -179,7 +179,10 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         return self.layers
 
     def work(self, output: Output, task: str) -> list[Made[tuple[str, CombinedLayer, torch.Tensor]]]:
-        whole, shared = self.combined(task)
+        try:
+            whole, shared = self.combined(task)
+        except torch.linalg.LinAlgError:  # which finite numbers do not bring about
+            raise FitError(f"{printable(task)}: the updates are too large to be combined in float32") from None
         if task in self.grouped:
             whole = dataclasses.replace(whole, product=padded(whole.product, self.ranks[task]))
         rounded = output.rounded(task, whole.product)

@@ -438,6 +438,34 @@ def test_a_mean_needs_weights_that_have_a_sum(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "tsv"])
+def test_updates_beyond_float32_are_an_error_of_the_input_and_no_bug(
+    method: str, two: list[Path], tmp_path: Path
+) -> None:
+    tensors = {
+        name: torch.full_like(value, 3e38) if ".lora_B" in name else value for name, value in tensors_of(two[0]).items()
+    }
+    save_file(tensors, two[0] / "adapter_model.safetensors")
+    with pytest.raises((loratool.InputError, loratool.FitError), match=r"too large|overflow"):
+        loratool.combine(two, tmp_path / "out", method=method)
+    assert not (tmp_path / "out").exists()
+
+
+def test_saved_modules_whole_numbers_are_those_of_the_first_adapter(tmp_path: Path) -> None:
+    """A mean of integers would be none."""
+    folders = []
+    for number, name in enumerate(("a", "b")):
+        folder = adapter(tmp_path / name, seed=number)
+        counts = {"base_model.model.counter.steps": torch.arange(3) + number}
+        save_file({**tensors_of(folder), **counts}, folder / "adapter_model.safetensors")
+        config = {**config_of(folder), "modules_to_save": ["counter"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    report = loratool.combine(folders, tmp_path / "out", saved="mean")
+    assert [note.code for note in report.notes] == ["whole-numbers-kept"]
+    assert tensors_of(tmp_path / "out")["base_model.model.counter.steps"].tolist() == [0, 1, 2]
+
+
 def test_saved_modules_of_other_shapes_are_refused_whatever_is_asked(tmp_path: Path) -> None:
     each = [saving(tmp_path / "a", 1, draw(5, 3, 20)), saving(tmp_path / "b", 2, draw(6, 4, 20))]
     for saved in ("refuse", "first", "mean"):
