@@ -181,7 +181,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
     def work(self, output: Output, task: str) -> list[Made[tuple[str, CombinedLayer, torch.Tensor]]]:
         try:
             whole, shared = self.combined(task)
-        except torch.linalg.LinAlgError:  # which finite numbers do not bring about
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # which finite numbers do not bring about
             raise FitError(f"{printable(task)}: the updates are too large to be combined in float32") from None
         if task in self.grouped:
             whole = dataclasses.replace(whole, product=padded(whole.product, self.ranks[task]))

@@ -438,7 +438,7 @@ def test_a_mean_needs_weights_that_have_a_sum(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "tsv"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della"])
 def test_updates_beyond_float32_are_an_error_of_the_input_and_no_bug(
     method: str, two: list[Path], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,17 @@ def test_other_shapes_are_refused_all_at_once(home: Path, tmp_path: Path, capsys
     assert run([*map(str, words), "--force"]) == 4
     told = capsys.readouterr().err
     assert all(name in told for name in SHAPES), told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_that_is_no_number_is_named(home: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(home / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(loratool.InputError, match=rf"(?s)NaN or infinite values.*{name}"):
+        loratool.rebase(adapter, tmp_path / "out", base=home / "old", onto=home / "old")
     assert not (tmp_path / "out").exists()
 
 

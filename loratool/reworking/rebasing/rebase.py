@@ -257,9 +257,7 @@ class Plain:
             )
         config = self.rescaled(form, every) if scaled else adapter.config
         config = dict(form.renamed_base(config, self.base))
-        if options.dry_run:
-            adapter.check_values()
-        else:
+        if not options.dry_run:
             copied_output(out, self.contents, config, record, options)
 
     def rescaled(self, form: Format, factors: Mapping[str, float]) -> Config:
