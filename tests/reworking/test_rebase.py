@@ -225,7 +225,7 @@ def test_a_value_that_is_no_number_is_named(home: Path, tmp_path: Path) -> None:
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] = torch.nan
     save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(loratool.InputError, match=rf"(?s)NaN or infinite values.*{name}"):
+    with pytest.raises(loratool.InputError, match=rf"{name} contains NaN or infinite values"):
         loratool.rebase(adapter, tmp_path / "out", base=home / "old", onto=home / "old")
     assert not (tmp_path / "out").exists()
 
