@@ -25,6 +25,7 @@ from loratool.files.process import cores, share_heaps
 from loratool.files.sink import PAGE, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
+from loratool.grouping import by_key
 from loratool.merging.chunks import bytes_in, ranges_behind, ranges_of
 from loratool.merging.numpy_worker import NumpyWorker
 from loratool.merging.resources import (
@@ -114,10 +115,7 @@ class Engine:
 
     def make(self, shards: Sequence[tuple[Job, ShardPlan]]) -> None:
         """Make some files; all threads have ended when this returns."""
-        groups: dict[str, list[tuple[Job, ShardPlan]]] = {}
-        for job, shard in shards:
-            groups.setdefault(shard.name, []).append((job, shard))
-        self.tasks = self.make_tasks(list(groups.values()))
+        self.tasks = self.make_tasks([*by_key((shard.name, (job, shard)) for job, shard in shards).values()])
         try:
             for number in range(self.workers or most_workers()):
                 self.crew.start(self.work, number)

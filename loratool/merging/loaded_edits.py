@@ -121,9 +121,10 @@ class LoadedEdits:
     ) -> BlockSeen:
         """Put rows from `first` on, with all edits, into `after`; `before` has them as they are stored.
 
-        ‖ΔW‖ is seen where `measure` asks for it, or where it is known.
+        ‖ΔW‖ is seen where `measure` asks for it, and nothing replaces W.
         """
-        seen = BlockSeen()
+        seen, known = BlockSeen(), not (self.is_bound or self.replacements)
+        measured = measure and not (known or self.replacements)
         if not self.replacements and not self.others:
             seen.largest = largest_of(before)
             after.copy_(convert(before, after.dtype, math.isfinite(seen.largest)))
@@ -133,7 +134,7 @@ class LoadedEdits:
             tile = max(1, scratch.elements // self.width)
             substitute = self.substitute if self.replacements else None
             total = self.rounded or self.sum
-            seen = total.merge(before, first, after, scratch, tile, substitute, measure)
+            seen = total.merge(before, first, after, scratch, tile, substitute, measured)
             if self.at_random:
                 self.round_sums(before, first, after)
             rows = self.sampled(first, len(before))
@@ -141,7 +142,7 @@ class LoadedEdits:
                 some = slice(rows[0] - first, None, self.every)
                 seen.kept = self.kept(self.sum, before[some], after[some], rows)
                 lap("gain")
-        if not (self.is_bound or self.replacements):
+        if known:
             seen.change = self.norm**2 * len(before) / self.rows
         return seen
 
@@ -318,34 +319,32 @@ def looked_at(block: torch.Tensor) -> Iterator[slice]:
 def weight_rows(
     span: Span, edit: Edit, device: torch.device, dtype: torch.dtype, first: int = 0, count: int | None = None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Some of the rows that an edit covers, by default all, as no update but a replacement has left them.
+    """Some of the rows of an edit's update, by default all that the edit covers, as no update but a replacement has left them.
 
     Of an update that covers rows of several weights, those of all of them.
     """
-    whole = edit.whole
-    stored = getattr(torch, FLOAT_NAMES[(whole or span.weight).exact])
-    step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
-    if whole is not None:
-        with OpenSources() as sources:
-            stop = whole.shape[0] if count is None else first + count
-            for at in range(first, stop, step):
-                yield at, whole.rows(at, min(step, stop - at), device, stored, Room(sources)).to(dtype)
-        return
-    before = [
-        LoadedEdit(
-            other, other.update if isinstance(other.update, Replace) else load_update(other.update, device, dtype), 1
-        )
-        for other in span.edits
-        if other.update.replaces
+    if edit.whole is not None:
+        weight, before, shift, columns = edit.whole, [], 0, slice(None)
+        own = range(edit.whole.shape[0])
+    else:
+        weight, shift, columns = span.matrix, edit.first_row - edit.update_row, edit.columns
+        before = [each for each in span.edits if each.update.replaces]
+        own = range(edit.update_row, edit.update_row + edit.rows)
+    if count is not None:
+        own = range(first, first + count)
+    replacements = [
+        LoadedEdit(e, e.update if isinstance(e.update, Replace) else load_update(e.update, device, dtype), 1)
+        for e in before
     ]
+    stored = getattr(torch, FLOAT_NAMES[weight.exact])
+    step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
     with OpenSources() as sources:
-        start = edit.first_row + first - edit.update_row if count is not None else edit.first_row
-        stop = edit.first_row + edit.rows if count is None else start + count
-        for at in range(start, stop, step):
-            block = span.matrix.rows(at, min(step, stop - at), device, stored, Room(sources)).to(dtype)
-            for replacement in before:
-                replacement.apply(block, at, block)
-            yield at - edit.first_row + edit.update_row, block[:, edit.columns]
+        for at in range(own.start, own.stop, step):
+            rows = min(step, own.stop - at)
+            block = weight.rows(at + shift, rows, device, stored, Room(sources)).to(dtype)
+            for replacement in replacements:
+                replacement.apply(block, at + shift, block)
+            yield at, block[:, columns]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

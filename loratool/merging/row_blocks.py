@@ -122,9 +122,8 @@ class Worker:
         span = work.span
         before = self.stored_rows(work, first, len(after), sources)
         loaded = work.edits_on(self.device)
-        measured = loaded.is_bound and not loaded.replacements
         lap("factors")
-        seen = loaded.merge(before, first, after, self.scratch, measured)
+        seen = loaded.merge(before, first, after, self.scratch, measure=True)
         lap("formula" if loaded.sum is None else "round")
         if span.edits and (work.waiting or not work.totals.changed):
             work.look_for_effects(loaded, before, first, after)
