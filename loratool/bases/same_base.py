@@ -8,17 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import Adapter
+from loratool.adapters.adapter import Adapter, StoredTensor, same_bytes
 from loratool.adapters.model_settings import setting
+from loratool.bases.opening import open_checkpoint
 from loratool.bases.trained_packing import unlike_packing, unmarked
 from loratool.errors import LoratoolError, printable
+from loratool.files.folders import PROVENANCE
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import parse
 from loratool.files.inputs import read_json
+from loratool.files.stand_ins import stand_in
 from loratool.notes import Note
 
 if TYPE_CHECKING:
     from loratool.files.checkpoint import Checkpoint
+    from loratool.files.safefile import SafeFile
 
 
 SIZES = {
@@ -54,13 +58,58 @@ def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[Note
         elif differing := unlike_shapes(config, base.config):
             text = f"says it was trained on {printable(name)}, whose config.json has {differing}"
             yield Note("base-mismatch", text).under(adapter.name)
+        elif packing is None and (weight := unlike_weight(name, base, adapter)):
+            text = (
+                f"says it was trained on {printable(name)}, whose {printable(weight)} has other values than BASE's; on "
+                "another base the result is not what was trained"
+            )
+            yield Note("base-mismatch", text).under(adapter.name)
+
+
+def unlike_weight(name: str, base: Checkpoint, adapter: Adapter) -> str:
+    """The smallest weight that an adapter changes, where its values in the base that it names differ from those in `base`.
+
+    Empty where they are the same, or where that cannot be seen on this machine. A base that loratool made of another
+    model has a record of that, and is another on purpose.
+    """
+    folder = named_folder(name)
+    try:
+        if folder is None or os.path.samefile(folder, base.root) or (base.root / PROVENANCE).is_file():
+            return ""
+        named = open_checkpoint(folder)
+        pairs = [(named.stored[each], base.stored[each], each) for each in adapter.updates if each in named.stored and each in base.stored]  # fmt: skip
+        alike = [
+            (one.nbytes, each) for one, other, each in pairs if (one.dtype, one.shape) == (other.dtype, other.shape)
+        ]
+        if not alike:
+            return ""
+        weight = min(alike)[1]
+        homes = [model.homes[weight] for model in (named, base)]
+        if not all(is_whole(file) for file in homes):
+            return ""
+        one, other = (StoredTensor(file, file.tensors[weight]) for file in homes)
+        return "" if same_bytes(one, other) else weight
+    except (LoratoolError, OSError):
+        return ""
+
+
+def is_whole(file: SafeFile) -> bool:
+    """Whether all bytes of a file are on this disk."""
+    return stand_in(file.path) is None and file.path.stat().st_size >= file.layout.size
+
+
+def named_folder(name: str) -> Path | None:
+    """The folder of a base that an adapter names, where it is on this machine: itself, or in the Hub's cache."""
+    if os.path.isdir(name):
+        return Path(name)
+    place = parse(name)
+    folder = cached(place.repo, place.revision or "main") if place is not None else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def named_config(name: str) -> Mapping[str, Any]:
     """The config of a base that an adapter names, where it is on this machine: a folder, or in the Hub's cache."""
-    folder: Path | None = Path(name) if os.path.isdir(name) else None
-    if folder is None and (place := parse(name)) is not None:
-        folder = cached(place.repo, place.revision or "main")
+    folder = named_folder(name)
     if folder is None or not (folder / "config.json").is_file():
         return {}
     try:

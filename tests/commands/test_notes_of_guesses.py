@@ -164,6 +164,27 @@ def test_a_base_whose_config_is_not_that_of_the_named_one_is_told(bench: Workben
     assert "base-mismatch" in check(bench, command)
 
 
+@pytest.mark.parametrize("command", ["merge", "merge --dry-run", "inspect --base"])
+def test_a_base_whose_values_are_not_those_of_the_named_one_is_told(bench: Workbench, command: str) -> None:
+    """The adapter names a folder that is here, with the shapes of BASE; a copy is no reason, nor what loratool made."""
+    tensors = model()
+    write_base(bench.base, tensors)
+    other = shutil.copytree(bench.base, bench.inputs / "other")
+    write_adapter(bench.adapter, factors(), r=2, lora_alpha=4, base_model_name_or_path=str(other))
+    assert "base-mismatch" not in check(bench, command)
+    shutil.rmtree(bench.out, ignore_errors=True)
+    with open(other / "model.safetensors", "r+b") as file:  # every value is another, and the header as it was
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(start)
+        values = file.read()
+        file.seek(start)
+        file.write(bytes(byte ^ 1 for byte in values))
+    assert "base-mismatch" in check(bench, command)
+    shutil.rmtree(bench.out, ignore_errors=True)
+    write_json(bench.base / "loratool.json", {"made_by": "loratool merge"})
+    assert "base-mismatch" not in check(bench, command)
+
+
 @pytest.mark.parametrize("layers", [2, 4])
 def test_a_named_base_in_the_cache_of_the_hub_is_compared_too(
     bench: Workbench, layers: int, monkeypatch: pytest.MonkeyPatch
