@@ -75,8 +75,6 @@ def as_it_should(pair: Pair, rounding: str = NEAREST) -> Explained:
 
 def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, shared: SharedUpdates) -> Explained:
     """What a plain tensor is some of whose elements are not the formula's; some rows of it are read again."""
-    if not distances.unequal:
-        return as_it_should(pair, rounding)
     look = Look(pair, distances.rows, shared)
     modules = tuple(look.modules)
     fit = look.fit() if modules else None

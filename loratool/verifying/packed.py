@@ -21,7 +21,6 @@ from loratool.verifying.explaining import (
     QUANTISED,
     UNEXPLAINED,
     Explained,
-    as_it_should,
     best_guess,
     known_fit,
     trained_fit,
@@ -51,8 +50,6 @@ class Survived:
 
 def explain_packed(pair: Pair, distances: Distances, plan: MergePlan, shared: SharedUpdates) -> Explained:
     """What a quantised tensor is some of whose elements are not the nearest to the formula."""
-    if not distances.unequal:
-        return dataclasses.replace(as_it_should(pair), packed=True)
     if not isinstance(pair.theirs, Requantizable):
         return Explained("different", QUANTISED, "", tuple(modules_of(pair.span.edits)), packed=True)
     return dataclasses.replace(explained(Look(pair, distances.rows, shared), distances, plan), packed=True)
