@@ -131,7 +131,7 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...], command: s
     content = hashlib.sha256(
         "".join(f"{name} {sha256_of(path)}\n" for name, path in files.items()).encode()
     ).hexdigest()
-    large = tuple(name for name, path in files.items() if path.stat().st_size > PIECE)
+    large = tuple(name for name, path in files.items() if path.stat().st_size > PIECE and name != PROVENANCE)
     others = tuple(name for name in files if name not in large)
     begun = Begun(content, LOCAL, large, others, replaces, command=command)
     bucket = Bucket(place, begun, {}, {})
