@@ -90,6 +90,8 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
                 return InputError(
                     f"{printable(scheme + rest)}: must be a local file, not an address in an object store"
                 )
+            if scheme == "file://":
+                return InputError(f"file:///{printable(rest)}: pass the path alone, /{printable(rest)}")
             return InputError(
                 f"{printable(scheme + rest)}: {scheme} addresses are not supported; expected s3://bucket/prefix, "
                 "hf://org/name, org/name or a local path"

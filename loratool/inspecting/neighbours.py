@@ -83,8 +83,13 @@ def is_index(path: Path) -> bool:
 
 def read_index(path: Path) -> Index:
     """The index in a file. Raises `InputError` where it is none, or is malformed."""
-    file = read_safefile(path)
     shown = printable(path)
+    try:
+        file = read_safefile(path)
+    except InputError as error:
+        if not path.is_file():
+            raise
+        raise InputError(f"{error.message}; `loratool index DIR -o INDEX` makes an index of adapters") from None
     version = file.metadata.get(FORMAT)
     if version is None:
         raise InputError(f"{shown}: not an index of adapters; `loratool index DIR -o INDEX` makes one")

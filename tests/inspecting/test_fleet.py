@@ -420,3 +420,15 @@ def test_options_of_one_adapter_are_refused_for_a_table_and_the_other_way_round(
         loratool.inspect(zoo, tensors=True)
     found = fleet(zoo / "text/a01", where="rank>99")
     assert (found.adapters, found.filtered) == ((), 1)
+
+
+@pytest.mark.parametrize("content", [b"text", b"PK\x03\x04 and more"])
+def test_a_file_that_is_not_an_index_is_refused_with_the_command_that_makes_one(
+    zoo: Path, tmp_path: Path, content: bytes
+) -> None:
+    """Whatever it is, it is told that an index is made by a command."""
+    (tmp_path / "it").write_bytes(content)
+    with pytest.raises(loratool.InputError, match="`loratool index DIR -o INDEX` makes"):
+        loratool.inspect(zoo / "text" / "a00", near=tmp_path / "it")
+    with pytest.raises(loratool.InputError, match=r"no such file or folder$"):
+        loratool.inspect(zoo / "text" / "a00", near=tmp_path / "nowhere")

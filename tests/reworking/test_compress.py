@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -430,3 +431,18 @@ def test_untrained_adapters_are_named_and_layers_without_directions_are_told_tog
     (note,) = (note for note in report.notes if note.code == "layers-left-out")
     lacking = [(m, name) for m, module in report.modules.items() for name, error in module.errors.items() if error == 1]
     assert note.text.startswith(f"{len(lacking)} layers of {len({name for _, name in lacking})} adapters")
+
+
+@pytest.mark.parametrize("which", ["shared", "a0"])
+def test_a_dtype_that_nobody_knows_is_a_damaged_file(compressed: Compressed, tmp_path: Path, which: str) -> None:
+    """The metadata name the dtype of the factors as torch does; one letter of it is another here, in the header alone."""
+    shutil.copytree(compressed[0], tmp_path / "fleet")
+    path = tmp_path / "fleet" / f"{which}.safetensors"
+    content = path.read_bytes()
+    assert content.count(b'\\"dtype\\": \\"float32\\"') == 1
+    path.write_bytes(content.replace(b'\\"dtype\\": \\"float32\\"', b'\\"dtype\\": \\"flout32\\"'))
+    write_adapter(tmp_path / "relative", factors_of(70_000, 4, shared_directions()))
+    adding = partial(loratool.compress, tmp_path / "relative", into=tmp_path / "fleet")
+    expanding = partial(loratool.expand, tmp_path / "fleet", "a0", tmp_path / "out")
+    with pytest.raises(loratool.InputError, match="dtype"):
+        (adding if which == "shared" else expanding)()

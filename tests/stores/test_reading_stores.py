@@ -59,6 +59,12 @@ def test_other_addresses_are_refused_as_such(address: str, capsys: pytest.Captur
     assert said in capsys.readouterr().err
 
 
+def test_the_address_of_a_local_file_leads_to_its_path(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file manager copies it like that."""
+    assert cli.run(["inspect", "file:///no/where/adapter"]) == 3
+    assert "file:///no/where/adapter: pass the path alone, /no/where/adapter" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bucket", ["b", "bad bucket", "-a-"])
 def test_the_name_of_a_bucket_that_there_cannot_be_is_said(bucket: str) -> None:
     with pytest.raises(UsageError, match=f"'{bucket}' is not the name of a bucket; expected s3://bucket/prefix"):

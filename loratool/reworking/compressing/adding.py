@@ -30,6 +30,7 @@ from loratool.files.folders import PROVENANCE
 from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import Journal
 from loratool.files.outputs import as_json, write_file
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import staged
 from loratool.files.tensor_writer import tensor_file
 from loratool.lazy import Tensor, torch
@@ -90,15 +91,21 @@ class Stated:
     """What the shared file says of those that are added to it."""
 
     dialect: str
-    dtype: torch.dtype
+    dtype_name: str
     price: float  # of a byte
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the cores; asked for once torch is there."""
+        found: torch.dtype = getattr(torch, self.dtype_name)
+        return found
 
     @classmethod
     def of(cls, bases: Opened) -> Stated:
         about = bases.about
         try:
-            dtype, price = getattr(torch, str(about["dtype"])), float(about["price"])
-            if about["dialect"] not in DIALECTS or not isinstance(dtype, torch.dtype) or not math.isfinite(price):
+            dtype, price = str(about["dtype"]), float(about["price"])
+            if about["dialect"] not in DIALECTS or dtype not in FLOAT_NAMES.values() or not math.isfinite(price):
                 raise ValueError
             return cls(about["dialect"], dtype, price)
         except (KeyError, TypeError, ValueError, AttributeError):

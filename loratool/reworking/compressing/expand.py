@@ -19,6 +19,7 @@ from loratool.fetching import local
 from loratool.files.containers import SHARED
 from loratool.files.digests import sha256_of
 from loratool.files.hub_cache import name_of
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
 from loratool.measuring.session import session
 from loratool.notes import Note
@@ -47,9 +48,10 @@ def expand(
         names = form.spelling({t: f.kind for t, f in forms.items()}, about["release"], about["dialect"])
         config, header = dict(about["config"]), {str(k): str(v) for k, v in about["header"].items()}
         stored_dtype = str(about["dtype"])
+        if stored_dtype not in FLOAT_NAMES.values():
+            raise ValueError(f"dtype {stored_dtype!r}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise broken(member, f"{type(error).__name__}: {error}") from None
-    dtype = getattr(torch, stored_dtype if options.dtype == "keep" else options.dtype)
     target = check_adapter_target(out, [folder], options, form)
     carried = Carried(
         {
@@ -58,7 +60,8 @@ def expand(
             if n.startswith(OTHER)
         }
     )
-    with session("cpu", ()) as at_work:
+    with session("cpu", ()) as at_work:  # which counts the import of torch
+        dtype = getattr(torch, stored_dtype if options.dtype == "keep" else options.dtype)
         with adapter_output(target, forms, carried, called(dtype), names, options, header) as output:
             for done, (layer, shape) in enumerate(forms.items()):
                 output.add(output.rounded(layer, at_rank(bases, member, layer, shape)))
