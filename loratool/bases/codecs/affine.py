@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs.byte_values import e4m3
-from loratool.bases.codecs.parts import TORCH_NAMES, read_parameters, read_range, wrong_scales
-from loratool.bases.packed import Requantizable
+from loratool.bases.codecs.parts import TORCH_NAMES, WithParameters, read_range, wrong_scales
 from loratool.bases.weights import Room
 from loratool.lazy import Tensor, torch
 
@@ -16,7 +15,7 @@ LIMITS = {"I8": (-128, 127), "F8_E4M3": (-448, 448), "F8_E5M2": (-57344, 57344)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Affine(Requantizable):
+class Affine(WithParameters):
     """Values of 8 bits in blocks of any size. `tensors`: qdata, scale, and perhaps zero_point, and others."""
 
     blocks: tuple[int, ...]  # along each dimension; a block has one scale
@@ -73,9 +72,6 @@ class Affine(Requantizable):
     def check(self, room: Room) -> str:
         zeros = (wrong_scales(each, room) for each in self.tensors[2:3] if self.has_zero)
         return wrong_scales(self.tensors[1], room, self.sign) or next(filter(None, zeros), "")
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return read_parameters(self.tensors[1:], room)
 
     def measure(self, values: Tensor) -> Tensor:
         """The largest magnitude in each block of each line: (lines, blocks of a line)."""

@@ -27,13 +27,13 @@ from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.mixed import note_unlisted, skipped_by
 from loratool.bases.codecs.parts import (
     Finder,
+    WithParameters,
     bytes_of,
     held,
     in_blocks,
     is_count,
     largest_in_blocks,
     nearest,
-    read_parameters,
     read_range,
     read_whole,
     shown,
@@ -78,7 +78,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourBit(Requantizable):
+class FourBit(WithParameters):
     """A weight of 4 bits a value. `tensors`: values, absmax, quant_map, JSON, and nested_absmax, nested_quant_map."""
 
     statistics: Statistics
@@ -158,9 +158,6 @@ class FourBit(Requantizable):
     def together(self) -> int:
         return self.statistics.block // math.gcd(self.statistics.block, self.line)
 
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return read_parameters(self.tensors[1:], room)
-
     def measure(self, values: Tensor) -> Tensor:
         """The largest magnitude in each block."""
         return largest_in_blocks(values, self.statistics.block)
@@ -209,7 +206,7 @@ def pairs_of(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8(Requantizable):
+class Int8(WithParameters):
     """A matrix of int8, with the largest magnitude of each row. `tensors`: values, SCB, perhaps weight_format."""
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
@@ -222,9 +219,6 @@ class Int8(Requantizable):
 
     def check(self, room: Room) -> str:
         return wrong_scales(self.tensors[1], room, "not negative")
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return read_parameters(self.tensors[1:], room)
 
     def measure(self, values: Tensor) -> Tensor:
         return values.abs().amax(1)

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loratool.bases.codecs import numpy_values
-from loratool.bases.codecs.parts import held, integers_of, read_parameters, read_whole, wrong_scales
-from loratool.bases.packed import Requantizable
+from loratool.bases.codecs.parts import WithParameters, held, integers_of, read_whole, wrong_scales
 from loratool.bases.weights import WIDENED, HeldPart, Memory, Room, widen
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
@@ -40,7 +39,7 @@ class Grid(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grouped(Requantizable):
+class Grouped(WithParameters):
     """A matrix (outputs, inputs).
 
     `tensors`: the packed values, their packed zero points, their scales (groups, outputs), and perhaps the group of each
@@ -195,9 +194,6 @@ class Grouped(Requantizable):
                     f"one of the {number} groups"
                 )
         return ""
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return read_parameters(self.tensors[1:], room)
 
     def measure(self, values: Tensor) -> Tensor:
         """The smallest and the largest value of each group, 0 being one of each: (lines, groups, 2)."""

@@ -20,18 +20,18 @@ from typing import Any
 
 from loratool.bases.codecs.parts import (
     Finder,
+    WithParameters,
     bytes_of,
     held,
     in_blocks,
     in_turns,
     is_count,
-    read_parameters,
     read_whole,
     told,
     wrong_scales,
 )
 from loratool.bases.codecs.plain_modules import fused_modules, last_name, modules_of
-from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ WORDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hqq(Requantizable):
+class Hqq(WithParameters):
     """A matrix of unsigned values in groups, each with a scale and a zero. `tensors`: W_q, scale, zero, and others."""
 
     word: Word
@@ -142,9 +142,6 @@ class Hqq(Requantizable):
         """Lines after which a group ends, or all groups have had their turn."""
         values = self.size if self.axis else self.groups
         return values // math.gcd(values, self.line)
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return read_parameters(self.tensors[1:], room)
 
     def measure(self, values: Tensor) -> Tensor:
         """The least and the largest value of each group: (groups, 2), or (1, groups, 2) where all groups take turns."""

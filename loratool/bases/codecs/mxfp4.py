@@ -20,11 +20,10 @@ from loratool.bases.codecs.byte_values import by_columns, by_rows, e8m0
 from loratool.bases.codecs.mixed import note_unlisted, skipped_by, stacks_left, with_entries
 from loratool.bases.codecs.new_scales import stored_powers
 from loratool.bases.codecs.numbers import FP4
-from loratool.bases.codecs.parameters import as_stored
-from loratool.bases.codecs.parts import Finder, in_blocks, told
+from loratool.bases.codecs.parts import Finder, WithParameters, in_blocks, told
 from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import wrong
-from loratool.bases.packed import Codec, Packed, Packing, Requantizable, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -57,7 +56,7 @@ class Expert:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TurnedExperts(Requantizable):
+class TurnedExperts(WithParameters):
     """A stack of experts, (experts, columns on disk, rows on disk). `tensors`: blocks, scales."""
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
@@ -92,9 +91,6 @@ class TurnedExperts(Requantizable):
     @property
     def together(self) -> int:
         return BLOCK
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return {self.tensors[1].info.name: as_stored(self.tensors[1], room)}
 
     def measure(self, values: Tensor) -> Tensor:
         """The largest magnitude of each block, (blocks, line)."""

@@ -61,12 +61,6 @@ class InMemory:
         return make(self.read(tensor, 0, tensor.info.nbytes))
 
 
-def as_stored(tensor: StoredTensor, room: Room) -> Tensor:
-    """All of a tensor on the CPU, in the shape and the dtype it has on disk; powers of two are bytes."""
-    raw = Room(room.sources).read(tensor, 0, tensor.info.nbytes, torch.device("cpu"))
-    return raw.view(getattr(torch, TORCH_NAMES.get(tensor.info.dtype, "uint8"))).view(tensor.info.shape)
-
-
 def as_float32(raw: Tensor, dtype: str) -> Tensor:
     """Values of a tensor that lies in a file as (bytes,), as (n,) of float32 in memory of their own."""
     if dtype in POWERS:

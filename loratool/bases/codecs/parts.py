@@ -6,12 +6,13 @@ What all kinds of packed weights share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
 from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import WIDENED, Plain, Room, plain_of, widen
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -20,7 +21,13 @@ from loratool.lazy import NDArray, Tensor, numpy, torch
 
 TOGETHER = 1 << 16  # values that are looked up at a time, in the cache
 KEYS = 1 << 16  # upper halves of a float32
-TORCH_NAMES = {**FLOAT_NAMES, **INTEGER_NAMES, "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+TORCH_NAMES = {
+    **FLOAT_NAMES,
+    **INTEGER_NAMES,
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "uint8",  # powers of two, which stay bytes
+}
 
 
 @dataclass
@@ -89,9 +96,12 @@ def read_whole(tensor: StoredTensor, room: Room) -> Tensor:
     return read_range(tensor, 0, tensor.info.elements, torch.device("cpu"), room).view(tensor.info.shape)
 
 
-def read_parameters(tensors: Iterable[StoredTensor], room: Room) -> dict[str, Tensor]:
-    """Small tensors by name, as `read_whole` reads them."""
-    return {tensor.info.name: read_whole(tensor, room) for tensor in tensors}
+@dataclass(frozen=True, kw_only=True)
+class WithParameters(Requantizable):
+    """One all of whose tensors but the first are its parameters."""
+
+    def parameters(self, room: Room) -> Mapping[str, Tensor]:
+        return {tensor.info.name: read_whole(tensor, room) for tensor in self.tensors[1:]}
 
 
 def held(name: str, device: torch.device, room: Room, make: Callable[[], Tensor]) -> Tensor:

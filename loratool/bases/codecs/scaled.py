@@ -19,9 +19,8 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs import new_scales, numpy_values
 from loratool.bases.codecs.byte_values import by_rows
 from loratool.bases.codecs.numbers import FP8, Numbers, offset_floats
-from loratool.bases.codecs.parameters import POWERS, InMemory, OnDisk, Parameters, as_float32, as_stored
-from loratool.bases.codecs.parts import read_whole, wrong_scales
-from loratool.bases.packed import Requantizable
+from loratool.bases.codecs.parameters import POWERS, InMemory, OnDisk, Parameters, as_float32
+from loratool.bases.codecs.parts import WithParameters, read_whole, wrong_scales
 from loratool.bases.weights import WIDENED, Memory, Room, widen
 from loratool.errors import printable
 from loratool.files.safefile import DTYPE_BITS
@@ -29,7 +28,7 @@ from loratool.lazy import NDArray, Tensor, numpy, torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled(Requantizable):
+class Scaled(WithParameters):
     """A matrix of numbers, or a stack of matrices, whose blocks have scales.
 
     Of a matrix of (rows, line) values, scales are (⌈rows/b⌉, ⌈line/c⌉), b and c the sides of a block; blocks at the edges
@@ -176,9 +175,6 @@ class Scaled(Requantizable):
     @property
     def together(self) -> int:
         return 2 if self.numbers.paired else 1
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return {tensor.info.name: as_stored(tensor, room) for tensor in self.tensors[1:]}
 
     def measure(self, values: Tensor) -> Tensor:
         """The largest magnitude of each block, as far as it is in a line: (lines, blocks across).
