@@ -7,6 +7,30 @@ import time
 from collections.abc import Callable
 
 
+class End:
+    """Whether a thread has ended, and a way to wait for it that an interrupt leaves as it was at every moment.
+
+    Neither Thread.join nor an Event does: the first may take a running thread for an ended one (before CPython 3.13), the
+    other may keep its inner lock for ever. A lock may be left with whoever waited for it; then `came` tells.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self.lock = threading.Lock()
+        self.lock.acquire()  # for as long as the thread runs
+
+    def come(self) -> None:
+        """Say that the thread has ended, or will not begin."""
+        self.came = True
+        self.lock.release()
+
+    def has_come(self, seconds: float) -> bool:
+        """Whether the thread ends within some seconds."""
+        if not self.came and self.lock.acquire(timeout=seconds):
+            self.lock.release()
+        return self.came
+
+
 class Crew:
     """Threads that were started together, or by each other."""
 
@@ -14,15 +38,11 @@ class Crew:
         """`stop` asks all of them to end."""
         self.stop = stop
         self.failures: list[BaseException] = []
-        # One a thread, which holds it for as long as it runs. Neither Thread.join nor an Event stands an interrupt at every
-        # moment of a wait: the first may take a running thread for an ended one (before CPython 3.13), the other may keep
-        # its inner lock for ever.
-        self.ends: list[threading.Lock] = []
+        self.ends: list[End] = []
 
     def start(self, target: Callable[..., None], *arguments: object) -> None:
         """One more thread."""
-        end = threading.Lock()
-        end.acquire()
+        end = End()
 
         def guarded() -> None:
             try:
@@ -31,28 +51,29 @@ class Crew:
                 self.failures.append(error)
                 self.stop()
             finally:
-                end.release()
+                end.come()
 
-        self.ends.append(end)
+        thread = threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True)
         try:
-            threading.Thread(target=guarded, name=f"loratool-{target.__name__}", daemon=True).start()
-        except RuntimeError:  # no more threads are to be had
-            end.release()
+            self.ends.append(end)
+            thread.start()
+        except BaseException:
+            # no more threads are to be had, or an interrupt came before this one began; else it is there, or has ended
+            if thread not in threading.enumerate() and not end.came:
+                end.come()
             raise
 
     def join(self) -> None:
         """Wait for all threads, those too that are started meanwhile; signals come through."""
         at = 0
         while at < len(self.ends):
-            if self.ends[at].acquire(timeout=0.1):
-                self.ends[at].release()  # for `has_ended`, which waits for it too
-                at += 1
+            at += self.ends[at].has_come(0.1)
 
     def has_ended(self, seconds: float) -> bool:
         """Whether all threads, those too that are started meanwhile, end within some seconds."""
         until, ended = time.monotonic() + seconds, True
         for end in self.ends:
-            ended &= end.acquire(timeout=max(0.0, until - time.monotonic()))
+            ended &= end.has_come(max(0.0, until - time.monotonic()))
         return ended
 
 

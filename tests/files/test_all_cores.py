@@ -67,3 +67,51 @@ def test_an_interrupt_of_the_caller_stops_its_threads_which_have_ended_when_it_i
     with pytest.raises(KeyboardInterrupt):
         in_threads(work, 2, stop)
     assert sorted(ended) == [0, 1]
+
+
+def test_a_wait_that_was_interrupted_when_its_thread_had_ended_can_be_repeated() -> None:
+    """Such an interrupt leaves the lock of the thread with the one who waited, and the next wait does without it."""
+    crew = Crew(lambda: None)
+    crew.start(lambda: None)
+    crew.join()
+    assert crew.ends[0].lock.acquire(blocking=False)
+    crew.join()
+    assert crew.has_ended(0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_thread_that_never_began_is_not_waited_for(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt comes before it begins, or the system has no more threads."""
+
+    def start(_: threading.Thread) -> None:
+        raise error
+
+    crew = Crew(lambda: None)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(error):
+        crew.start(lambda: None)
+    crew.join()
+    assert crew.has_ended(0)
+
+
+def test_a_thread_that_began_before_its_start_was_interrupted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end, ended, start = threading.Event(), [], threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        assert may_end.wait(30)
+        ended.append(True)
+
+    crew = Crew(may_end.set)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        crew.start(work)
+    assert not crew.has_ended(0.01)
+    may_end.set()
+    crew.join()
+    assert ended == [True]
