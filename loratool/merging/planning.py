@@ -191,7 +191,8 @@ def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOpt
     if not adapters:
         shown = printable(base.root)
         raise UsageError(
-            f"{shown}: a merge needs an ADAPTER as well as a BASE",
+            f"{shown}: a merge needs an ADAPTER as well as a BASE"
+            + ("; pass --dequantize to write BASE alone as plain weights" if isinstance(base, Decoded) else ""),
             hint=f"loratool merge {shell_word(shown)} ADAPTER -o OUT",
         )
     if weights and len(weights) != len(adapters):

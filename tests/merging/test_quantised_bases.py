@@ -117,6 +117,8 @@ def test_only_what_is_edited_becomes_plain(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_becomes_plain_on_request(kind: str, tmp_path: Path) -> None:
     made = save_base(tmp_path / "base", kind, EDITED, *OTHERS)
+    with pytest.raises(loratool.UsageError, match="needs an ADAPTER as well as a BASE; pass --dequantize"):
+        loratool.merge(tmp_path / "base", [], tmp_path / "out", device="cpu")
     loratool.merge(tmp_path / "base", [], tmp_path / "out", device="cpu", dequantize=True)
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert after.keys() == {NORM, EDITED, *OTHERS}
