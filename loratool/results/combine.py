@@ -106,11 +106,7 @@ class CombineReport(Written):
                 f"{percent(totals.error)}: {percent(totals.truncated)} by truncation to this rank, "
                 f"{percent(totals.stored)} by rounding",
             ),
-            *(
-                ("adapter", f"{name}: {kept(totals.energy_kept[name])} of its energy kept, norm of the "
-                 f"result {number(totals.norm_ratio[name])} × its own")
-                for name in self.adapters
-            ),
+            *(("adapter", f"{name}: {share(totals, name)}") for name in self.adapters),
             *(("pair", f"{pair}: {met(self, pair)}") for pair in totals.cosine),
             *cost_rows(self.cost),
             *(("note", note) for note in self.notes),
@@ -129,6 +125,14 @@ class CombineReport(Written):
             ],
         )
         return "\n".join([aligned(rows), *layers])
+
+
+def share(totals: CombinedTotals, name: str) -> str:
+    """What is left of an adapter; one whose updates are all zero adds nothing."""
+    if totals.energy_kept[name] is None and totals.norm_ratio[name] is None:
+        return "adds nothing"
+    ratio = number(totals.norm_ratio[name])
+    return f"{kept(totals.energy_kept[name])} of its energy kept, norm of the result {ratio} × its own"
 
 
 def met(report: CombineReport, pair: str) -> str:

@@ -651,6 +651,7 @@ def test_an_adapter_that_was_not_trained_is_told(tmp_path: Path) -> None:
     assert_alike(deltas(tmp_path / "out"), summed([given], [0.5]))
     (note,) = (note for note in map(str, report.notes) if "zero" in note)
     assert note.startswith("b: every update is zero")
+    assert any(line.split() == ["adapter", "b:", "adds", "nothing"] for line in str(report).splitlines())
 
 
 def test_energy_is_not_kept_in_directions_that_the_result_does_not_have(tmp_path: Path) -> None:
