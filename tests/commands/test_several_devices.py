@@ -42,7 +42,7 @@ COMMANDS: dict[str, Command] = {
     "resize": lambda inputs, out, **more: loratool.resize(inputs / "one", out, rank=3, **more),
     "resize by energy": lambda inputs, out, **more: loratool.resize(inputs / "one", out, energy=0.9, **more),
     "combine": lambda inputs, out, **more: loratool.combine(
-        [inputs / "one", inputs / "two"], out, method="ties", seed=1, **more
+        [inputs / "one", inputs / "two"], out, method="dare_ties", seed=1, **more
     ),
     "extract": lambda inputs, out, **more: loratool.extract(inputs / "base", inputs / "tuned", out, rank=4, **more),
     "merge": lambda inputs, out, **more: loratool.merge(inputs / "base", inputs / "one", out, workers=4, **more),
