@@ -89,10 +89,13 @@ def command(name: str) -> click.Command:
 
 
 def near_command(word: str) -> str:
-    """The command that a word was probably meant to be; empty where none is near."""
+    """The command that a word was probably meant to be, by its spelling or as other tools call it; empty for none."""
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(word, COMMANDS, 1)), "")
+    from loratool.cli.unknown_options import COMMANDS_KNOWN_AS
+
+    known = next((meant for words, meant in COMMANDS_KNOWN_AS.items() if word.lower() in words), "")
+    return known or next(iter(get_close_matches(word, COMMANDS, 1)), "")
 
 
 class KeptError(Exception):
@@ -316,7 +319,7 @@ def step_after(error: click.ClickException, arguments: list[str]) -> str:
     context = getattr(error, "ctx", None)
     word = next(iter(arguments), "")
     if context and context.parent is None and (near := near_command(word)):
-        return typed(near, *arguments[1:])
+        return typed(*near.split(), *arguments[1:])
     if context and isinstance(error, click.NoSuchOption):
         from loratool.cli.unknown_options import corrected
 

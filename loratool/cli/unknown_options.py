@@ -1,4 +1,4 @@
-"""Options that a command does not have: what other tools and commands call those that it has, and near spellings."""
+"""Options and commands that do not exist: what other tools and commands call those that do, and near spellings."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ KNOWN_AS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("hub", "push", "repo", "hub-model-id", "repo-id"): ("--push-to-hub",),
     ("n", "test", "simulate"): ("--dry-run",),
     ("cpu", "cuda", "gpu"): ("--device",),
+}
+# The same of commands, with the option that one of them needs.
+COMMANDS_KNOWN_AS: dict[tuple[str, ...], str] = {
+    ("fuse", "bake", "apply", "merge_lora", "merge-lora"): "merge",
+    ("info", "show", "ls", "list", "stat", "view"): "inspect",
+    ("check", "lint", "doctor", "validate"): "inspect --check",
+    ("lesson", "learn", "tutorial"): "demo --learn",
+    ("scale", "weigh"): "rescale",
+    ("svd", "shrink", "prune", "truncate"): "resize",
+    ("add", "sum", "mix", "blend"): "combine",
+    ("diff", "similarity"): "compare",
+    ("export", "translate"): "convert",
+    ("upload", "publish"): "push",
+    ("sbom", "bom"): "record",
+    ("dequantize", "dequantise"): "merge --dequantize",
 }
 DEVICES = {"--cpu": "cpu", "--cuda": "cuda", "--gpu": "cuda"}  # options that have no value elsewhere
 OPERANDS = ("--adapter", "--adapters", "--lora", "--lora-path", "--peft-model")  # of commands that take them as words

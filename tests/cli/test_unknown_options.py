@@ -8,7 +8,7 @@ import click
 import pytest
 
 from loratool import cli
-from loratool.cli.unknown_options import KNOWN_AS
+from loratool.cli.unknown_options import COMMANDS_KNOWN_AS, KNOWN_AS
 
 MEANT = {  # what is typed → what is proposed
     "rescale a -o x -w 0.5": "rescale a -o x --scale 0.5",
@@ -60,3 +60,28 @@ def test_every_option_that_may_be_meant_is_one_of_a_command() -> None:
     commands = [cli.command(name) for name in cli.COMMANDS]
     flags = {flag for each in commands for option in each.params if isinstance(option, click.Option) for flag in option.opts}  # fmt: skip
     assert {option for options in KNOWN_AS.values() for option in options} <= flags
+
+
+@pytest.mark.parametrize(
+    ("typed", "proposed"),
+    [
+        ("fuse base a -o x", "merge base a -o x"),
+        ("check a", "inspect --check a"),
+        ("lesson", "demo --learn"),
+        ("dequantize base -o x", "merge --dequantize base -o x"),
+        ("Upload a me/a", "push a me/a"),
+        ("mrege base a -o x", "merge base a -o x"),
+    ],
+)
+def test_a_command_of_another_tool_leads_to_ours(typed: str, proposed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is proposed is a command that Click takes, with the words that were typed."""
+    assert cli.run(shlex.split(typed)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"hint: loratool {proposed}"
+    name, *words = shlex.split(proposed)
+    cli.command(name).make_context(name, words)
+
+
+def test_no_word_for_a_command_is_one_of_ours() -> None:
+    """A command is never taken for another."""
+    assert not {word for words in COMMANDS_KNOWN_AS for word in words} & cli.COMMANDS.keys()
+    assert {meant.split()[0] for meant in COMMANDS_KNOWN_AS.values()} <= cli.COMMANDS.keys()
