@@ -105,7 +105,7 @@ def headers(operand: PathLike) -> Iterator[Path]:
             yield brought(place, None)
             return
         from loratool.fetching.downloading import cached, is_offline, root_of
-        from loratool.fetching.outline import look_up, needed, outlined, put_headers, standing_for
+        from loratool.fetching.outline import look_up, needed, outlined, put_headers, put_records, standing_for
 
         if is_offline():
             yield cached(place)
@@ -113,7 +113,11 @@ def headers(operand: PathLike) -> Iterator[Path]:
             remote = look_up(place)
             with outlined(remote, place) as location:
                 root = root_of(location, place)
-                names = needed(root, location, "any").weights if holds_weights(location) else ()
-                put_headers(remote, root, names)
-                with standing_for(remote, root, names):
+                if not holds_weights(location):
+                    yield location
+                    return
+                names = needed(root, location, "any")
+                put_headers(remote, root, names.weights)
+                put_records(remote, root, names.others)
+                with standing_for(remote, root, names.weights):
                     yield location

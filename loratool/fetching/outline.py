@@ -183,6 +183,13 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
         list(readers.map(put, names))
 
 
+def put_records(remote: Remote, root: Path, names: Iterable[str]) -> None:
+    """Give the outline the records of what was made by loratool that are among these files."""
+    for path in map(PurePath, names):
+        if path.name == PROVENANCE:
+            (root / path).write_bytes(read_small(remote, path))
+
+
 @contextmanager
 def standing_for(remote: Remote, root: Path, names: Iterable[str]) -> Iterator[None]:
     """Let files of the outline stand for those of the repository: whoever reads their tensors is given theirs."""

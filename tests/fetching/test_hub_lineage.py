@@ -12,6 +12,8 @@ import pytest
 from hub_server import Blob
 from oracle import files_of
 
+import loratool
+
 if TYPE_CHECKING:
     from hub_client import Client
     from hub_server import HubServer
@@ -83,3 +85,17 @@ def test_a_hub_that_has_other_bytes_under_a_commit_is_refused(
     told = client.refused("reproduce", tmp_path / "made", "-o", tmp_path / "again", code=3)
     assert re.search(rf"{config} (differs from the bytes|has \d+ bytes, not \d+)", told), told
     assert not (tmp_path / "again").exists()
+
+
+def test_what_made_a_model_or_an_adapter_is_told_from_its_repository(
+    hub: HubServer, client: Client, models: Path, tmp_path: Path
+) -> None:
+    """Their records are small files, which are read beside the headers."""
+    loratool.merge(models / "base", models / "adapter", tmp_path / "model", device="cpu")
+    loratool.rescale(models / "adapter", tmp_path / "half", scale=0.5)
+    for name in ("model", "half"):
+        hub.add(f"org/{name}", tmp_path / name)
+        told = json.loads(client.works("inspect", f"org/{name}", "--json").out)["results"][0]
+        here = json.loads(json.dumps(loratool.inspect(tmp_path / name).to_dict()))
+        assert here["history"]["made_by"] == ("merge" if name == "model" else "rescale")
+        assert told["history"] == {**here["history"], "name": f"org/{name}"}
