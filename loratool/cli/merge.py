@@ -158,7 +158,7 @@ def merge(
         pictures.write(plan)
         return
     with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
-        report = with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, knows_stores=True)
+        report = with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, is_merge=True)
     screen.show(report)
     pictures.write(report)
 
@@ -190,7 +190,7 @@ def merge_in_parts(
             screen.show(merge_part(base, adapters, out, options, options.part, progress))
     else:
         with screen.bar("checking", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
-            report = with_push(finish, (base, adapters, out), options, progress, push_progress, knows_stores=True)
+            report = with_push(finish, (base, adapters, out), options, progress, push_progress, is_merge=True)
         screen.show(report)
         if report.merge is not None:
             pictures.write(report.merge)

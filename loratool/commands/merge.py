@@ -85,7 +85,7 @@ def merge(
         HubError: the output is complete, but the Hub refused the push.
     """
     options = made_of(MergeAndPushOptions, keywords, "merge")
-    return with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, knows_stores=True)
+    return with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, is_merge=True)
 
 
 def abort_merge(out: PathLike) -> AbortReport:

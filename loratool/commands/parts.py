@@ -79,7 +79,7 @@ def finish_merge(
         StorageError: a disk or file-system error; the parts are kept.
     """
     options = made_of(MergeAndPushOptions, keywords, "finish_merge")
-    return with_push(in_parts.finish, (base, adapters, out), options, progress, push_progress, knows_stores=True)
+    return with_push(in_parts.finish, (base, adapters, out), options, progress, push_progress, is_merge=True)
 
 
 @keyword_options(MergeOptions)

@@ -25,17 +25,22 @@ def with_push(
     options: PublishOptions,
     progress: Progress | None,
     push_progress: Progress | None,
-    knows_stores: bool = False,
+    is_merge: bool = False,
 ) -> Report:
     """The report of `make(*operands, options, progress)`, whose output is pushed where that is asked for.
 
-    The last operand is OUT. Where that is in a store, it is made here and then put there, unless `make` knows stores.
+    The last operand is OUT. Where that is in a store, it is made here and then put there, but for merges, which know
+    stores. These make models, which are not pushed next to an adapter.
     """
     if options.destination is not None:  # that a push is possible is found out before the work for it is done
         from loratool.publishing.committing import full_name
 
-        full_name(options.destination)
-    if knows_stores or not is_in_store(operands[-1]):
+        repo = full_name(options.destination)
+        if is_merge:
+            from loratool.publishing.pushing import check_no_adapter
+
+            check_no_adapter(repo)
+    if is_merge or not is_in_store(operands[-1]):
         report = make(*operands, options, progress)
     else:
         from loratool.publishing.storing import made_in_store

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from loratool.adapters.formats.known import PEFT_CONFIG
 from loratool.arguments import Progress
 from loratool.errors import UsageError, printable
+from loratool.fetching.client import api, asking, patiently
 from loratool.fetching.stores import brought
 from loratool.files.folders import MODEL_INDEX
 from loratool.files.pipelines import is_index
@@ -100,13 +101,25 @@ def check_alone(repo: str, selection: Selection, there: Collection[str]) -> Iter
     """
     sent = {upload.name for upload in selection.uploads}
     if selection.kind == "model" and PEFT_CONFIG in there and PEFT_CONFIG not in sent:
-        raise UsageError(
-            f"{printable(repo)} contains an adapter ({PEFT_CONFIG}), which transformers would load on top of the "
-            "model; push the model to another repository, or delete the adapter's files from this one"
-        )
+        raise next_to_adapter(repo)
     weights = [name for name in set(there) - sent if name.endswith(".safetensors") and not folder_of(name)]
     if selection.kind == "adapter" and PEFT_CONFIG in sent and weights and "config.json" in there:
         yield Note("model-in-repo", f"{repo} contains a model, too: transformers puts this adapter on top of it")
+
+
+def check_no_adapter(repo: str) -> None:
+    """Raise `UsageError` for a repository with an adapter, before a model is made for it."""
+    with asking(repo):
+        found = patiently(lambda: api().file_exists(repo, PEFT_CONFIG))
+    if found:
+        raise next_to_adapter(repo)
+
+
+def next_to_adapter(repo: str) -> UsageError:
+    return UsageError(
+        f"{printable(repo)} contains an adapter ({PEFT_CONFIG}), which transformers would load on top of the model; push "
+        "the model to another repository, or delete the adapter's files from this one"
+    )
 
 
 def outdated(selection: Selection, there: set[str]) -> list[str]:

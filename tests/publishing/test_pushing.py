@@ -157,6 +157,9 @@ def test_a_model_is_not_pushed_next_to_an_adapter(hub: HubServer, client: Client
     assert "alice/new contains an adapter (adapter_config.json)" in said
     assert "another repository" in said
     assert held(hub, "alice/new") == before
+    words = ("merge", models / "model", models / "adapter", "-o", client.home / "merged", "--push-to-hub", "alice/new")
+    assert "alice/new contains an adapter" in client.refused(*words, code=2)
+    assert not (client.home / "merged").exists()  # found out before any work
     client.works("push", models / "model", "alice/base")
     report = json.loads(client.works("push", models / "adapter", "alice/base", "--json").out)
     assert "model-in-repo" in {note["code"] for note in report["notes"]}
