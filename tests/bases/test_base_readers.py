@@ -307,7 +307,7 @@ def test_only_readers_and_copies_know_where_the_bytes_of_a_tensor_lie() -> None:
     }
     assert asking == {
         "adapters/adapter.py",  # StoredTensor.read, which reads for stored weights as well
-        "files/safefile.py",  # a selection asks the file that it is of
+        "files/views.py",  # a selection asks the file that it is of
         "files/digests.py",  # a chunk that is hashed
         "files/seen_digests.py",  # a chunk of which some was read, and the rest is hashed
         "files/known_digests.py",  # a range that is recorded
