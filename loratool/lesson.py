@@ -100,7 +100,7 @@ def learn(down: Tensor, up: Tensor, change: Tensor, second_moment: Tensor) -> No
 
 def by_hand(home: Path) -> str:
     """The calculation on the 6 × 4 matrix as text, from the files."""
-    down, up = factors_of(home / "matrix-adapter")
+    down, up = factors_of(home / "matrix-adapter", MATRIX)
     rows = [
         ("A (r × k = 2 × 4)", down),
         ("B (d × r = 6 × 2)", up),
@@ -113,7 +113,7 @@ def by_hand(home: Path) -> str:
 
 def merged_matrix(home: Path) -> str:
     """The matrix that the merge wrote, as text; raises `VerificationError` where it is not W₀ + s·BA."""
-    down, up = factors_of(home / "matrix-adapter")
+    down, up = factors_of(home / "matrix-adapter", MATRIX)
     merged = tensors_of(home / "matrix-merged")[MATRIX]
     if not torch.equal(merged, tensors_of(home / "matrix")[MATRIX] + MATRIX_ALPHA / len(down) * up @ down):
         raise VerificationError(f"{MATRIX}: the merged matrix is not W₀ + s·BA")
@@ -124,9 +124,9 @@ def numbers(matrix: Tensor) -> str:
     return "\n".join("  " + " ".join(f"{value:5g}" for value in row) for row in matrix.tolist())
 
 
-def factors_of(adapter: Path) -> tuple[Tensor, Tensor]:
+def factors_of(adapter: Path, weight: str) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) as they are stored."""
-    down, up = WRITTEN.spelling({MATRIX: Kind.LINEAR}).factors(MATRIX)
+    down, up = WRITTEN.spelling({weight: Kind.LINEAR}).factors(weight)
     tensors = tensors_of(adapter)
     return tensors[down], tensors[up]
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from loratool.errors import LoratoolError, printable
+from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.inputs import json_object, open_regular, read_bounded
 from loratool.files.safefile import SafeFile, read_safefile
 from loratool.notes import Note
@@ -221,3 +221,8 @@ def module_files(folder: Path) -> dict[str, Path]:
             here = [Path(where, name).relative_to(folder) for name in files if not name.startswith(".")]
             names += [path.as_posix() for path in here if not any(fnmatch(path.name, state) for state in STATES)]
     return {name: folder / name for name in sorted(names)}
+
+
+def without_config(path: Path) -> InputError:
+    """The error for weights whose config is not where it should be."""
+    return InputError(f"{printable(path)} is missing, and with it the rank and alpha; copy it from the training output")

@@ -20,8 +20,15 @@ REGISTRY = "adapters/formats/__init__.py"  # the one file that may import the fo
 # Ordinary words that are fields of PEFT's configs too: the word, what it means where it stands, and where that is.
 WORDS = {
     "r": (
-        "the mode of torch.linalg.qr that gives R alone, the rank of `LoRALinear`, or a field of torchtune's own config",
-        ("nn.py", "algebra/", "reworking/extracting/differences.py", "adapters/formats/torchtune.py"),
+        "the mode of torch.linalg.qr that gives R alone, the rank of `LoRALinear`, a field of torchtune's own config, or what "
+        "people type for an option",
+        (
+            "nn.py",
+            "algebra/",
+            "cli/unknown_options.py",
+            "reworking/extracting/differences.py",
+            "adapters/formats/torchtune.py",
+        ),
     ),
     "lora_alpha": (
         "a setting of the trainers' own",
@@ -36,7 +43,7 @@ WORDS = {
                 "bases/binding/aliases.py",
                 "bases/trained_view.py",
                 "errors.py",
-                "merging/planning.py",
+                "merging/draft.py",
                 "inspecting/inspect.py",
             ),
             *(
@@ -50,17 +57,19 @@ WORDS = {
         ),
     ),
     "alpha": (
-        "an option of rescale, a line of inspect, a column of its table, a setting of other trainers, or a tensor of other tools' files",
+        "an option of rescale, what people type for one, a line of inspect, a column of its table, a setting of other trainers, "
+        "or a tensor of other tools' files",
         (
             *("reworking/rescale.py", "results/facts.py", "results/fleet.py", "inspecting/fleet/conditions.py"),
-            "pictures/fleet.py",
+            *("pictures/fleet.py", "cli/unknown_options.py"),
             *("adapters/formats/mlx.py", "adapters/formats/megatron.py", "adapters/formats/roles/"),
         ),
     ),
     "scaling": (
-        "a line of inspect and of rescale, another word for a column",
-        ("results/facts.py", "results/rescale.py", "inspecting/fleet/conditions.py"),
+        "a line of inspect and of rescale, another word for a column, what people type for an option",
+        ("results/facts.py", "results/rescale.py", "inspecting/fleet/conditions.py", "cli/unknown_options.py"),
     ),
+    "fan_in_fan_out": ("an option of merge and inspect", ("inspecting/options.py",)),
     "rank_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "alpha_pattern": ("a line of inspect, and a field of its facts", ("results/facts.py",)),
     "adapters": (

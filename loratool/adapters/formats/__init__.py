@@ -21,9 +21,8 @@ from loratool.adapters.formats.known import (
 )
 from loratool.adapters.formats.named import Named
 from loratool.adapters.formats.peft import PEFT
-from loratool.adapters.formats.peft.files import without_config
 from loratool.adapters.reading import AS_STORED, Reading
-from loratool.adapters.weight_files import MODEL_CONFIG
+from loratool.adapters.weight_files import MODEL_CONFIG, without_config
 from loratool.errors import InputError, LoratoolError, about, printable
 from loratool.files.containers import foreign_file, instead_of_weights, refuse_compressed
 from loratool.files.folders import MODEL_INDEX, WEIGHT_FILES

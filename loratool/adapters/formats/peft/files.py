@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.formats.peft.keys import family_of, path_of
-from loratool.adapters.weight_files import weight_files
+from loratool.adapters.weight_files import weight_files, without_config
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.checkpoint import check_index, check_numbering, read_index, read_shards
 from loratool.files.containers import foreign_file, instead_of_weights
@@ -168,11 +168,6 @@ def config_at(path: Path) -> Path:
     if not (folder / CONFIG).is_file() and len(inside := sorted(folder.glob(f"*/{CONFIG}"))) == 1:
         folder = inside[0].parent
     return folder / CONFIG
-
-
-def without_config(path: Path) -> InputError:
-    """The error for weights whose config is not where it should be."""
-    return InputError(f"{printable(path)} is missing, and with it the rank and alpha; copy it from the training output")
 
 
 def read_config(path: Path) -> dict[str, Any]:
