@@ -1,4 +1,4 @@
-"""Write the numbers of the pages from the results of one commit, or check that no other number stands there.
+"""Write the numbers of the pages from results of commits, or check that no other number stands there.
 
 python benchmarks/numbers.py RESULT.json...     keeps the results in benchmarks/results and writes the pages
 python benchmarks/numbers.py                    writes the pages from the kept results

@@ -67,23 +67,16 @@ NUMBER = re.compile(r"\d")
 TIME = re.compile(r"\d ?(?:s|ms|µs|seconds?|minutes?|hours?|[kMG]B/s)\b")  # also a rate
 
 
-class MixedResultsError(Exception):
-    """Results that do not belong together."""
+class UnnamedCodeError(Exception):
+    """Results of code that is no commit."""
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Results, in the order of their names; those of a machine are of one commit, or `MixedResultsError` says which are not.
-
-    A machine that is not at hand keeps the results of the last commit that was measured there.
-    """
+    """Results, in the order of their names. Raises `UnnamedCodeError` where the code that was measured is no commit."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
-    kinds = {(machine_of(one), one["commit"], one["code"]) for one in results}
-    if len(kinds) > len({machine for machine, *_ in kinds}):
-        lines = [f"  {p.name}: {r['commit']}, code {r['code']}" for p, r in zip(sorted(paths), results, strict=True)]
-        raise MixedResultsError("\n".join(["these results of one machine are of more than one commit:", *lines]))
-    for _, name, _ in kinds:
+    for name in dict.fromkeys(each["commit"] for each in results):
         if not re.fullmatch(r"[0-9a-f]{7,40}", name):
-            raise MixedResultsError(f"the code that was measured is not a commit ({name}): commit it and measure again")
+            raise UnnamedCodeError(f"the code that was measured is not a commit ({name}): commit it and measure again")
     return results
 
 
@@ -119,16 +112,17 @@ def problems(root: Path) -> Iterator[str]:
 
 
 def keep(paths: Sequence[Path], kept: Path) -> None:
-    """Copy results to the kept ones. Those of the same machine that are of another commit, or of the same command, go.
+    """Copy results to the kept ones. Older ones of the same machine, and those of the same command, go.
 
-    Raises `MixedResultsError` before anything is changed.
+    Raises `UnnamedCodeError` before anything is changed.
     """
     new = read_results(paths)
     kept.mkdir(parents=True, exist_ok=True)
     for path in {*kept.glob("*.json")} - {path.resolve() for path in paths}:
         old = json.loads(path.read_text(encoding="utf-8"))
         same = [each for each in new if machine_of(each) == machine_of(old)]
-        if any(each["code"] != old["code"] or each["command"] == old["command"] for each in same):
+        again = any(each["command"] == old["command"] for each in same)
+        if same and (again or old["code"] not in {each["code"] for each in same}):
             print(f"{path.name}: removed; it is of {old['commit']}")
             path.unlink()
     for path in paths:
@@ -153,7 +147,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = REPOSITORY) -> Non
         if options.results:
             keep(options.results, root / RESULTS)
         results = read_results([*(root / RESULTS).glob("*.json")])
-    except MixedResultsError as error:
+    except UnnamedCodeError as error:
         sys.exit(str(error))
     for path in pages_of(root):
         page = path.read_text(encoding="utf-8")

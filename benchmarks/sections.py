@@ -35,18 +35,8 @@ COLUMNS = 4  # merges in one table of stages
 
 
 def performance(results: Sequence[Result]) -> str:
-    """The whole of them, after a line with the commits."""
-    return "\n\n".join([intro(results), *sections(results)])
-
-
-def intro(results: Sequence[Result]) -> str:
-    if not results:
-        return UNMEASURED
-    commits = {machine_of(each): each["commit"] for each in results}
-    if len({*commits.values()}) == 1:
-        return f"All numbers were measured at commit `{results[0]['commit']}`."
-    places = "; ".join(f"{machine}: `{commit}`" for machine, commit in commits.items())
-    return f"All numbers of a machine were measured at one commit. {places}."
+    """The whole of them."""
+    return "\n\n".join(sections(results)) if results else UNMEASURED
 
 
 def sections(results: Sequence[Result]) -> Iterator[str]:
@@ -71,8 +61,8 @@ def sections(results: Sequence[Result]) -> Iterator[str]:
 def section(result: Result) -> Iterator[str]:
     """The command, the findings, and the runs that they are of."""
     yield f"```console\n$ {result['command']}\n```"
-    if load := result["machine"].get("load before"):
-        yield f"Load of the machine before it began: {load}."
+    load = result["machine"].get("load before")
+    yield f"Measured at commit `{result['commit']}`{f'; load of the machine before it began: {load}' if load else ''}."
     rows = [
         (each["what"].strip(), each["target"], with_note(each), verdict(each["met"], each["aimed"]))
         for each in result["findings"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -207,36 +208,26 @@ def test_a_range_is_that_of_all_machines(root: Path, tmp_path_factory: pytest.Te
     assert "Merging into nf4 takes 0.91 to 1.34 times as long" in (root / pages.README).read_text()
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({"commit": "aaaaaaaaaa"}, "more than one commit"),
-        ({"code": "abd"}, "more than one commit"),
-        ({}, None),
-    ],
-)
-def test_a_mixture_of_commits_is_refused(
-    root: Path, tmp_path_factory: pytest.TempPathFactory, other: dict[str, str], message: str | None
-) -> None:
-    """Two results of one commit and one source are taken; any other two are not, and nothing is written."""
-    paths = keep(tmp_path_factory.mktemp("results"), one=result(), two=result(**other))
-    before = (root / pages.PERFORMANCE).read_text()
-    if message is None:
-        pages.main(paths, root)
-        return
-    with pytest.raises(SystemExit, match=message):
-        pages.main(paths, root)
-    assert (root / pages.PERFORMANCE).read_text() == before
-    assert not (root / pages.RESULTS).exists()
-
-
-def test_each_machine_has_a_commit_of_its_own(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A machine that is not at hand keeps what was measured there, and the page says of which commit that is."""
-    far = result(commit="aaaaaaaaaa", code="abd", machine={**result()["machine"], "GPU": "Far"})
-    pages.main(keep(tmp_path_factory.mktemp("results"), one=result(), two=far), root)
+def test_each_table_names_its_commit(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Results that are kept together may be of several commits and of several machines."""
+    other = result(commit="aaaaaaaaaa", code="abd", command="python benchmarks/engine.py --rows other")
+    far = result(commit="bbbbbbbbbb", code="abe", machine={**result()["machine"], "GPU": "Far"})
+    pages.main(keep(tmp_path_factory.mktemp("results"), one=result(), two=other, three=far), root)
     page = (root / pages.PERFORMANCE).read_text()
-    assert "Abacus, 3 cores: `0123456789`; Abacus, 3 cores, Far: `aaaaaaaaaa`." in page
+    assert [re.findall(r"at commit `(\w+)`", part) for part in page.split("\n## ")[1:]] == [
+        ["0123456789", "aaaaaaaaaa"],
+        ["bbbbbbbbbb"],
+    ]
     assert checked(root) == 0
+
+
+def test_older_results_of_a_machine_go(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One of a commit that none of the new ones has, whatever its command; those of other machines stay."""
+    far = result(machine={**result()["machine"], "GPU": "Far"})
+    old = result(command="python benchmarks/engine.py --rows other")
+    pages.main(keep(tmp_path_factory.mktemp("results"), far=far, old=old), root)
+    pages.main(keep(tmp_path_factory.mktemp("results"), new=result(commit="aaaaaaaaaa", code="abd")), root)
+    assert sorted(path.stem for path in (root / pages.RESULTS).iterdir()) == ["far", "new"]
 
 
 @pytest.mark.parametrize("commit", ["unknown", "0123456789+"])
