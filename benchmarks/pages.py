@@ -68,12 +68,19 @@ TIME = re.compile(r"\d ?(?:s|ms|µs|seconds?|minutes?|hours?|[kMG]B/s)\b")  # al
 
 
 class UnnamedCodeError(Exception):
-    """Results of code that is no commit."""
+    """Results of code that is no commit, or not the one that they name."""
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Results, in the order of their names. Raises `UnnamedCodeError` where the code that was measured is no commit."""
+    """Results, in the order of their names.
+
+    Raises `UnnamedCodeError` where the code that was measured is no commit, or results of one commit are of different code.
+    """
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
+    codes: dict[str, str] = {}
+    for path, each in zip(sorted(paths), results, strict=True):
+        if codes.setdefault(each["commit"], each["code"]) != each["code"]:
+            raise UnnamedCodeError(f"{path.name}: other code than that of another result of commit {each['commit']}")
     for name in dict.fromkeys(each["commit"] for each in results):
         if not re.fullmatch(r"[0-9a-f]{7,40}", name):
             raise UnnamedCodeError(f"the code that was measured is not a commit ({name}): commit it and measure again")

@@ -77,10 +77,11 @@ def unlike_weight(name: str, base: Checkpoint, adapter: Adapter) -> str:
         if folder is None or os.path.samefile(folder, base.root) or (base.root / PROVENANCE).is_file():
             return ""
         named = open_checkpoint(folder)
-        pairs = [(named.stored[each], base.stored[each], each) for each in adapter.updates if each in named.stored and each in base.stored]  # fmt: skip
-        alike = [
-            (one.nbytes, each) for one, other, each in pairs if (one.dtype, one.shape) == (other.dtype, other.shape)
-        ]
+        alike: list[tuple[int, str]] = []
+        for each in adapter.updates:
+            there, here = named.stored.get(each), base.stored.get(each)
+            if there is not None and here is not None and (there.dtype, there.shape) == (here.dtype, here.shape):
+                alike.append((there.nbytes, each))
         if not alike:
             return ""
         weight = min(alike)[1]

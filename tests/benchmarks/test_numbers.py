@@ -221,6 +221,14 @@ def test_each_table_names_its_commit(root: Path, tmp_path_factory: pytest.TempPa
     assert checked(root) == 0
 
 
+def test_results_of_one_commit_are_of_one_code(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A tree that was taken for another commit is found by the digest of its source, and nothing is written."""
+    other = result(code="abd", command="python benchmarks/engine.py --rows other")
+    with pytest.raises(SystemExit, match="other code than that of another result of commit 0123456789"):
+        pages.main(keep(tmp_path_factory.mktemp("results"), one=result(), two=other), root)
+    assert not (root / pages.RESULTS).exists()
+
+
 def test_older_results_of_a_machine_go(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One of a commit that none of the new ones has, whatever its command; those of other machines stay."""
     far = result(machine={**result()["machine"], "GPU": "Far"})
