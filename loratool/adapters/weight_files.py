@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from loratool.errors import InputError, LoratoolError, printable
-from loratool.files.inputs import json_object, open_regular, read_bounded
 from loratool.files.safefile import SafeFile, read_safefile
+from loratool.files.untrusted import json_object, open_regular, read_bounded
 from loratool.notes import Note
 from loratool.templates import first_few
 

@@ -16,8 +16,8 @@ from loratool.errors import LoratoolError, printable
 from loratool.files.folders import PROVENANCE
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import parse
-from loratool.files.inputs import read_json
 from loratool.files.stand_ins import stand_in
+from loratool.files.untrusted import read_json
 from loratool.notes import Note
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from loratool.bases.siblings import served_with
 from loratool.bases.tied_weights import find_ties, tie_flag
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.inputs import read_json
 from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
+from loratool.files.untrusted import read_json
 from loratool.layouts.architectures import PACKED_WEIGHTS
 from loratool.layouts.presets import PRESETS
 from loratool.layouts.ties import TIED_BY_DEFAULT

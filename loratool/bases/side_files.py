@@ -18,8 +18,8 @@ from loratool.bases.packed import TWINS
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.folders import leaves
-from loratool.files.inputs import holds_text, special_files
 from loratool.files.model_files import TOKENIZER_FILES
+from loratool.files.untrusted import holds_text, special_files
 from loratool.layouts.architectures import CLASS_ENDS, IRREGULAR_CLASSES, LABEL_HEADS, TASK_CLASSES
 from loratool.layouts.ties import TEXT_CONFIGS, TIE_FLAGS
 from loratool.notes import Note

@@ -18,8 +18,8 @@ from loratool.arguments import PathLike
 from loratool.errors import UsageError, about, printable
 from loratool.files.folders import holds_weights
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
-from loratool.files.inputs import unreadable
 from loratool.files.names import at_home
+from loratool.files.untrusted import unreadable
 from loratool.stores.names import StorePath, parse_store
 
 if TYPE_CHECKING:

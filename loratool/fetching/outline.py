@@ -27,11 +27,11 @@ from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, PROVENANCE, sort_s
 from loratool.files.gguf import gguf_layout
 from loratool.files.gguf_splits import names_of_parts
 from loratool.files.hub_names import HubPath, way_inside
-from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
 from loratool.files.pipelines import files_of as files_of_pipeline, is_pipeline
 from loratool.files.safefile import PREFIX, header_length
 from loratool.files.small_tensors import READERS
 from loratool.files.stand_ins import standing
+from loratool.files.untrusted import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
 from loratool.lazy import hub, hub_utils
 
 Role = Literal["model", "adapter", "any"]

@@ -21,9 +21,9 @@ from loratool.fetching.outline import Role, needed, small_files
 from loratool.files import stand_ins
 from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, holds_weights, sidecar_of
 from loratool.files.gguf import gguf_layout
-from loratool.files.inputs import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.files.safefile import PREFIX, header_length
 from loratool.files.system import free_space, shell_word
+from loratool.files.untrusted import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
 from loratool.shown import size
 from loratool.stores import uploads
 from loratool.stores.begun import BEGIN, Begun

@@ -27,9 +27,9 @@ from loratool.files.folders import (
 )
 from loratool.files.gguf_splits import gguf_in, read_splits
 from loratool.files.hub_cache import name_of
-from loratool.files.inputs import LARGEST_INDEX, read_json, unreadable
 from loratool.files.names import has_other_parts
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_safefile
+from loratool.files.untrusted import LARGEST_INDEX, read_json, unreadable
 from loratool.notes import Note
 from loratool.shown import Shown
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.foreign_starts import archive
-from loratool.files.inputs import open_regular
 from loratool.files.safefile import read_safefile, start_of
 from loratool.files.system import shell_line, shell_word
+from loratool.files.untrusted import open_regular
 from loratool.templates import some
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loratool.errors import InputError, printable
-from loratool.files.inputs import open_regular
 from loratool.files.names import is_plain
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import Identity, Layout, LocalSource, SafeFile, TensorInfo
 from loratool.files.source import PIECE, Source, expect, read_pieces
 from loratool.files.stand_ins import hashed, stand_in
+from loratool.files.untrusted import open_regular
 from loratool.files.weight_formats import read_weight_file
 from loratool.templates import first_few
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratool.errors import InputError, printable
-from loratool.files.inputs import special_files
+from loratool.files.untrusted import special_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Set

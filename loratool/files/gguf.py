@@ -21,7 +21,6 @@ from typing import Any
 
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import foreign_start
-from loratool.files.inputs import open_regular, unreadable
 from loratool.files.safefile import (
     MOST_TENSORS,
     Identity,
@@ -31,6 +30,7 @@ from loratool.files.safefile import (
     read_exactly,
 )
 from loratool.files.stand_ins import told_identity
+from loratool.files.untrusted import open_regular, unreadable
 from loratool.layouts.ggml import ARRAY, BY_CODE, NUMBERS, STRING, TYPES
 from loratool.layouts.gguf import ARCHITECTURES, SIZES
 

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from loratool.files.inputs import open_regular, unreadable
 from loratool.files.safefile import MOST_TENSORS, PREFIX, header_length, read_exactly, read_safefile, start_of
+from loratool.files.untrusted import open_regular, unreadable
 
 KEY = b'"__metadata__"'
 METADATA = b"{" + KEY + b":"  # as the reference writes it, before all tensors

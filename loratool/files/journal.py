@@ -26,10 +26,10 @@ from typing import Any
 
 from loratool.errors import StorageError, printable
 from loratool.files.digests import Digest
-from loratool.files.inputs import json_object
 from loratool.files.names import is_plain
 from loratool.files.seen import Seen
 from loratool.files.system import belongs_to, current_user, open_file
+from loratool.files.untrusted import json_object
 
 FORMAT = 2  # loratool 0.1.0 wrote journals without a number
 HEAD = "loratool_stage"

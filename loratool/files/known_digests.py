@@ -17,9 +17,9 @@ from loratool.files.digests import (
 )
 from loratool.files.folders import PROVENANCE
 from loratool.files.hub_cache import sha256_of_link
-from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import Member
 from loratool.files.safefile import SafeFile, TensorInfo
+from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.files.weight_formats import is_own_file
 
 

@@ -12,12 +12,12 @@ from loratool.errors import ANOTHER_OUT, LoratoolError, StorageError, UsageError
 from loratool.files.digests import Digest, read_recorded, why_unlike
 from loratool.files.folders import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.hub_names import slashed
-from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import JOURNAL, REPLACED, ForeignError, Journal, look, read_journal, walk
 from loratool.files.locks import is_locked
 from loratool.files.model_files import MADE_HERE
 from loratool.files.names import check_separators, is_unusual, refused_name
 from loratool.files.system import create_file, shell_line, sync_file
+from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.files.weight_formats import read_weight_file
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from loratool.arguments import Progress
 from loratool.errors import InputError
 from loratool.files.digests import Digest
-from loratool.files.inputs import json_object
 from loratool.files.seen import Seen
+from loratool.files.untrusted import json_object
 
 if TYPE_CHECKING:
     import threading

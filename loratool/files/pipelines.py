@@ -11,8 +11,8 @@ from pathlib import Path
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, choose_index, choose_shards, open_folder, read_index
 from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, LeftOut, sort_side_files
-from loratool.files.inputs import read_json
 from loratool.files.safefile import SafeFile
+from loratool.files.untrusted import read_json
 from loratool.files.views import Selection
 from loratool.grouping import by_key
 from loratool.notes import Note

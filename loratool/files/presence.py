@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import UsageError, printable
-from loratool.files.inputs import json_object
 from loratool.files.process import host_name, is_running
 from loratool.files.staging import write_durably
 from loratool.files.system import create_file, sync_folder
+from loratool.files.untrusted import json_object
 
 BEAT = 10.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one after which a worker counts as dead

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import archive, foreign_start, is_text
-from loratool.files.inputs import RepeatedKeyError, json_object, open_regular, unreadable
 from loratool.files.source import read_pieces
 from loratool.files.stand_ins import stand_in, told_identity
 from loratool.files.system import copy_in_kernel, read_ahead, read_at, write_at
+from loratool.files.untrusted import RepeatedKeyError, json_object, open_regular, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

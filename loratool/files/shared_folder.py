@@ -26,7 +26,6 @@ from loratool.arguments import Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
 from loratool.files.digests import HASHES, digest_of_part
 from loratool.files.folders import PROVENANCE, sidecar_of
-from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.part_records import FilePart, PartRecord, PublishedError
@@ -38,6 +37,7 @@ from loratool.files.sink import PAGE, Memory
 from loratool.files.source import PIECE
 from loratool.files.staging import Stage, check_space, storage_error, write_durably
 from loratool.files.system import forget_cached, open_file, sync_file, sync_folder
+from loratool.files.untrusted import LARGEST_RECORD, read_json
 
 if TYPE_CHECKING:
     from loratool.files.digests import Digest

@@ -25,9 +25,9 @@ from loratool.fetching import headers, local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import SHARED, compressed_in
 from loratool.files.folders import PROVENANCE, holds_weights
-from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.pipelines import itself
 from loratool.files.safefile import SafeFile, TensorInfo
+from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.grouping import by_key
 from loratool.inspecting.health import examine, examine_model, tell_unreadable
 from loratool.inspecting.metadata import shortened_metadata

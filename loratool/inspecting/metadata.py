@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sized
 
 from loratool.errors import escaped
-from loratool.files.inputs import LARGEST_CONFIG, json_value
+from loratool.files.untrusted import LARGEST_CONFIG, json_value
 
 LONGEST = 160  # characters of a value that is shown whole
 LONGEST_PART = 40  # of one within another

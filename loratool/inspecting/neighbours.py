@@ -15,9 +15,9 @@ from typing import Any
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.sketching import SIZE, VERSION, spread
 from loratool.errors import InputError, UsageError, printable
-from loratool.files.inputs import json_value
 from loratool.files.outputs import check_file, check_local, write_file
 from loratool.files.safefile import Layout, read_safefile
+from loratool.files.untrusted import json_value
 from loratool.inspecting.twins import is_same
 from loratool.lazy import NDArray, numpy as np
 from loratool.notes import Note

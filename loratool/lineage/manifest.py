@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, LoratoolError, printable
-from loratool.files.inputs import read_bounded
+from loratool.files.untrusted import read_bounded
 from loratool.lazy import yaml
 from loratool.lineage.makers import Maker, Makers
 from loratool.options.described import JsonFile, Options, PathKind, described_by, made_of

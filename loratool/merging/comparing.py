@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from loratool.devices import start_torch
 from loratool.errors import InputError, printable
-from loratool.files.inputs import open_regular
 from loratool.files.safefile import LocalSource
 from loratool.files.sink import Arrived, Destination, Memory, piece_of, pieces_of
 from loratool.files.source import expect
 from loratool.files.stand_ins import stand_in
+from loratool.files.untrusted import open_regular
 from loratool.merging.engine import Engine
 from loratool.merging.tasks import Job
 

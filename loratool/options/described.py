@@ -25,8 +25,8 @@ from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.hub_cache import origin_of
 from loratool.files.hub_names import parse
-from loratool.files.inputs import json_value, read_bounded
 from loratool.files.names import at_home
+from loratool.files.untrusted import json_value, read_bounded
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SMALLEST_BARE_SIZE = 10**6  # a number of bytes below it was meant in another unit

@@ -20,7 +20,7 @@ from loratool.errors import escaped, printable
 from loratool.files.folders import CARD
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.hub_names import with_owner
-from loratool.files.inputs import LARGEST_RECORD, open_regular, read_json
+from loratool.files.untrusted import LARGEST_RECORD, open_regular, read_json
 from loratool.options.described import Options, place_word
 
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"

@@ -23,7 +23,7 @@ from loratool.files.digests import (
 )
 from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, record_for, walk
 from loratool.files.hub_cache import find_blob
-from loratool.files.inputs import LARGEST_RECORD, read_json
+from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.lazy import installed
 from loratool.notes import Note
 from loratool.templates import some

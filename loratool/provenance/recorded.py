@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.folders import PROVENANCE, record_for
-from loratool.files.inputs import LARGEST_RECORD, json_object, read_json
 from loratool.files.model_files import MADE_HERE
 from loratool.files.names import is_plain
+from loratool.files.untrusted import LARGEST_RECORD, json_object, read_json
 from loratool.files.weight_formats import read_weight_file
 
 if TYPE_CHECKING:

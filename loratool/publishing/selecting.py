@@ -21,12 +21,12 @@ from loratool.fetching import check_there
 from loratool.fetching.bases import named_base
 from loratool.files.digests import digest_of_bytes
 from loratool.files.folders import CARD, INDEX_SUFFIX, PROVENANCE, TRAINING_FOLDERS, LeftOut, leaves, sort_side_files
-from loratool.files.inputs import LARGEST_RECORD, json_object, open_regular, read_bounded
 from loratool.files.journal import MODEL, is_stage
 from loratool.files.outputs import as_json
 from loratool.files.safefile import PREFIX
 from loratool.files.source import PIECE
 from loratool.files.system import shell_word
+from loratool.files.untrusted import LARGEST_RECORD, json_object, open_regular, read_bounded
 from loratool.notes import Note
 from loratool.provenance.cards import addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in

@@ -30,13 +30,13 @@ from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, bring, opened
 from loratool.files.digests import Digest, is_hex, read_recorded, why_unlike
 from loratool.files.folders import CARD, MODEL_INDEX, PROVENANCE, LeftOut
-from loratool.files.inputs import json_object
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
 from loratool.files.outputs import as_json, check_stage
 from loratool.files.pipelines import identities, is_index, itself
 from loratool.files.shard_writer import LocalFolder
 from loratool.files.staging import Stage, check_space, workplace
+from loratool.files.untrusted import json_object
 from loratool.lazy import installed
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint

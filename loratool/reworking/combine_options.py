@@ -14,7 +14,7 @@ from loratool.algebra.methods.elementwise import Setting
 from loratool.algebra.methods.mixture import WEIGHTED_SUMS, Combination
 from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHODS, PICO, RULES, SPACES
 from loratool.errors import UsageError, printable
-from loratool.files.inputs import json_value
+from loratool.files.untrusted import json_value
 from loratool.options.described import FLAG, NUMBER, Choice, JsonFile, Kind, Number, option
 from loratool.options.shared import BlockOption, DeviceOption
 from loratool.options.writing import PublishOptions

@@ -19,7 +19,7 @@ from typing import Any
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.digests import read_recorded
 from loratool.files.folders import PROVENANCE
-from loratool.files.inputs import LARGEST_RECORD, check_bound, json_object
+from loratool.files.untrusted import LARGEST_RECORD, check_bound, json_object
 from loratool.stores import uploads
 from loratool.stores.names import StorePath
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loratool.errors import InputError, UsageError, printable
-from loratool.files.inputs import check_bound
 from loratool.files.safefile import Identity, Layout
 from loratool.files.small_tensors import TINY, SmallTensors
+from loratool.files.untrusted import check_bound
 from loratool.stores.client import THREADS, ConditionError, GoneError, PassingError, ask, connection, patiently
 from loratool.stores.names import StorePath
 

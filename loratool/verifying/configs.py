@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import LoratoolError, printable
 from loratool.files.folders import CARD
-from loratool.files.inputs import json_value
+from loratool.files.untrusted import json_value
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.notes import Note
 from loratool.results.verify import Diagnosis

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.digests import read_recorded
 from loratool.files.folders import PROVENANCE, record_for
-from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.process import peak_memory
 from loratool.files.system import shell_word
+from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.provenance import record
 from loratool.results.base import Cost
 from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verification

@@ -13,7 +13,7 @@ import pytest
 from malformed import ADAPTER, ADAPTER_CONFIG, INDEX, frame, put, write_adapter, write_sharded
 from workbench import Workbench
 
-from loratool.files import inputs, safefile
+from loratool.files import safefile, untrusted
 
 WHOLE = 1 << 40  # bytes of a sparse file: reading it would take minutes, holding it more memory than there is
 
@@ -125,7 +125,7 @@ def test_a_file_that_an_option_names_is_held_to_the_same_bounds(
 
 def test_a_tokenizer_of_any_size_and_content_is_copied_byte_for_byte(bench: Workbench) -> None:
     """It is never parsed, so neither its size nor what is in it matters; nor does that of a template that it has."""
-    content = b"[" * (inputs.LARGEST_CONFIG + 1) + b"\xff"
+    content = b"[" * (untrusted.LARGEST_CONFIG + 1) + b"\xff"
     (bench.adapter / "tokenizer.json").write_bytes(content)
     (bench.adapter / "tokenizer_config.json").write_bytes(content + b'"chat_template"')
     (bench.base / "chat_template.jinja").write_text("old")
@@ -161,11 +161,11 @@ def test_a_file_of_too_many_values_is_refused_before_it_is_parsed(
     """The bound of this test is a thousand; the real one keeps what is parsed below half a gigabyte."""
     name, text = TOO_MANY[case]
     put(bench.inputs / name, frame(text, b"") if case == "header" else text.encode())
-    monkeypatch.setattr(inputs, "MOST_VALUES", 1000)
+    monkeypatch.setattr(untrusted, "MOST_VALUES", 1000)
     if Path(name).parts[0] == "adapter":
         bench.refuses_to_inspect(bench.adapter, Path(name).name, "values, over the limit of 1000")
     bench.refuses_to_merge(Path(name).name, "values, over the limit of 1000")
-    monkeypatch.setattr(inputs, "MOST_VALUES", 3000)
+    monkeypatch.setattr(untrusted, "MOST_VALUES", 3000)
     assert "over the limit" not in bench.run("inspect", bench.inputs / Path(name).parts[0]).err
 
 
@@ -173,7 +173,7 @@ def test_commas_and_brackets_inside_of_texts_are_no_values(bench: Workbench, mon
     """A long chat template in a config does not make it too large."""
     text = '[{,"' * 1000 + "\\"
     write_adapter(bench.adapter, chat_template=text, **{text: "x"})
-    monkeypatch.setattr(inputs, "MOST_VALUES", 1000)
+    monkeypatch.setattr(untrusted, "MOST_VALUES", 1000)
     assert bench.run("inspect", bench.adapter).code == 0
 
 
@@ -183,7 +183,7 @@ def test_texts_without_an_end_are_counted_in_one_pass(
 ) -> None:
     """A search that began anew at each quote would take hours."""
     (bench.adapter / ADAPTER_CONFIG).write_text(text + "," * 50)
-    monkeypatch.setattr(inputs, "MOST_VALUES", 10)
+    monkeypatch.setattr(untrusted, "MOST_VALUES", 10)
     outcome = bench.run("inspect", bench.adapter)
     assert outcome.code == 3, outcome
 

@@ -27,9 +27,9 @@ from loratool.errors import InputError, LoratoolError, about, printable
 from loratool.files.containers import foreign_file, instead_of_weights, refuse_compressed
 from loratool.files.folders import MODEL_INDEX, WEIGHT_FILES
 from loratool.files.heads import Head, read_head
-from loratool.files.inputs import unreadable
 from loratool.files.model_files import MODEL_FILES, FileNames
 from loratool.files.process import without_collections
+from loratool.files.untrusted import unreadable
 
 if TYPE_CHECKING:
     from loratool.provenance.cards import Subject

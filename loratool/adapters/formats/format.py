@@ -13,8 +13,8 @@ from loratool.adapters.reading import AS_STORED, Reading
 from loratool.algebra.updates.additive import LowRank
 from loratool.errors import BAKE, FitError, InputError, Problem, UsageError, printable
 from loratool.files.folders import sort_side_files
-from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
+from loratool.files.untrusted import read_json
 from loratool.grouping import by_key
 from loratool.notes import Note
 

@@ -33,8 +33,8 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import BAKE, FitError, InputError, Problem, printable
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
-from loratool.files.inputs import read_json
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, read_safefile
+from loratool.files.untrusted import read_json
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.lazy import Tensor
 from loratool.notes import Note

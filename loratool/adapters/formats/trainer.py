@@ -24,8 +24,8 @@ from loratool.errors import InputError, Problem, printable
 from loratool.files.folders import sort_side_files
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
-from loratool.files.inputs import read_json
 from loratool.files.safefile import SafeFile, read_safefile
+from loratool.files.untrusted import read_json
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, printable
-from loratool.files.inputs import read_bounded
+from loratool.files.untrusted import read_bounded
 
 LINE = re.compile(r"""(?P<key>[\w.-]+):(?: +(?P<value>"[^"]*"|'[^']*'|[^\s#].*?))?(?: +#.*)? *""", re.ASCII)
 WORDS = {"true": True, "false": False, "null": None, "~": None}

@@ -9,9 +9,9 @@ from typing import Any
 from loratool.bases.decoded import Decoded, PackedModel
 from loratool.bases.packed import ENTRIES, TWINS, Setting, Settings
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.inputs import read_json
 from loratool.files.pipelines import Member, itself
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.untrusted import read_json
 
 PLAIN_ENDS = (".weight", ".bias")  # of names that no part of a packed weight has beside its values
 

@@ -46,8 +46,8 @@ from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settin
 from loratool.bases.weights import Memory, Plain, Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.inputs import json_object
 from loratool.files.open_sources import OpenSources
+from loratool.files.untrusted import json_object
 from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.lazy import NDArray, Tensor, numpy, torch
 

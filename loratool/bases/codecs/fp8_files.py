@@ -28,8 +28,8 @@ from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParam
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.inputs import json_object
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.files.untrusted import json_object
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.templates import listed

@@ -25,8 +25,8 @@ from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, pla
 from loratool.bases.weights import plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.inputs import json_object
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.untrusted import json_object
 
 # Class of a tensor → the dtypes that its values may have.
 READ = {

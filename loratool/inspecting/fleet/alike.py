@@ -16,8 +16,8 @@ from loratool.adapters.formats import CONFIGS
 from loratool.adapters.training_data import TRAINING_DATA
 from loratool.errors import LoratoolError
 from loratool.files.heads import METADATA
-from loratool.files.inputs import read_bounded
 from loratool.files.safefile import PREFIX
+from loratool.files.untrusted import read_bounded
 
 MOST_FILES = 64  # of a folder: one with more is read as it is
 LARGEST_HEADER = 8 << 20

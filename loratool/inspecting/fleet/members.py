@@ -16,7 +16,7 @@ from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
-from loratool.files.inputs import read_bounded
+from loratool.files.untrusted import read_bounded
 from loratool.stores.names import is_in_store, parse_store
 
 WILD = frozenset("*?[")

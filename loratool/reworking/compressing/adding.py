@@ -27,12 +27,12 @@ from loratool.fetching import local, place_of
 from loratool.files.containers import ENDING, SHARED
 from loratool.files.digests import digest_of
 from loratool.files.folders import PROVENANCE
-from loratool.files.inputs import LARGEST_RECORD, read_json
 from loratool.files.journal import Journal
 from loratool.files.outputs import as_json, write_file
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import staged
 from loratool.files.tensor_writer import tensor_file
+from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import Session, session
 from loratool.notes import Note

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from loratool.errors import Problem, printable
-from loratool.files.inputs import json_object
 from loratool.files.safefile import SafeFile
+from loratool.files.untrusted import json_object
 from loratool.notes import Note
 
 CONFIGS = "lora_adapter_metadata"  # of diffusers: PEFT's configs of all components, their fields as `unet.r`

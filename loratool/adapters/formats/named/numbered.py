@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from loratool.errors import printable
-from loratool.files.inputs import json_value
+from loratool.files.untrusted import json_value
 from loratool.layouts.diffusion.walks import ATTENTION, CLIP, GEGLU, ORDERS, UNET_CLASSES, Layer, Size, UnetWalk, clip
 from loratool.notes import Note
 

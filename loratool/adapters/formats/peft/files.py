@@ -13,9 +13,9 @@ from loratool.files.checkpoint import check_index, check_numbering, read_index, 
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.folders import INDEX_SUFFIX, NUMBERED, sort_side_files
 from loratool.files.hub_names import way_inside
-from loratool.files.inputs import read_json
 from loratool.files.model_files import FileNames
 from loratool.files.safefile import SafeFile, read_safefile
+from loratool.files.untrusted import read_json
 from loratool.files.views import SafeFiles
 from loratool.notes import Note
 

@@ -13,7 +13,7 @@ from typing import Any
 from loratool.adapters.formats.peft.draft import Draft
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.errors import LoratoolError, printable
-from loratool.files.inputs import open_regular
+from loratool.files.untrusted import open_regular
 from loratool.notes import Note
 
 OF_B, OF_A, DETAILS = "lora_B_layout", "lora_A_layout", "unsloth_fused_expert_lora"
