@@ -66,7 +66,7 @@ def test_resize(rule: dict[str, Any], tmp_path: Path) -> None:
 )
 def test_combine(method: str, space: str | None, tmp_path: Path) -> None:
     adapters = [write(tmp_path / str(seed), seed, 8) for seed in (1, 2)]
-    seed = {"seed": 3} if method in ("dare_ties", "della") else {}
+    seed: dict[str, Any] = {"seed": 3} if method in ("dare_ties", "della") else {}
     for device in ("cpu", "cuda"):
         loratool.combine(adapters, tmp_path / device, method=method, space=space, device=device, **seed)
     # of entries that lie at a threshold or next to zero, rounding decides
