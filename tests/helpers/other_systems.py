@@ -29,6 +29,7 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,11 @@ def reserved(name: str) -> bool:
     return stem in DEVICES or name.endswith((".", " ")) or any(c in '<>:"|?*' or ord(c) < 32 for c in name)
 
 
+def separated(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of `os.path` for which `\\` separates, too."""
+    return lambda path: real(os.fspath(path).replace("\\", "/") if not isinstance(path, bytes) else path)
+
+
 class Windows:
     """Stands before the file calls of Python and keeps to the rules of Windows below a folder."""
 
@@ -104,6 +110,8 @@ class Windows:
         builtins.open = io.open = patched  # type: ignore[assignment]
         os.O_BINARY = BINARY  # type: ignore[attr-defined]
         os.altsep = posixpath.altsep = "\\"
+        for name in ("split", "basename", "dirname"):
+            setattr(posixpath, name, separated(getattr(posixpath, name)))
         pathlib = sys.modules["pathlib"]
         if hasattr(pathlib, "_posix_flavour"):  # before Python 3.12
             pathlib._posix_flavour.altsep = "\\"
@@ -217,6 +225,7 @@ def become(system: str, root: str) -> None:
         without_names(*NO_POSIX)
         sys.modules["msvcrt"] = locks  # type: ignore[assignment]
         shutil.disk_usage = lambda path, room=room: room  # type: ignore[misc]
+        tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[assignment]  # an open file keeps its name
         Windows(root).install()
     without_proc()
 
