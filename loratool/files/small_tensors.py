@@ -14,7 +14,8 @@ from loratool.files.safefile import Layout, TensorInfo
 
 SMALL = 1 << 20  # bytes of a tensor that is not worth its file
 TINY = 4096  # bytes of a tensor that comes together with those of the same last name
-GAP = 1 << 16  # bytes between two tensors that are read along with both
+GAP = 1 << 18  # bytes between two tensors that are read along with both: they come in the time of one more request
+RANGE = 4 << 20  # bytes that are asked for together
 READERS = 8  # ranges that are asked for at the same time
 
 ReadRange = Callable[[int, int], bytes]  # (first byte of the file, how many) → the bytes
@@ -67,7 +68,7 @@ def neighbours(infos: Iterable[TensorInfo]) -> Iterator[list[TensorInfo]]:
     """Tensors in the order of their bytes, in groups that one range holds with little between them."""
     group: list[TensorInfo] = []
     for info in infos:
-        if group and (info.start - group[-1].stop > GAP or info.stop - group[0].start > SMALL):
+        if group and (info.start - group[-1].stop > GAP or info.stop - group[0].start > RANGE):
             yield group
             group = []
         group.append(info)

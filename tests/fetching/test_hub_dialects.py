@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from dialect_samples import DIALECTS, PARTS, write_image_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loratool
 
@@ -36,6 +36,23 @@ def test_an_adapter_is_inspected_on_the_hub_as_on_this_disk(
     hub.add("org/adapter", tmp_path / "adapter")
     there = json.loads(client.works("inspect", "org/adapter", "--json").out)["results"][0]
     assert without_place(there) == without_place(json.loads(json.dumps(loratool.inspect(here).to_dict())))
+
+
+def test_alphas_between_factors_come_by_few_requests(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    """Of forty layers with 160 KB of factors each, as attention of SDXL has them at rank 32, whose alphas lie between."""
+    module = "lora_unet_middle_block_1_transformer_blocks_{}_attn1_to_q"
+    tensors: dict[str, torch.Tensor] = {}
+    for number in range(40):
+        start = module.format(number)
+        tensors[f"{start}.alpha"] = torch.tensor(number + 1, dtype=torch.float16)
+        tensors[f"{start}.lora_down.weight"] = torch.zeros(32, 1280, dtype=torch.float16)
+        tensors[f"{start}.lora_up.weight"] = torch.zeros(1280, 32, dtype=torch.float16)
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / "style.safetensors")
+    hub.add("org/adapter", tmp_path / "adapter")
+    found = json.loads(client.works("inspect", "org/adapter", "--json").out)["results"][0]
+    assert len({module["alpha"] for module in found["modules"]}) == 40
+    assert len(hub.asked("GET", r"^/cdn/.*\.safetensors$")) <= 5
 
 
 IN_REPOSITORIES = {
