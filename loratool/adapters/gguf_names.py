@@ -1,4 +1,4 @@
-"""What the tensors of GGUF files are in transformers: names, and the order of rows."""
+"""What the tensors of GGUF files are in transformers: names, and the order of rows; and what an adapter's metadata call it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from loratool.algebra.updates.reordered import RowOrder
 from loratool.layouts.gguf import HEADS, STACKS, Architecture, Rows
 from loratool.lazy import Tensor
 
+A, B = ".lora_a", ".lora_b"
+ALPHA, REPOSITORY, HUB = "adapter.lora.alpha", "general.base_model.0.repo_url", "https://huggingface.co/"
 BLOCK = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>.+)")
+
+
+def base_in(place: str) -> str:
+    """The base's id on the Hub, where the address of its repository is there."""
+    return place.removeprefix(HUB) if place.startswith(HUB) else ""
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,11 @@ def test_tensors_decide_whose_adapter_a_file_is(tmp_path: Path) -> None:
             | {"a.switch_mlp.up_proj.m": numbers(3, 6)},
             "DoRA on experts",
         ),
+        (
+            {"a.switch_mlp.up_proj.lora_a": numbers(3, 2, 4), "a.switch_mlp.up_proj.lora_b": numbers(3, 6, 2)}
+            | {"a.experts.up_proj.lora_a": numbers(3, 2, 4), "a.experts.up_proj.lora_b": numbers(3, 6, 2)},
+            r"a\.experts\.0\.up_proj\.weight has a second update",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_its_name(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.format import Config, Format, Restated
 from loratool.adapters.formats.known import GgufFiles
+from loratool.adapters.gguf_names import REPOSITORY, base_in
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.unsettled import settled
 from loratool.errors import InputError, Problem, printable
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from loratool.files.heads import HasNames
     from loratool.files.tensor_writer import TensorFile, Triple
     from loratool.notes import Note
-
-REPOSITORY = "general.base_model.0.repo_url"
-HUB = "https://huggingface.co/"
 
 
 class GgufAdapter(GgufFiles, Format):
@@ -113,13 +111,12 @@ class GgufAdapter(GgufFiles, Format):
         return {REPOSITORY: self.file_at(folder).text(REPOSITORY)} if self.recognises(folder) else None
 
     def subject(self, config: Config) -> Subject:
-        place = str(config.get(REPOSITORY, ""))
         return Subject(
             title="LoRA adapter",
             trained_with="a tool for llama.cpp",
             library="",
             tags=("lora", "gguf", "llama-cpp"),
-            base=place.removeprefix(HUB) if place.startswith(HUB) else "",
+            base=base_in(str(config.get(REPOSITORY, ""))),
             ranks=(),
             snippet=lambda base, where: [],  # noqa: ARG005
         )

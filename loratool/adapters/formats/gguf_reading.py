@@ -10,8 +10,9 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor, unloaded
 from loratool.adapters.formats.format import Restated
+from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.rows import entry_of, of_rows
-from loratool.adapters.gguf_names import Back, InModel, in_model, order_of
+from loratool.adapters.gguf_names import ALPHA, REPOSITORY, A, B, Back, InModel, base_in, in_model, order_of
 from loratool.adapters.model_settings import attention_heads
 from loratool.adapters.reading import Reading
 from loratool.adapters.training import Training
@@ -26,12 +27,9 @@ from loratool.layouts.gguf import ARCHITECTURES, Architecture, Rows
 from loratool.notes import Note
 from loratool.results.repairs import some
 
-A, B = ".lora_a", ".lora_b"
 NORM = "_norm.weight"
-ALPHA, INVOCATION = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+INVOCATION = "adapter.alora.invocation_tokens"
 ARCHITECTURE, KIND = "general.architecture", "adapter.type"
-REPOSITORY = "general.base_model.0.repo_url"
-HUB = "https://huggingface.co/"
 
 
 @dataclass(frozen=True)
@@ -56,90 +54,71 @@ class Placed:
 
 
 @dataclass
-class Reader:
+class Reader(Found):
     """One file on its way to an adapter."""
 
-    file: GgufFile
-    architecture: Architecture
-    alpha: float  # 0 for a scale of 1
-    updates: dict[str, Update] = field(default_factory=dict)
-    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    unsupported: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    architecture: Architecture = field(kw_only=True)
+    trained: float = 0.0  # α, 0 for a scale of 1
     ranks: set[int] = field(default_factory=set)
 
     def read(self) -> None:
         """Take up every pair of factors."""
-        names = dict.fromkeys(name[: -len(A)] for name in self.file.tensors if name.endswith((A, B)))
-        for name in sorted(names):
-            if missing := [name + slot for slot in (A, B) if name + slot not in self.file.tensors]:
-                text = f"{printable(name)}: {printable(missing[0])} is missing"
-                self.problems.append(Problem(text, "missing-partner"))
+        for name in modules_with(self.file, (A, B)):
+            if (pair := self.partners(name, A, B)) is None:
                 continue
             found = in_model(name, self.architecture)
-            if not found.known:
+            if found.known:
+                self.take(name, found, *pair)
+            else:
                 self.unsupported.append(f"{printable(name)} has no known name in transformers")
-                continue
-            self.take(name, found, *(StoredTensor(self.file, self.file.tensors[name + slot]) for slot in (A, B)))
 
     def take(self, name: str, found: InModel, a: StoredTensor, b: StoredTensor) -> None:
         """The update of one tensor, or what is wrong with it."""
-        shapes = f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
+        names, shapes = (name + A, name + B), f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
         if odd := {a.info.dtype, b.info.dtype} - FLOAT_NAMES.keys():
             self.unsupported.append(
                 f"{printable(name)} has factors in {', '.join(sorted(odd))}; convert it in f32 or f16"
             )
         elif 0 in a.shape + b.shape:
-            self.problems.append(Problem(f"{printable(name)}: {shapes}; expected factors with values"))
+            self.refuse(name, f"{shapes}; expected factors with values")
         elif name == "token_embd.weight" and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
-            update = LowRank(a, b.T, self.scale(a.shape[1]), table=True)  # type: ignore[arg-type]  # loaded later
-            self.add(found.name, update, name)
+            self.add(found.name, LowRank(a, b.T, self.scale(a.shape[1]), table=True), names)  # type: ignore[arg-type]  # loaded later
         elif len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]:
-            self.take_matrix(name, found, a, b)
+            update = LowRank(b, a, self.scale(a.shape[0]), turnable=True)  # type: ignore[arg-type]  # the same
+            if found.rows is None:
+                self.add(found.name, update, names)
+            else:
+                self.add(found.name, Unsettled(b, a, update.scale, Placed(found.name, found.rows, update)), names)
         elif len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == (b.shape[0], b.shape[2]):
+            layer, _, part = found.name.rpartition(".")
             for expert in range(a.shape[0]):
-                layer, _, part = found.name.rpartition(".")
                 up, down = entry_of(b, expert), entry_of(a, expert)
                 update = LowRank(up, down, self.scale(a.shape[1]), turnable=True)  # type: ignore[arg-type]  # the same
-                self.add(f"{layer}.{expert}.{part}.weight", update, name)
+                self.add(f"{layer}.{expert}.{part}.weight", update, names)
         else:
-            self.problems.append(Problem(f"{printable(name)}: {shapes}; expected (rank, in) and (out, rank)"))
-
-    def take_matrix(self, name: str, found: InModel, a: StoredTensor, b: StoredTensor) -> None:
-        scale = self.scale(a.shape[0])
-        update = LowRank(b, a, scale, turnable=True)  # type: ignore[arg-type]  # loaded later
-        if found.rows is None:
-            self.add(found.name, update, name)
-        else:
-            self.add(found.name, Unsettled(b, a, scale, Placed(found.name, found.rows, update)), name)
+            self.refuse(name, f"{shapes}; expected (rank, in) and (out, rank)")
 
     def scale(self, rank: int) -> float:
         self.ranks.add(rank)
-        return self.alpha / rank if self.alpha else 1.0
-
-    def add(self, target: str, update: Update, name: str) -> None:
-        self.updates[target] = update
-        self.sources[target] = (name + A, name + B)
+        return self.trained / rank if self.trained else 1.0
 
 
 def adapter_in(file: GgufFile, path: Path, reading: Reading, form: str) -> tuple[Adapter, list[Problem]]:
     """The adapter of a file, which is at `path`, with all that is wrong with it; `form` is the format's name."""
     kind = file.text(ARCHITECTURE)
-    notes, unsupported = list(reading.unused()), list[str]()
+    found = Reader(file, reading, [*reading.unused()], architecture=ARCHITECTURES.get(kind, Architecture("")))
     if (lora := file.text(KIND)) != "lora":
-        unsupported.append(f"{KIND} is {printable(repr(lora))}; expected 'lora'")
+        found.unsupported.append(f"{KIND} is {printable(repr(lora))}; expected 'lora'")
     if INVOCATION in file.values:
-        unsupported.append(f"an activated LoRA, which works only behind certain tokens ({INVOCATION})")
+        found.unsupported.append(f"an activated LoRA, which works only behind certain tokens ({INVOCATION})")
     if kind not in ARCHITECTURES:
-        unsupported.append(f"architecture {printable(repr(kind))}; known: {', '.join(ARCHITECTURES)}")
-    alpha, problems = alpha_of(file, reading, notes)
-    found = Reader(file, ARCHITECTURES.get(kind, Architecture("")), alpha)
-    if not unsupported:
+        found.unsupported.append(f"architecture {printable(repr(kind))}; known: {', '.join(ARCHITECTURES)}")
+    found.trained = alpha_of(file, found)
+    if not found.unsupported:
         found.read()
-    norms = [name for name in file.tensors if name.endswith(NORM)]
-    if norms:
-        notes.append(Note("norms-ignored", f"whole norms are ignored, as llama.cpp ignores them: {some(norms)}"))
-    adapter = Adapter(
+    if norms := [name for name in file.tensors if name.endswith(NORM)]:
+        found.notes.append(Note("norms-ignored", f"whole norms are ignored, as llama.cpp ignores them: {some(norms)}"))
+    return Adapter(
         name=name_of(path).removesuffix(".gguf"),
         format=form,
         folder=file.path.parent,
@@ -149,34 +128,33 @@ def adapter_in(file: GgufFile, path: Path, reading: Reading, form: str) -> tuple
         updates=found.updates,
         sources=found.sources,
         training=training_of(file, found.ranks),
-        unsupported=(*unsupported, *found.unsupported),
+        unsupported=tuple(found.unsupported),
         unused=tuple(name for name in file.tensors if not name.endswith((A, B, NORM))),
-        notes=tuple(notes),
+        notes=tuple(found.notes),
         alone=path.is_file(),
-    )
-    return adapter, [*problems, *found.problems]
+    ), found.problems
 
 
-def alpha_of(file: GgufFile, reading: Reading, notes: list[Note]) -> tuple[float, list[Problem]]:
-    """α of all updates, 0 for a scale of 1; and what is wrong with it."""
+def alpha_of(file: GgufFile, found: Found) -> float:
+    """α of all updates; 0 for a scale of 1, or where a problem was told."""
     stored: object = file.values.get(ALPHA, 0.0)
     if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not math.isfinite(stored):
-        return 0.0, [Problem(f"{ALPHA} is {printable(repr(stored))}; expected a number")]
-    given = reading.input_alpha
+        found.problems.append(Problem(f"{ALPHA} is {printable(repr(stored))}; expected a number"))
+        return 0.0
+    given = found.reading.input_alpha
     if stored and given is not None:
         text = f"the file contains {ALPHA}, so --input-alpha {given:g} is ignored"
-        notes.append(Note("input-alpha-not-used", text))
-    if stored or given is not None:
-        return float(stored or given or 0.0), []
-    notes.append(Note("scale-assumed", f"{ALPHA} is 0 or missing, so updates are multiplied by 1, as llama.cpp does"))
-    return 0.0, []
+        found.notes.append(Note("input-alpha-not-used", text))
+    if not stored and given is None:
+        text = f"{ALPHA} is 0 or missing, so updates are multiplied by 1, as llama.cpp does"
+        found.notes.append(Note("scale-assumed", text))
+    return float(stored or given or 0.0)
 
 
 def training_of(file: GgufFile, ranks: set[int]) -> Training:
     """What the metadata tell of the training."""
-    place = file.text(REPOSITORY)
     return Training(
-        base=place.removeprefix(HUB) if place.startswith(HUB) else "",
+        base=base_in(file.text(REPOSITORY)),
         task="CAUSAL_LM",
         rank=next(iter(ranks)) if len(ranks) == 1 else None,
         in_out=False,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common, targets_by
-from loratool.adapters.gguf_names import in_model, order_of
+from loratool.adapters.gguf_names import ALPHA, HUB, REPOSITORY, A, B, in_model, order_of
 from loratool.adapters.layers import Form, Kind, expert_place
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
 from loratool.algebra.lowrank.products import Product
@@ -34,8 +34,6 @@ from loratool.results.repairs import some
 if TYPE_CHECKING:
     from loratool.adapters.formats.format import Format
 
-A, B = ".lora_a", ".lora_b"
-ALPHA, REPOSITORY, HUB = "adapter.lora.alpha", "general.base_model.0.repo_url", "https://huggingface.co/"
 HEAD = "lm_head.weight"
 
 

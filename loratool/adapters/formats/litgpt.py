@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import LitgptFiles
 from loratool.adapters.formats.rows import part_of
-from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
-from loratool.adapters.formats.yaml_lines import read_settings, with_number
+from loratool.adapters.formats.trainer import TrainerFormat, text_in, whole_in
+from loratool.adapters.formats.yaml_lines import read_settings
 from loratool.adapters.model_settings import attention_heads
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
@@ -93,12 +94,6 @@ class Litgpt(LitgptFiles, TrainerFormat):
         if not any(LAYER.fullmatch(module) for module in modules):
             return frozenset()
         return frozenset(name for module in modules for end in (A, B) if (name := module + end) in file.tensors)
-
-    def read_config(self, path: Path) -> Config:
-        return read_settings(path)
-
-    def with_setting(self, adapter: Adapter, path: tuple[str, ...], number: float) -> bytes | None:
-        return with_number(adapter.config_file.read_bytes(), path, number)
 
     def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:
         path = folder / MODEL

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor, derived
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import LoralibFiles
 from loratool.adapters.formats.rows import InParts, JoinedRows, Repeated
-from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with
+from loratool.adapters.formats.trainer import TrainerFormat
 from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update

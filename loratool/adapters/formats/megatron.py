@@ -22,21 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import FACTOR_NAMES, Adapter, Derived, StoredTensor
+from loratool.adapters.adapter import FACTOR_NAMES, Derived, StoredTensor
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.found import MISSING_PARTNER, Found, modules_with
 from loratool.adapters.formats.known import MegatronFiles
 from loratool.adapters.formats.rows import OfGroups, entry_of, of_rows, part_of
 from loratool.adapters.formats.tensor_ranks import DIVIDER, gathered, read_ranks
-from loratool.adapters.formats.trainer import (
-    MISSING_PARTNER,
-    Found,
-    TrainerFormat,
-    modules_with,
-    text_in,
-    value_in,
-    whole_in,
-)
-from loratool.adapters.formats.yaml_lines import read_settings, with_number
+from loratool.adapters.formats.trainer import TrainerFormat, text_in, value_in, whole_in
 from loratool.adapters.model_settings import Heads, attention_heads
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
@@ -136,20 +128,13 @@ class Megatron(MegatronFiles, TrainerFormat):
         paths = self.weights_at(folder)
         if folder in {path.parent for path in paths}:
             return super().weights_in(folder)
-        settings = self.config_at(folder)
-        config = self.read_config(settings) if settings else {}
+        _, config = self.settings_in(folder)
         if (whole_in(config, INTERLEAVED) or 1) > 1:
             raise InputError(
                 f"{printable(folder)}: its pipeline stages alternate ({INTERLEAVED}), so that nothing says which layers "
                 "each has; save it with a pipeline of one stage first"
             )
         return read_ranks(folder, paths, whole_in(config, "num_layers") or whole_in(config, "model", "num_layers"))
-
-    def read_config(self, path: Path) -> Config:
-        return read_settings(path)
-
-    def with_setting(self, adapter: Adapter, path: tuple[str, ...], number: float) -> bytes | None:
-        return with_number(adapter.config_file.read_bytes(), path, number)
 
     def model_at(self, folder: Path, config: Config) -> Mapping[str, Any]:
         own = {**config, **(table if isinstance(table := config.get("model"), dict) else {})}

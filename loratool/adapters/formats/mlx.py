@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor, is_scale
 from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, targets_by, uneven_dora
+from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import MlxFiles
 from loratool.adapters.formats.rows import entry_of
 from loratool.adapters.layers import EXPERT_LAYERS, Contents, Form, Kind, expert_place, is_expert
@@ -33,7 +34,7 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import BAKE, FitError, InputError, Problem, printable
 from loratool.files.heads import HasNames
 from loratool.files.hub_cache import name_of
-from loratool.files.safefile import FLOAT_NAMES, SafeFile, read_safefile
+from loratool.files.safefile import FLOAT_NAMES, read_safefile
 from loratool.files.untrusted import read_json
 from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.lazy import Tensor
@@ -51,29 +52,20 @@ CONTAINERS = {
     **dict.fromkeys(("gemma4", "gemma4_text"), "switch_glu"),
 }
 NO_SCALE = "pass --input-alpha, which is divided by the rank (releases that wrote no config multiplied by 20, the first ones by 2)"
-MISSING_PARTNER, AGAINST_TENSORS = "missing-partner", "config-against-tensors"  # codes of problems
+AGAINST_TENSORS = "config-against-tensors"  # the code of a problem
 
 
 @dataclass
-class Reader:
+class Reader(Found):
     """One file on its way to an adapter."""
 
-    file: SafeFile
-    scale: float | None  # None where α alone is known
-    alpha: float = 0.0
-    updates: dict[str, Update] = field(default_factory=dict)
-    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    unsupported: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    scale: float | None = None  # None where α alone is known
 
     def read(self) -> None:
         """Take up every tensor of a file of factors."""
-        modules = {name.rpartition(".")[0] for name in self.file.tensors if name.endswith((A, B))}
-        for module in sorted(modules):
+        for module in modules_with(self.file, (A, B)):
+            self.told.add(module + M)
             self.take(module)
-        known = {f"{module}{slot}" for module in modules for slot in (A, B, M)}
-        self.unused = [name for name in self.file.tensors if name not in known]
 
     def check_lengths(self, kind: object) -> None:
         """Find modules without DoRA's lengths where others have them, or all should by the `fine_tune_type`.
@@ -99,29 +91,25 @@ class Reader:
         for name in self.file.tensors:
             stored, experts = self.stored(name), experts_of(name.removesuffix(".weight"))
             if stored.info.dtype not in FLOAT_NAMES or 0 in stored.shape:
-                text = f"{printable(name)}: is {stored.info.dtype} {list(stored.shape)}; expected floats"
-                self.problems.append(Problem(text))
+                self.refuse(name, f"is {stored.info.dtype} {list(stored.shape)}; expected floats")
             elif experts and name.endswith(".weight") and len(stored.shape) == 3:
                 for at in range(stored.shape[0]):
-                    self.add(experts(at), Replace(entry_of(stored, at)), name)  # type: ignore[arg-type]  # loaded later
+                    self.add(experts(at), Replace(entry_of(stored, at)), [name])  # type: ignore[arg-type]  # loaded later
             else:
-                self.add(name, Replace(stored), name)  # type: ignore[arg-type]  # the same
+                self.add(name, Replace(stored), [name])  # type: ignore[arg-type]  # the same
 
     def take(self, module: str) -> None:
         """The update of one module, or what is wrong with it."""
-        if missing := [f"{module}{slot}" for slot in (A, B) if f"{module}{slot}" not in self.file.tensors]:
-            text = f"{printable(module)}: {printable(missing[0])} is missing"
-            self.problems.append(Problem(text, MISSING_PARTNER))
+        if (pair := self.partners(module, A, B)) is None:
             return
-        a, b = self.stored(module + A), self.stored(module + B)
+        a, b = pair
         shapes = f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
         if {a.info.dtype, b.info.dtype} - FLOAT_NAMES.keys():
-            dtypes = f"{a.info.dtype} and {b.info.dtype}"
-            self.problems.append(Problem(f"{printable(module)}: stored as {dtypes}; expected floats"))
+            self.refuse(module, f"stored as {a.info.dtype} and {b.info.dtype}; expected floats")
         elif len(a.shape) == len(b.shape) == 3:
             self.take_experts(module, a, b)
         elif len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0] or 0 in a.shape + b.shape:
-            self.problems.append(Problem(f"{printable(module)}: {shapes}; expected (in, rank) and (rank, out)"))
+            self.refuse(module, f"{shapes}; expected (in, rank) and (rank, out)")
         else:
             self.take_layer(module, a, b)
 
@@ -134,20 +122,18 @@ class Reader:
             lengths = self.stored(module + M)
             if lengths.shape != update.shape[:1] or lengths.info.dtype not in FLOAT_NAMES:
                 found = f"is {lengths.info.dtype} {list(lengths.shape)}"
-                text = f"{printable(module + M)}: {found}; expected {update.shape[0]} values that are floats"
-                self.problems.append(Problem(text))
+                self.refuse(module + M, f"{found}; expected {update.shape[0]} values that are floats")
                 return
             update = Magnitude(update, lengths)  # type: ignore[arg-type]
             names.append(module + M)
-        self.add(f"{module}.weight", update, *names)
+        self.add(f"{module}.weight", update, names)
 
     def take_experts(self, module: str, a: StoredTensor, b: StoredTensor) -> None:
         """The update of each expert's layer."""
         experts = experts_of(module)
         if a.shape[0] != b.shape[0] or a.shape[1] != b.shape[2] or 0 in a.shape + b.shape:
             shapes = f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
-            text = f"{printable(module)}: {shapes}; expected (experts, rank, in) and (experts, out, rank)"
-            self.problems.append(Problem(text))
+            self.refuse(module, f"{shapes}; expected (experts, rank, in) and (experts, out, rank)")
         elif experts is None or module + M in self.file.tensors:
             what = "DoRA on experts" if experts else "factors of experts on a module that is not known to have any"
             self.unsupported.append(f"{what} ({printable(module)}); fuse it with mlx_lm.fuse")
@@ -155,18 +141,11 @@ class Reader:
             for at in range(a.shape[0]):
                 up, down = entry_of(b, at), entry_of(a, at)
                 update = LowRank(up, down, self.scale_at(a.shape[1]), turnable=True)  # type: ignore[arg-type]  # loaded later
-                self.add(experts(at), update, module + A, module + B)
+                self.add(experts(at), update, [module + A, module + B])
 
     def scale_at(self, rank: int) -> float:
         """What multiplies the product of factors of a rank."""
-        return self.alpha / rank if self.scale is None else self.scale
-
-    def add(self, target: str, update: Update, *names: str) -> None:
-        self.updates[target] = update
-        self.sources[target] = names
-
-    def stored(self, name: str) -> StoredTensor:
-        return StoredTensor(self.file, self.file.tensors[name])
+        return (self.reading.input_alpha or 0.0) / rank if self.scale is None else self.scale
 
 
 def experts_of(module: str) -> Callable[[int], str] | None:
@@ -291,14 +270,14 @@ class Mlx(MlxFiles, Format):
         folder = path if path.is_dir() else path.parent
         notes = list(reading.unused())
         file = read_safefile(weights_in(path, notes) if path.is_dir() else path)
+        found = Reader(file, reading, notes)
         config, there = config_beside(file.path), (folder / CONFIG).is_file()
         if not there and reading.input_alpha is None:
             raise InputError(f"{printable(folder / CONFIG)} is missing, and with it the scale; {NO_SCALE}")
         if is_full(config):
-            found = Reader(file, 1.0)
             found.read_whole()
         else:
-            found = Reader(file, scale_of(config, reading.input_alpha, notes), reading.input_alpha or 0.0)
+            found.scale = scale_of(config, reading.input_alpha, notes)
             found.read()
             found.check_lengths("dora" if config.get("use_dora") is True else config.get("fine_tune_type"))
         alone = path.is_file() and path.name != WEIGHTS
@@ -313,7 +292,7 @@ class Mlx(MlxFiles, Format):
             sources=found.sources,
             training=training_of(config),
             unsupported=tuple(found.unsupported),
-            unused=tuple(found.unused),
+            unused=tuple(found.left_over()),
             notes=tuple(notes),
             beside=() if alone else weight_files(folder, file, {file.path.name}),
             alone=alone,

@@ -19,9 +19,10 @@ from typing import Any
 from loratool.adapters.adapter import Adapter, unloaded
 from loratool.adapters.formats import rows
 from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import TorchtuneFiles
 from loratool.adapters.formats.torchtune_writing import TorchtuneNames, ordered_file
-from loratool.adapters.formats.trainer import Found, TrainerFormat, modules_with, text_in, whole_in
+from loratool.adapters.formats.trainer import TrainerFormat, text_in, whole_in
 from loratool.adapters.layers import Kind, innermost
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
 from loratool.adapters.training import Training
