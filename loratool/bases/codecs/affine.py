@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs.byte_values import e4m3
-from loratool.bases.codecs.parts import TORCH_NAMES, WithParameters, read_range, wrong_scales
+from loratool.bases.codecs.parameters import InMemory, LineByLine, Parameters
+from loratool.bases.codecs.parts import TORCH_NAMES, wrong_scales
 from loratool.bases.weights import Room
 from loratool.lazy import Tensor, torch
 
@@ -15,7 +16,7 @@ LIMITS = {"I8": (-128, 127), "F8_E4M3": (-448, 448), "F8_E5M2": (-57344, 57344)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Affine(WithParameters):
+class Affine(LineByLine):
     """Values of 8 bits in blocks of any size. `tensors`: qdata, scale, and perhaps zero_point, and others."""
 
     blocks: tuple[int, ...]  # along each dimension; a block has one scale
@@ -34,25 +35,23 @@ class Affine(WithParameters):
         """Of the values on disk, however they are seen."""
         return self.tensors[0].info.shape
 
-    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        raw = room.read(self.tensors[0], first * self.line, count * self.line, device)
-        rows = self.scale_rows(first, count)
-        across, low = self.blocks[-1], int(rows.min())
-
-        def of_blocks(tensor: StoredTensor) -> Tensor:
-            some = read_range(tensor, low * across, (int(rows.max()) + 1) * across, device, room)
-            return some.float().view(-1, across)[(rows - low).to(device)]
-
-        return self.scaled(
-            raw, count, of_blocks(self.tensors[1]), of_blocks(self.tensors[2]) if self.has_zero else None
-        )
-
-    def scaled(self, raw: Tensor, count: int, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """Lines out of their bytes, and the scales and zeros of their blocks, (lines, blocks of a line)."""
+    def scaled(self, raw: Tensor, first: int, count: int, parameters: Parameters) -> Tensor:
+        scale, zero = self.of_lines(first, count, parameters)
         values = self.numbers(raw).view(count, self.blocks[-1], -1)
         if zero is not None:
-            values.sub_(zero[:, :, None])
-        return values.mul_(scale[:, :, None]).view(count, self.line)
+            values.sub_(zero)
+        return values.mul_(scale).view(count, self.line)
+
+    def of_lines(self, first: int, count: int, parameters: Parameters) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros of the blocks of some lines, (lines, blocks of a line, 1) of float32."""
+        rows, across = self.scale_rows(first, count), self.blocks[-1]
+        low, high = int(rows.min()), int(rows.max())
+
+        def of_blocks(tensor: StoredTensor) -> Tensor:
+            some = parameters.some(tensor, low * across, (high + 1) * across)
+            return some.float().view(-1, across, 1)[(rows - low).to(some.device)]
+
+        return of_blocks(self.tensors[1]), of_blocks(self.tensors[2]) if self.has_zero else None
 
     def numbers(self, raw: Tensor) -> Tensor:
         dtype = self.tensors[0].info.dtype
@@ -92,26 +91,11 @@ class Affine(WithParameters):
         return found
 
     def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        scale, zero = self.of_lines(parameters, first, len(values), values.device)
-        steps = values.reshape(len(values), self.blocks[-1], -1) / scale[:, :, None]
+        scale, zero = self.of_lines(first, len(values), InMemory(values.device, parameters))
+        steps = values.reshape(len(values), self.blocks[-1], -1) / scale
         if zero is not None:
-            steps.add_(zero[:, :, None])
+            steps.add_(zero)
         steps.clamp_(*self.limits)
         dtype = self.tensors[0].info.dtype
         stored: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
         return (steps.round_() if dtype == "I8" else steps).to(stored).view(torch.uint8).flatten()
-
-    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        return self.scaled(packed, count, *self.of_lines(parameters, first, count, packed.device))
-
-    def of_lines(
-        self, parameters: Mapping[str, Tensor], first: int, count: int, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scales and zeros of the blocks of some lines, (lines, blocks of a line) of float32."""
-        rows = self.scale_rows(first, count)
-        found = [
-            parameters[tensor.info.name].view(-1, self.blocks[-1])[rows.to(parameters[tensor.info.name].device)]
-            for tensor in self.tensors[1 : 2 + self.has_zero]
-        ]
-        scale, *zero = (each.float().to(device) for each in found)
-        return scale, zero[0] if zero else None

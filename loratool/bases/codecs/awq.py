@@ -9,18 +9,19 @@ first, are those of output 8c + ORDER[n]. Zero points are stored as they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.bit_fields import packed, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
-from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules
+from loratool.bases.codecs.gptq import SCALES, WAY_OUT, method_of, packed_modules, words_of
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.mixed import note_unlisted, skipped_by
-from loratool.bases.codecs.parts import Finder, is_count, shown, told
+from loratool.bases.codecs.parts import Finder, Unfit, is_count, shown
 from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices, texts_in
-from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
@@ -85,11 +86,10 @@ class Awq(Codec):
         if said is None or not (modules := packed_modules(base)):
             return None
         finder = Finder(base)
-        found = {
-            f"{module}.weight": weight
-            for module, group in settings_by_module(modules, said, finder, group_of).items()
-            if (weight := weight_of(finder, module, group)) is not None
-        }
+        found: dict[str, Packed] = {}
+        for module, group in settings_by_module(modules, said, finder, group_of).items():
+            with suppress(Unfit):
+                found[f"{module}.weight"] = weight_of(finder, module, group)
         if entries := said.get(SKIPPED):  # without a list, loaders go by what is in the files
             note_unlisted(finder, found, lambda modules: skipped_by(entries, modules, base), SKIPPED)
         finder.refuse(self.title, WAY_OUT)
@@ -119,8 +119,7 @@ class Awq(Codec):
 
 def said_by(settings: Settings) -> Mapping[str, Any] | None:
     """What a checkpoint says of its packing, where it is AWQ."""
-    values = settings.values
-    method = values.get("quant_method", values.get("method"))
+    values, method = settings.values, method_of(settings.values)
     if method is None:  # the files of AutoAWQ and llm-awq name none
         return values if "w_bit" in values and "q_group_size" in values else None
     return values if isinstance(method, str) and method.lower() == "awq" else None
@@ -143,28 +142,18 @@ def group_of(said: Mapping[str, Any]) -> int:
     return int(group)
 
 
-def weight_of(finder: Finder, module: str, size: int) -> AwqWeight | None:
-    """The weight of a module; None where anything of it is wrong, which is noted."""
-    info = finder.base.tensors
-    if f"{module}.weight" in info:
-        finder.note(f"{module}.weight", f"is there as well as {module}.qweight; a module must have one of them")
-        return None
-    values = info.get(f"{module}.qweight")
-    if values is not None and (len(values.shape) != 2 or not values.elements):
-        finder.note(values.name, f"must be a matrix with values, but it is {told(values)}")
-        return None
+def weight_of(finder: Finder, module: str, size: int) -> AwqWeight:
+    """The weight of a module. Raises `Unfit` where anything of it is wrong."""
+    values = words_of(finder, module)
     inputs, words = values.shape if values else (0, 0)
     group = inputs if size == -1 else size
     groups = -(-inputs // max(group, 1))
     why = f"for {[8 * words, inputs]} in {f'groups of {group}' if groups > 1 else 'one group'}"
-    parts = [
+    tensors = finder.every(
         finder.part(f"{module}.qweight", ["I32"], None, why),
         finder.part(f"{module}.qzeros", ["I32"], [groups, words] if values else None, why),
         finder.part(f"{module}.scales", SCALES, [groups, 8 * words] if values else None, why),
-    ]
-    tensors = tuple(part for part in parts if part is not None)
-    if len(tensors) < len(parts):
-        return None
+    )
     return AwqWeight(
         shape=(8 * words, inputs),
         line=inputs,

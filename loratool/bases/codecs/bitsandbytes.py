@@ -19,23 +19,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.mixed import note_unlisted, skipped_by
+from loratool.bases.codecs.parameters import InMemory, LineByLine, Parameters
 from loratool.bases.codecs.parts import (
     Finder,
-    WithParameters,
+    Unfit,
     bytes_of,
-    held,
     in_blocks,
     is_count,
     largest_in_blocks,
     nearest,
-    read_range,
-    read_whole,
     shown,
     told,
     wrong_scales,
@@ -78,43 +77,35 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourBit(WithParameters):
+class FourBit(LineByLine):
     """A weight of 4 bits a value. `tensors`: values, absmax, quant_map, JSON, and nested_absmax, nested_quant_map."""
 
     statistics: Statistics
 
-    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
+    def span(self, first: int, count: int) -> tuple[int, int]:
         start, stop = first * self.line, (first + count) * self.line
-        raw = room.read(self.tensors[0], start // 2, (stop + 1) // 2 - start // 2, device)
-        pairs = held("pairs", device, room, lambda: pairs_of(read_whole(self.tensors[2], room)))
-        block = self.statistics.block
-        absmax = self.absmax(start // block, -(-stop // block), device, room)
-        return self.scaled(raw, first, count, pairs, absmax)
+        return start // 2, (stop + 1) // 2 - start // 2
 
-    def scaled(self, raw: Tensor, first: int, count: int, pairs: Tensor, absmax: Tensor) -> Tensor:
-        """Lines out of the bytes that hold them. `absmax` are those of their blocks."""
+    def scaled(self, raw: Tensor, first: int, count: int, parameters: Parameters) -> Tensor:
         start, size = first * self.line, count * self.line
-        values = pairs.index_select(0, raw.int()).view(torch.float32)
+        values = parameters.kept(self.tensors[2], pairs_of).index_select(0, raw.int()).view(torch.float32)
         values = values[start % 2 :][:size]  # a line may begin in the middle of a byte
+        absmax = self.absmax(start, size, parameters)
         for part, which in in_blocks(values, start, self.statistics.block):
             part.mul_(absmax[which, None])
         return values.view(count, self.line)
 
-    def absmax(self, first: int, stop: int, device: torch.device, room: Room) -> Tensor:
-        """Those of blocks `first` … `stop`."""
-        absmax = read_range(self.tensors[1], first, stop, device, room)
-        if not self.statistics.nested_block:
+    def absmax(self, start: int, count: int, parameters: Parameters) -> Tensor:
+        """Those of the blocks that hold values `start` … `start + count`."""
+        block, nested = self.statistics.block, self.statistics.nested_block
+        first = start // block
+        absmax = parameters.some(self.tensors[1], first, -(-(start + count) // block))
+        if not nested:
             return absmax
-        table = held("nested_quant_map", device, room, lambda: read_whole(self.tensors[5], room))
-        outer = held("nested_absmax", device, room, lambda: read_whole(self.tensors[4], room))
-        return self.unnested(absmax, first, outer, table)
-
-    def unnested(self, absmax: Tensor, first: int, outer: Tensor, table: Tensor) -> Tensor:
-        """The statistics of blocks from block `first` on, out of their bytes."""
-        block = self.statistics.nested_block
+        outer, table = (parameters.kept(tensor, torch.Tensor.flatten) for tensor in self.tensors[4:])
         values = table.index_select(0, absmax.int())
-        for part, which in in_blocks(values, first, block):
-            part.mul_(outer[first // block :][which, None])
+        for part, which in in_blocks(values, first, nested):
+            part.mul_(outer[first // nested :][which, None])
         return values.add_(self.statistics.offset)
 
     @property
@@ -176,9 +167,8 @@ class FourBit(WithParameters):
         return {**own, absmax: nearest(centred, own[nested[1]]), nested[0]: outer}
 
     def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        start, stop = first * self.line, first * self.line + values.numel()
-        flat = values.flatten().clone()
-        absmax = self.absmax_of(parameters, start, stop, values.device)
+        start, flat = first * self.line, values.flatten().clone()
+        absmax = self.absmax(start, flat.numel(), InMemory(values.device, parameters))
         for part, which in in_blocks(flat, start, self.statistics.block):
             part.div_(absmax[which, None])
         codes = nearest(flat, parameters[self.tensors[2].info.name].to(values.device))
@@ -187,18 +177,6 @@ class FourBit(WithParameters):
         pairs = codes.view(torch.int16)  # the first of two is the lower byte, and goes to the upper half
         return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8)
 
-    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        pairs = pairs_of(parameters[self.tensors[2].info.name]).to(packed.device)
-        absmax = self.absmax_of(parameters, first * self.line, (first + count) * self.line, packed.device)
-        return self.scaled(packed, first, count, pairs, absmax)
-
-    def absmax_of(self, parameters: Mapping[str, Tensor], start: int, stop: int, device: torch.device) -> Tensor:
-        """The statistics of the blocks of values `start` … `stop`."""
-        absmax, _, _, *nested = (parameters[tensor.info.name].to(device) for tensor in self.tensors[1:])
-        first = start // self.statistics.block
-        some = absmax[first : -(-stop // self.statistics.block)]
-        return self.unnested(some, first, *nested) if nested else some
-
 
 def pairs_of(values: Tensor) -> Tensor:
     """The two values of each byte, as the bits of one number of 64 bits: one look-up gives both."""
@@ -206,15 +184,11 @@ def pairs_of(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8(WithParameters):
+class Int8(LineByLine):
     """A matrix of int8, with the largest magnitude of each row. `tensors`: values, SCB, perhaps weight_format."""
 
-    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        raw = room.read(self.tensors[0], first * self.line, count * self.line, device)
-        return self.scaled(raw, count, read_range(self.tensors[1], first, first + count, device, room))
-
-    def scaled(self, raw: Tensor, count: int, largest: Tensor) -> Tensor:
-        """Lines out of their bytes, and the largest magnitude of each."""
+    def scaled(self, raw: Tensor, first: int, count: int, parameters: Parameters) -> Tensor:
+        largest = parameters.some(self.tensors[1], first, first + count)
         return raw.view(torch.int8).view(count, self.line).float().mul_(largest[:, None]).mul_(OF_127)
 
     def check(self, room: Room) -> str:
@@ -227,15 +201,10 @@ class Int8(WithParameters):
         return {**own, self.tensors[1].info.name: measured.cpu()}
 
     def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        steps = values * (127 / self.largest_of(parameters, first, len(values), values.device)[:, None])
+        largest = InMemory(values.device, parameters).some(self.tensors[1], first, first + len(values))
+        steps = values * (127 / largest[:, None])
         codes = steps.nan_to_num_(0.0).round_().clamp_(-127, 127).to(torch.int8)  # 0 / 0 in a row of zeros
         return codes.flatten().view(torch.uint8)
-
-    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        return self.scaled(packed, count, self.largest_of(parameters, first, count, packed.device))
-
-    def largest_of(self, parameters: Mapping[str, Tensor], first: int, count: int, device: torch.device) -> Tensor:
-        return parameters[self.tensors[1].info.name][first : first + count].to(device)
 
 
 class BitsAndBytes(Codec):
@@ -288,22 +257,19 @@ def four_bit(finder: Finder, room: Room) -> Iterator[tuple[str, FourBit]]:
         name, found, kind = state.partition(STATE)
         if not found:
             continue
-        if kind not in KINDS:
-            finder.note(name, f"is of the unknown kind {kind!a}; known are {' and '.join(KINDS)}")
-        elif (weight := four_bit_weight(finder, name, kind, room)) is not None:
-            yield name, weight
+        with suppress(Unfit):
+            yield name, four_bit_weight(finder, name, kind, room)
 
 
-def four_bit_weight(finder: Finder, name: str, kind: str, room: Room) -> FourBit | None:
-    """The weight of one quant_state; None where anything of it is wrong, which is noted."""
-    json = finder.part(f"{name}{STATE}{kind}", ["U8"])
-    if json is None:
-        return None
+def four_bit_weight(finder: Finder, name: str, kind: str, room: Room) -> FourBit:
+    """The weight of one quant_state. Raises `Unfit` where anything of it is wrong."""
+    if kind not in KINDS:
+        raise finder.unfit(name, f"is of the unknown kind {kind!a}; known are {' and '.join(KINDS)}")
+    json = finder.need(f"{name}{STATE}{kind}", ["U8"])
     try:
         said = statistics_of(json, kind, room)
     except ValueError as error:
-        finder.note(json.info.name, f"{error}")
-        return None
+        raise finder.unfit(json.info.name, f"{error}") from None
     nested, of = bool(said.nested_block), f"of {list(said.shape)}"
     each = f"for blocks of {said.block} {of}"
     parts = [
@@ -317,14 +283,11 @@ def four_bit_weight(finder: Finder, name: str, kind: str, room: Room) -> FourBit
         each = f"for blocks of {said.nested_block} of {said.blocks} statistics"
         parts.append(finder.part(f"{name}.nested_absmax", ["F32"], [outer], each))
         parts.append(finder.part(f"{name}.nested_quant_map", ["F32"], [256]))
-    tensors = tuple(part for part in parts if part is not None)
-    if len(tensors) < len(parts):
-        return None
     return FourBit(
         shape=said.shape,
         line=said.shape[-1],
         dtype=plain_dtype(finder.base),
-        tensors=tensors,
+        tensors=finder.every(*parts),
         scheme=f"{kind}, blocks of {said.block}{', nested statistics' if nested else ''}",
         statistics=said,
     )
@@ -367,31 +330,29 @@ def int8(finder: Finder, room: Room) -> Iterator[tuple[str, Int8]]:
     """The weights that have an SCB."""
     for scales in finder.base.tensors:
         module, found, rest = scales.rpartition(".SCB")
-        if found and not rest and (weight := int8_weight(finder, module, room)) is not None:
-            yield f"{module}.weight", weight
+        if found and not rest:
+            with suppress(Unfit):
+                yield f"{module}.weight", int8_weight(finder, module, room)
 
 
-def int8_weight(finder: Finder, module: str, room: Room) -> Int8 | None:
-    """The weight of one SCB; None where anything of it is wrong, which is noted."""
-    name = f"{module}.weight"
-    values = finder.part(name, ["I8"])
-    if values is None:
-        return None
+def int8_weight(finder: Finder, module: str, room: Room) -> Int8:
+    """The weight of one SCB. Raises `Unfit` where anything of it is wrong."""
+    values = finder.need(f"{module}.weight", ["I8"])
     if len(values.info.shape) != 2:
-        finder.note(name, f"must be a matrix, but it is {told(values.info)}")
-        return None
-    scales = finder.part(f"{module}.SCB", ["F32"], [values.info.rows], f"for {list(values.info.shape)}")
-    tensors = [values, scales]
+        raise finder.unfit(values.info.name, f"must be a matrix, but it is {told(values.info)}")
+    parts = [values, finder.part(f"{module}.SCB", ["F32"], [values.info.rows], f"for {list(values.info.shape)}")]
     if f"{module}.weight_format" in finder.base.tensors:
         form = finder.part(f"{module}.weight_format", ["U8"], [])
         if form is not None and (said := bytes_of(form, room)[0]):
             finder.note(form.info.name, f"must be 0, values row by row, but it is {said}, a layout for one kind of GPU")
-        tensors.append(form)
-    complete = tuple(tensor for tensor in tensors if tensor is not None)
-    if len(complete) < len(tensors):
-        return None
-    dtype = plain_dtype(finder.base)
-    return Int8(shape=values.info.shape, line=values.info.width, dtype=dtype, tensors=complete, scheme="int8, by row")
+        parts.append(form)
+    return Int8(
+        shape=values.info.shape,
+        line=values.info.width,
+        dtype=plain_dtype(finder.base),
+        tensors=finder.every(*parts),
+        scheme="int8, by row",
+    )
 
 
 def note_incomplete(finder: Finder, found: Collection[str]) -> None:

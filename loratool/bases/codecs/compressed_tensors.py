@@ -18,6 +18,7 @@ W = (number − zero) · scale, of nvfp4 number · (scale / global scale), in fl
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from loratool.bases.codecs.fp8 import Block
 from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP6, FP8, INT8, Numbers, offset_integers
 from loratool.bases.codecs.parameters import POWERS, SCALES
-from loratool.bases.codecs.parts import Finder, read_whole, told
+from loratool.bases.codecs.parts import Finder, Unfit, read_whole, told
 from loratool.bases.codecs.plain_modules import modules_of, texts_in
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
@@ -94,8 +95,10 @@ class CompressedTensors(Codec):
         found: dict[str, Packed] = {}
         with OpenSources() as sources:
             for module, parts in modules.items():
-                if (weight := weight_of(finder, module, parts, schemes_by_module[module], Room(sources))) is not None:
-                    found[f"{module}.weight"] = weight
+                with suppress(Unfit):
+                    found[f"{module}.weight"] = weight_of(
+                        finder, module, parts, schemes_by_module[module], Room(sources)
+                    )
         note_unlisted(finder, found, lambda names: in_list(ignored(settings.values), names), "ignore")
         return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
 
@@ -216,29 +219,27 @@ def ignored(values: Mapping[str, Any]) -> list[str]:
 
 def weight_of(
     finder: Finder, module: str, parts: Mapping[str, TensorInfo], schemes: Sequence[Scheme], room: Room
-) -> Packed | None:
-    """The weight of a module by the first scheme that fits its tensors; None where none does, which is noted."""
-    name = f"{module}.weight"
+) -> Scaled:
+    """The weight of a module by the first scheme that fits its tensors. Raises `Unfit` where none does."""
+    name, other = f"{module}.weight", next((f"{module}.{ending}" for ending in ENDINGS if ending in parts), "")
     packed, plain = parts.get("weight_packed"), parts.get("weight")
     if plain is not None and (packed is not None or plain.dtype in FLOAT_NAMES):
-        other = f"{module}.{next(ending for ending in ENDINGS if ending in parts)}"
         finder.note_both(name, other)
-        return None
+        raise Unfit
     if packed is None and plain is None:
-        there = printable(f"{module}.{next(ending for ending in ENDINGS if ending in parts)}")
-        finder.note(f"{name}_packed", f"is missing, but {there} exists")
-        return None
+        raise finder.unfit(f"{name}_packed", f"is missing, but {printable(other)} exists")
     if not schemes:
         finder.note(name, "is packed, but no group of config_groups is for it")
     problems: list[str] = []
     for scheme in schemes:
         trial = Finder(finder.base)
-        weight = Parts(trial, module, parts, scheme).weight(room)
-        if weight is not None and not trial.problems:
-            return weight
+        with suppress(Unfit):
+            weight = Parts(trial, module, parts, scheme).weight(room)
+            if not trial.problems:
+                return weight
         problems = problems or trial.problems
     finder.problems += problems
-    return None
+    raise Unfit
 
 
 @dataclass(frozen=True)
@@ -250,26 +251,22 @@ class Parts:
     parts: Mapping[str, TensorInfo]
     scheme: Scheme
 
-    def weight(self, room: Room) -> Packed | None:
-        """The weight; None where something is wrong, which is noted."""
+    def weight(self, room: Room) -> Scaled:
+        """The weight, if nothing of it is wrong. Raises `Unfit` where so much is wrong that there is none."""
         scheme, values = self.scheme, self.parts.get("weight_packed") or self.parts["weight"]
         numbers = self.numbers(values)
-        if numbers is None:
-            return None
         *matrices, rows, width = values.shape if len(values.shape) in (2, 3) else (0, 0)
         line = self.columns(values, width, room)
         if not (rows and line) or 0 in matrices:
-            self.finder.note(values.name, f"must be a matrix of values, but it is {told(values)}")
-            return None
+            raise self.finder.unfit(values.name, f"must be a matrix of values, but it is {told(values)}")
         if values.dtype == "I32" and width != -(-line * scheme.bits // 32):
             wanted = f"I32 {[*matrices, rows, -(-line * scheme.bits // 32)]} for {line} columns of {scheme.bits} bits"
-            self.finder.note(values.name, f"must be {wanted}, but it is {told(values)}")
-            return None
+            raise self.finder.unfit(values.name, f"must be {wanted}, but it is {told(values)}")
         block = scheme.block(rows, line)
         stack = tuple(matrices)
-        scales = self.part("weight_scale", (*SCALES, *POWERS, "F8_E4M3"), stack, rows, line, block)
-        if scales is None:
-            return None
+        (scales,) = self.finder.every(
+            self.part("weight_scale", (*SCALES, *POWERS, "F8_E4M3"), stack, rows, line, block)
+        )
         zeros = self.zeros(stack, rows, line, block)
         return Scaled(
             shape=(*stack, rows, line),
@@ -295,8 +292,8 @@ class Parts:
         names = ["weight_packed" if "weight_packed" in self.parts else "weight", *self.parts]
         return tuple(plain_of(self.finder.base, f"{self.module}.{part}") for part in dict.fromkeys(names))
 
-    def numbers(self, values: TensorInfo) -> Numbers | None:
-        """How the values lie in their tensor; None where the scheme has no such numbers, which is noted."""
+    def numbers(self, values: TensorInfo) -> Numbers:
+        """How the values lie in their tensor. Raises `Unfit` where the scheme has no such numbers."""
         scheme = self.scheme
         match values.dtype, scheme.kind, scheme.bits, "weight_packed" in self.parts:
             case "I32", "int", bits, True:
@@ -309,8 +306,9 @@ class Parts:
                 return INT8
             case "F8_E4M3", "float", 8, False:
                 return FP8
-        self.finder.note(values.name, f"is {told(values)}, but by the config it is {scheme.kind} of {scheme.bits} bits")
-        return None
+        raise self.finder.unfit(
+            values.name, f"is {told(values)}, but by the config it is {scheme.kind} of {scheme.bits} bits"
+        )
 
     def columns(self, values: TensorInfo, width: int, room: Room) -> int:
         """Values in a row; 0 where nothing tells."""

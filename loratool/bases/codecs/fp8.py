@@ -11,20 +11,21 @@ DeepSeek-V4 has experts in FP4: two e2m1 values in each int8, and a scale for 32
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from loratool.adapters.patterns import search_names
 from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP8
 from loratool.bases.codecs.parameters import POWERS, SCALES
-from loratool.bases.codecs.parts import Finder, told
+from loratool.bases.codecs.parts import Finder, Unfit, told
 from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.files.safefile import FLOAT_NAMES
 
 METHODS = ("fp8", "fbgemm_fp8")
 LISTS = ("modules_to_not_convert", "ignored_layers")  # of modules that are not quantised
@@ -47,11 +48,11 @@ class Fp8(Codec):
         finder = Finder(base)
         found: dict[str, Packed] = {}
         for name, info in base.tensors.items():
-            if info.dtype in ("F8_E4M3", "I8") and len(info.shape) in (2, 3):
-                weight = weight_of(finder, name, info, block)
-                if weight is not None:
-                    found[name] = weight
-            elif info.dtype in FLOAT_NAMES and len(info.shape) > 1 and (scales := scales_of(base, name)):
+            scales = scales_of(base, name)
+            if info.dtype in ("F8_E4M3", "I8") and len(info.shape) in (2, 3) and (scales or info.dtype != "I8"):
+                with suppress(Unfit):
+                    found[name] = weight_of(finder, name, scales, block)
+            elif info.dtype in FLOAT_NAMES and len(info.shape) > 1 and scales:
                 finder.note_both(name, scales)
         note_unlisted(finder, found, lambda modules: listed(settings, modules), LISTS[0])
         return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
@@ -87,17 +88,14 @@ def block_of(base: Checkpoint, settings: Settings) -> Block | None:
     )
 
 
-def weight_of(finder: Finder, name: str, info: TensorInfo, block: Block | None) -> Packed | None:
-    """The weight whose values a tensor holds; None where it holds none, or where something is wrong, which is noted."""
+def weight_of(finder: Finder, name: str, scales: str, block: Block | None) -> Scaled:
+    """The weight whose values a tensor holds. Raises `Unfit` where something is wrong."""
+    info = finder.base.tensors[name]
     numbers = FP8 if info.dtype == "F8_E4M3" else FP4
-    scales = scales_of(finder.base, name)
     if not scales:
-        if numbers is FP8:
-            finder.note(name, f"is {told(info)}, but its scales are missing: {printable(next(scale_names(name)))}")
-        return None
+        raise finder.unfit(name, f"is {told(info)}, but its scales are missing: {printable(next(scale_names(name)))}")
     if not info.elements:
-        finder.note(name, f"must have values, but it is {told(info)}")
-        return None
+        raise finder.unfit(name, f"must have values, but it is {told(info)}")
     *matrices, rows, width = info.shape
     line = width if numbers is FP8 else 2 * width
     allowed = [(1, 32)] if numbers is FP4 else blocks(block, rows, line, bool(matrices))
@@ -105,8 +103,7 @@ def weight_of(finder: Finder, name: str, info: TensorInfo, block: Block | None) 
     fitting = [each for each in allowed if fits(there.shape, tuple(matrices), rows, line, each)]
     if not fitting or there.dtype not in (*SCALES, *POWERS):
         shapes = " or ".join(str([*matrices, -(-rows // down), -(-line // across)]) for down, across in allowed)
-        finder.note(scales, f"must be F32 {shapes} for {list(info.shape)}, but it is {told(there)}")
-        return None
+        raise finder.unfit(scales, f"must be F32 {shapes} for {list(info.shape)}, but it is {told(there)}")
     parts = (plain_of(finder.base, name), plain_of(finder.base, scales))
     return Scaled(
         shape=(*matrices, rows, line),

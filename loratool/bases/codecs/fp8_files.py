@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from loratool.bases.codecs.fp8 import scale_names
 from loratool.bases.codecs.mixed import complete
 from loratool.bases.codecs.numbers import FP8, FP8_E5M2, Numbers
 from loratool.bases.codecs.parameters import SCALES
-from loratool.bases.codecs.parts import Finder, bytes_of, told
+from loratool.bases.codecs.parts import Finder, Unfit, bytes_of, told
 from loratool.bases.codecs.scaled import Scaled, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParameters, plain_dtype
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.files.safefile import FLOAT_NAMES, TensorInfo
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.untrusted import json_object
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
@@ -94,8 +95,9 @@ class Fp8Files(Codec):
                 )
             elif info.dtype in NUMBERS and not said and has_other_scales(base, name):
                 unread[name] = OTHER_SCALES
-            elif info.dtype in NUMBERS and (weight := weight_of(finder, name, info, scale)) is not None:
-                found[name] = weight
+            elif info.dtype in NUMBERS:
+                with suppress(Unfit):
+                    found[name] = weight_of(finder, name, scale)
         marks = [name for name in base.tensors if name.rpartition(".")[2] == MARK]
         packing = replace(complete(finder, found, LEFTOVERS, self.title, WAY_OUT), unread=unread, marks=marks)
         return packing if found or unread else None
@@ -130,21 +132,19 @@ class Fp8Files(Codec):
         return (Note("fp8-cast", text),)
 
 
-def weight_of(finder: Finder, name: str, info: TensorInfo, scale: str) -> Packed | None:
-    """The weight whose values a tensor holds; None where something is wrong with its scale, which is noted."""
-    base, numbers = finder.base, NUMBERS[info.dtype]
-    values, dtype = plain_of(base, name), plain_dtype(base)
+def weight_of(finder: Finder, name: str, scale: str) -> Packed:
+    """The weight whose values a tensor holds. Raises `Unfit` where something is wrong with its scale."""
+    base, values, dtype = finder.base, plain_of(finder.base, name), plain_dtype(finder.base)
+    info, numbers = values.info, NUMBERS[values.info.dtype]
     if not scale:
         line = info.shape[-1] if len(info.shape) > 1 else 1
         scheme = f"{numbers.title}, no scale"
         return Cast(shape=info.shape, line=line, dtype=dtype, tensors=(values,), scheme=scheme, numbers=numbers)
     there = base.tensors[scale]
     if len(info.shape) != 2:
-        finder.note(name, f"must be a matrix, as {printable(scale)} exists, but it is {told(info)}")
-        return None
+        raise finder.unfit(name, f"must be a matrix, as {printable(scale)} exists, but it is {told(info)}")
     if there.shape not in ((), (1,)) or there.dtype not in SCALES:
-        finder.note(scale, f"must be F32 [] or [1], the scale of all values, but it is {told(there)}")
-        return None
+        raise finder.unfit(scale, f"must be F32 [] or [1], the scale of all values, but it is {told(there)}")
     rows, line = info.shape
     tensors = (values, plain_of(base, scale))
     return Scaled(

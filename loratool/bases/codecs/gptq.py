@@ -20,6 +20,7 @@ Where no stored field is all ones, all of this is: stored + 1.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,13 @@ from loratool.bases.codecs.bit_fields import packed, repeated, unpacked
 from loratool.bases.codecs.dynamic_rules import is_negative, rules_for, settings_by_module, with_plain
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.mixed import note_unlisted
-from loratool.bases.codecs.parts import Finder, integers_of, is_count, read_whole, shown, told
-from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, in_memory, modules_of
+from loratool.bases.codecs.parts import Finder, Unfit, integers_of, is_count, read_whole, shown, told
+from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, in_memory, last_name, modules_of
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.safefile import TensorInfo
 from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
@@ -136,8 +138,9 @@ class Gptq(Codec):
         turned = CONV1D_TYPES.get(base.model_type, frozenset())
         found: dict[str, Packed] = {}
         for module, how in schemes.items():
-            if (weight := weight_of(finder, module, how)) is not None:
-                found[f"{module}.weight"] = Turned.of(weight) if module.rpartition(".")[2] in turned else weight
+            with suppress(Unfit):
+                weight = weight_of(finder, module, how)
+                found[f"{module}.weight"] = Turned.of(weight) if last_name(module) in turned else weight
         if said.get(KEPT):  # without it, loaders go by what is in the files
             note_unlisted(finder, found, lambda modules: left_by(said, modules), "the rules of dynamic with -:")
         finder.refuse(self.title, WAY_OUT)
@@ -172,12 +175,16 @@ def left_by(said: Mapping[str, Any], modules: Collection[str]) -> Collection[str
 
 def said_by(settings: Settings) -> Mapping[str, Any] | None:
     """What a checkpoint says of its packing, where it is GPTQ."""
-    values = settings.values
-    method = values.get("quant_method", values.get("method"))
+    values, method = settings.values, method_of(settings.values)
     if method is None:  # AutoGPTQ's quantize_config.json names none
         own = bool(settings.places) and settings.places[0].file == "quantize_config.json" and "bits" in values
         return values if own else None
     return values if isinstance(method, str) and method.lower() in ("gptq", *OTHER_FORMATS) else None
+
+
+def method_of(said: Mapping[str, Any]) -> object:
+    """What a config calls the way its weights are packed; None where it does not name it."""
+    return said.get("quant_method", said.get("method"))
 
 
 def packed_modules(base: Checkpoint) -> list[str]:
@@ -207,7 +214,7 @@ def scheme_of(said: Mapping[str, Any]) -> Scheme:
 def formats_of(said: Mapping[str, Any]) -> list[str]:
     """The formats that a config names, of which older tools know another word for one."""
     named = [said.get("checkpoint_format"), said.get("format"), "marlin" if said.get("is_marlin_format") else None]
-    method = said.get("quant_method", said.get("method"))
+    method = method_of(said)
     if isinstance(method, str) and method.lower() in OTHER_FORMATS:
         named.append(method)
     return [str(each).lower() for each in named if each is not None]
@@ -219,16 +226,20 @@ def writer_of(said: Mapping[str, Any]) -> str:
     return str(meta.get("quantizer", "")).lower() if isinstance(meta, Mapping) else ""
 
 
-def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight | None:
-    """The weight of a module; None where anything of it is wrong, which is noted."""
-    info = finder.base.tensors
-    if f"{module}.weight" in info:
-        finder.note(f"{module}.weight", f"is there as well as {module}.qweight; a module must have one of them")
-        return None
-    values, scales, order = (info.get(f"{module}.{part}") for part in ("qweight", "scales", "g_idx"))
+def words_of(finder: Finder, module: str) -> TensorInfo | None:
+    """A module's matrix of packed values, if it has one. Raises `Unfit` where it cannot be one, or the weight is plain."""
+    if f"{module}.weight" in finder.base.tensors:
+        raise finder.unfit(f"{module}.weight", f"is there as well as {module}.qweight; a module must have one of them")
+    values = finder.base.tensors.get(f"{module}.qweight")
     if values is not None and (len(values.shape) != 2 or not values.elements):
-        finder.note(values.name, f"must be a matrix with values, but it is {told(values)}")
-        return None
+        raise finder.unfit(values.name, f"must be a matrix with values, but it is {told(values)}")
+    return values
+
+
+def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight:
+    """The weight of a module. Raises `Unfit` where anything of it is wrong."""
+    values = words_of(finder, module)
+    scales, order = (finder.base.tensors.get(f"{module}.{part}") for part in ("scales", "g_idx"))
     outputs = values.shape[1] if values else scales.width if scales else 0
     inputs = order.elements if order else values.shape[0] * 32 // how.bits if values else 0
     group = inputs if how.group == -1 else how.group
@@ -240,18 +251,14 @@ def weight_of(finder: Finder, module: str, how: Scheme) -> GptqWeight | None:
         finder.part(f"{module}.scales", SCALES, [groups, outputs], why),
     ]
     if order is None and how.any_order and groups > 1:
-        finder.note(f"{module}.g_idx", "is missing, and with desc_act nothing else has the groups of the inputs")
-        return None
+        raise finder.unfit(f"{module}.g_idx", "is missing, and with desc_act nothing else has the groups of the inputs")
     if order is not None:
         parts.append(finder.part(order.name, ["I32", "I64"], [inputs], why))
-    tensors = tuple(part for part in parts if part is not None)
-    if len(tensors) < len(parts):
-        return None
     return GptqWeight(
         shape=(outputs, inputs),
         line=inputs,
         dtype=plain_dtype(finder.base),
-        tensors=tensors,
+        tensors=finder.every(*parts),
         scheme=str(how),
         bits=how.bits,
         group=group,

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from loratool.bases.codecs import numpy_values
-from loratool.bases.codecs.parts import WithParameters, held, integers_of, read_whole, wrong_scales
+from loratool.bases.codecs.parameters import WithParameters
+from loratool.bases.codecs.parts import held, integers_of, read_whole, wrong_scales
 from loratool.bases.weights import WIDENED, HeldPart, Memory, Room, widen
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources

@@ -15,22 +15,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.bases.codecs.parts import (
-    Finder,
-    WithParameters,
-    bytes_of,
-    held,
-    in_blocks,
-    in_turns,
-    is_count,
-    read_whole,
-    told,
-    wrong_scales,
-)
-from loratool.bases.codecs.plain_modules import fused_modules, last_name, modules_of
+from loratool.bases.codecs.parameters import InMemory, OnDisk, Parameters, WithParameters
+from loratool.bases.codecs.parts import Finder, Unfit, bytes_of, in_blocks, in_turns, is_count, told, wrong_scales
+from loratool.bases.codecs.plain_modules import fused_modules, last_name, modules_of, texts_in
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import printable
@@ -96,12 +87,11 @@ class Hqq(WithParameters):
             raw = self.words(low - field * words, high - low, device, room)
             shifted = raw.bitwise_right_shift_(self.word.shift(field))
             values[low - start : high - start] = shifted.bitwise_and_((1 << self.word.bits) - 1)
-        zeros, scales = (self.by_group(number, device, room) for number in (2, 1))
-        return self.scaled(values, first, zeros, scales)
+        return self.scaled(values, first, OnDisk(device, room))
 
-    def scaled(self, values: Tensor, first: int, zeros: Tensor, scales: Tensor) -> Tensor:
+    def scaled(self, values: Tensor, first: int, parameters: Parameters) -> Tensor:
         """Lines from line `first` on, out of their unsigned values in float32, which are changed in place."""
-        for part, zero, scale in self.in_groups(values, first, zeros, scales):
+        for part, zero, scale in self.in_groups(values, first, parameters):
             part.sub_(zero).mul_(scale)
         return values.view(-1, self.line)
 
@@ -110,10 +100,9 @@ class Hqq(WithParameters):
         """Values in a group."""
         return math.prod(self.shape) // self.groups
 
-    def in_groups(
-        self, values: Tensor, first: int, zeros: Tensor, scales: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def in_groups(self, values: Tensor, first: int, parameters: Parameters) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The values of lines from line `first` on in parts, each with the zeros and the scales of its groups."""
+        scales, zeros = (parameters.kept(tensor, lambda each: each.float().flatten()) for tensor in self.tensors[1:3])
         start, size = first * self.line, self.size
         if self.axis:
             zeros, scales = zeros[start // size :], scales[start // size :]
@@ -128,11 +117,6 @@ class Hqq(WithParameters):
         size = self.word.size
         raw = Room(room.sources).read(self.tensors[0], first * size, count * size, device)
         return raw if size == 1 else raw.view(torch.int32)
-
-    def by_group(self, number: int, device: torch.device, room: Room) -> Tensor:
-        """Scales or zeros, (groups) in float32."""
-        tensor = self.tensors[number]
-        return held(tensor.info.name, device, room, lambda: read_whole(tensor, room).float().flatten())
 
     def check(self, room: Room) -> str:
         return wrong_scales(self.tensors[1], room, "positive") or wrong_scales(self.tensors[2], room)
@@ -163,16 +147,12 @@ class Hqq(WithParameters):
     def encode(self, values: Tensor, first: int, parameters: Mapping[str, Tensor]) -> Tensor:
         """A byte for each value."""
         flat = values.flatten().clone()
-        for part, zero, scale in self.in_groups(flat, first, *self.numbers_in(parameters, values.device)):
+        for part, zero, scale in self.in_groups(flat, first, InMemory(values.device, parameters)):
             part.div_(scale).add_(zero)
         return flat.round_().clamp_(0, self.most).to(torch.uint8)
 
     def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
-        return self.scaled(packed.float(), first, *self.numbers_in(parameters, packed.device))
-
-    def numbers_in(self, parameters: Mapping[str, Tensor], device: torch.device) -> Iterator[Tensor]:
-        """Zeros and scales, (groups) in float32."""
-        return (parameters[self.tensors[number].info.name].to(device).float().flatten() for number in (2, 1))
+        return self.scaled(packed.float(), first, InMemory(packed.device, parameters))
 
     def laid_out(self, packed: Tensor) -> Tensor:
         """The words: each has values that lie far apart."""
@@ -210,7 +190,7 @@ class HqqCodec(Codec):
         where all modules are plain that they stand for.
         """
         given = setting.values.get(SKIPPED)
-        listed = [entry for entry in given if isinstance(entry, str)] if isinstance(given, list) else ["lm_head"]
+        listed = texts_in(given) if isinstance(given, list) else ["lm_head"]
         packed = packing.weights.keys() - set(plain)
         edited, every, still = (modules_of(names) for names in (plain, packing.weights, packed))
         still += set(fused_modules(every, base, ())) - set(fused_modules(every, base, packed))
@@ -231,38 +211,39 @@ def weights(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
     """The weights that have a `W_q`."""
     for name in finder.base.tensors:
         module, found, rest = name.rpartition(VALUES)
-        if found and not rest and (weight := weight_of(finder, module, room)) is not None:
-            yield f"{module}.weight", weight
+        if found and not rest:
+            with suppress(Unfit):
+                yield f"{module}.weight", weight_of(finder, module, room)
 
 
-def weight_of(finder: Finder, module: str, room: Room) -> Hqq | None:
-    """The weight of one module; None where anything of it is wrong, which is noted."""
+def weight_of(finder: Finder, module: str, room: Room) -> Hqq:
+    """The weight of one module. Raises `Unfit` where anything of it is wrong."""
     if f"{module}.weight" in finder.base.tensors:
-        finder.note(
+        raise finder.unfit(
             f"{module}.weight", f"is there as well as {printable(module + VALUES)}, and only one of them may be"
         )
-        return None
     said = said_of(finder, module, room)
-    scale = finder.part(f"{module}.scale", [*FLOAT_NAMES])
-    zero = finder.part(f"{module}.zero", [*FLOAT_NAMES], scale.info.shape if scale else None)
-    if said is None or scale is None or zero is None:
-        return None
+    numbers = finder.part(f"{module}.scale", [*FLOAT_NAMES])
+    shape = numbers.info.shape if numbers else None
+    scale, zero = finder.every(numbers, finder.part(f"{module}.zero", [*FLOAT_NAMES], shape))
+    if said is None:
+        raise Unfit
     elements, groups, word = math.prod(said.shape), scale.info.elements, WORDS[said.packing]
     size = elements // max(groups, 1)
     if elements != size * groups or (said.group or size) != size:
         groups_of = f"groups of {said.group}" if said.group else "groups"
-        finder.note(
+        raise finder.unfit(
             scale.info.name,
             f"must have a value for each of the {groups_of} of {list(said.shape)}, but it is {told(scale.info)}",
         )
-        return None
     columns = size if said.axis else groups
     wanted = -(-(elements // columns) // word.count) * columns * word.size
     values = finder.base.tensors[module + VALUES]
     if values.nbytes != wanted:
         why = f"for {list(said.shape)} in groups of {size}, packed as {said.packing}"
-        finder.note(values.name, f"must be {wanted} bytes {why}, but it is {told(values)}, {values.nbytes} bytes")
-        return None
+        raise finder.unfit(
+            values.name, f"must be {wanted} bytes {why}, but it is {told(values)}, {values.nbytes} bytes"
+        )
     return Hqq(
         shape=said.shape,
         line=said.shape[1],

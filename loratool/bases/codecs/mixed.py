@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from loratool.adapters.patterns import search_names
 from loratool.bases.codecs.parts import Finder, told
-from loratool.bases.codecs.plain_modules import in_memory, modules_of
+from loratool.bases.codecs.plain_modules import in_memory, modules_of, texts_in
 from loratool.bases.packed import Packed, Packing
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
@@ -50,7 +50,7 @@ def skipped_by(entries: object, modules: Collection[str], base: Checkpoint) -> C
 
     An entry is found anywhere in a name, or is a regular expression from its start.
     """
-    given = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
+    given = texts_in(entries)
     names = {module: [module, *in_memory([module], base)] for module in modules}
     found = search_names(given, [name for each in names.values() for name in each], "^(?:{})")
     return {module for module, own in names.items() if any(found[n] or any(e in n for e in given) for n in own)}

@@ -18,6 +18,7 @@ are packed along its rows. `X.pre_quant_scale` is for the layer's inputs, so it 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -26,7 +27,7 @@ from loratool.bases.codecs.fp8 import Block
 from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP4_OF_TWO_ROWS, FP8, INT4_OF_TWO_ROWS, INT8, Numbers
 from loratool.bases.codecs.parameters import SCALES
-from loratool.bases.codecs.parts import Finder, told
+from loratool.bases.codecs.parts import Finder, Unfit, told
 from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
@@ -81,9 +82,8 @@ class ModelOpt(Codec):
             if name.endswith(("_scale", "_scale_2")) or len(info.shape) not in (2, 3):
                 continue
             if info.dtype in PACKED and (scales or name.endswith(".weight")):
-                weight = weight_of(finder, name, info, group)
-                if weight is not None:
-                    found[name] = weight
+                with suppress(Unfit):
+                    found[name] = weight_of(finder, name, info, group)
             elif info.dtype in FLOAT_NAMES and scales:
                 finder.note_both(name, scales.name)
         note_unlisted(finder, found, lambda modules: in_lists(settings, modules), "ignore")
@@ -167,15 +167,12 @@ def refuse_unknown(base: Checkpoint, settings: Settings) -> None:
         )
 
 
-def weight_of(finder: Finder, name: str, info: TensorInfo, group: int) -> Packed | None:
-    """The weight whose values a tensor holds; None where something is wrong, which is noted."""
+def weight_of(finder: Finder, name: str, info: TensorInfo, group: int) -> Scaled:
+    """The weight whose values a tensor holds. Raises `Unfit` where something is wrong."""
     base = finder.base
-    scales = finder.part(beside(name, "weight_scale"), [*SCALES, "F8_E4M3", "U8"])
-    if scales is None:
-        return None
+    scales = finder.need(beside(name, "weight_scale"), [*SCALES, "F8_E4M3", "U8"])
     if not info.elements:
-        finder.note(name, f"must have values, but it is {told(info)}")
-        return None
+        raise finder.unfit(name, f"must have values, but it is {told(info)}")
     *matrices, rows, width = info.shape
     stack = tuple(matrices)
     ways = [
@@ -183,28 +180,25 @@ def weight_of(finder: Finder, name: str, info: TensorInfo, group: int) -> Packed
     ]
     fitting = [way for way in ways if way.fits(scales.info, stack)]
     if beside(name, "svdquant_lora_a") in base.tensors:
-        finder.note(name, "has a low-rank part of its own (svdquant_lora_a), which cannot be read")
-        return None
+        raise finder.unfit(name, "has a low-rank part of its own (svdquant_lora_a), which cannot be read")
     if not fitting or len({(way.rows, way.grid) for way in fitting}) > 1:
         wanted = " or ".join(f"{[*stack, *way.grid]} ({way.title})" for way in ways)
-        finder.note(
+        raise finder.unfit(
             scales.info.name, f"must be {wanted or 'of another dtype'} for {told(info)}; it is {told(scales.info)}"
         )
-        return None
     way = fitting[0]
     second, columns = beside(name, "weight_scale_2"), beside(name, "pre_quant_scale")
     whole = prescale = None
     if second in base.tensors or way.title == "NVFP4":
-        whole = finder.part(second, ["F32"])
-        if whole is None or not fits(whole.info.shape, stack, way.rows, way.line, (way.rows, way.line)):
-            if whole is not None:
-                finder.note(second, f"must be one scale for each matrix of {told(info)}, but it is {told(whole.info)}")
-            return None
+        whole = finder.need(second, ["F32"])
+        if not fits(whole.info.shape, stack, way.rows, way.line, (way.rows, way.line)):
+            raise finder.unfit(
+                second, f"must be one scale for each matrix of {told(info)}, but it is {told(whole.info)}"
+            )
     if way.numbers is INT4_OF_TWO_ROWS and whole is not None:
-        finder.note(name, "is int4 made of FP8 (W4A8_AWQ), which cannot be read")
-        return None
-    if columns in base.tensors and (prescale := finder.part(columns, SCALES, [way.line])) is None:
-        return None
+        raise finder.unfit(name, "is int4 made of FP8 (W4A8_AWQ), which cannot be read")
+    if columns in base.tensors:
+        prescale = finder.need(columns, SCALES, [way.line])
     parts: list[Plain | None] = [plain_of(base, name), scales, whole, prescale]
     return Scaled(
         shape=(*stack, way.rows, way.line),

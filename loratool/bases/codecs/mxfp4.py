@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from loratool.bases.codecs.byte_values import by_columns, by_rows, e8m0
 from loratool.bases.codecs.mixed import note_unlisted, skipped_by, stacks_left, with_entries
 from loratool.bases.codecs.new_scales import stored_powers
 from loratool.bases.codecs.numbers import FP4
-from loratool.bases.codecs.parts import Finder, WithParameters, in_blocks, told
+from loratool.bases.codecs.parameters import WithParameters
+from loratool.bases.codecs.parts import Finder, Unfit, in_blocks, told
 from loratool.bases.codecs.plain_modules import modules_of
 from loratool.bases.codecs.scaled import wrong
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
@@ -136,8 +138,9 @@ class Mxfp4(Codec):
         found: dict[str, Packed] = {}
         for blocks in base.tensors:
             name, ending, rest = blocks.rpartition("_blocks")
-            if ending and not rest and (weight := weight_of(finder, name)) is not None:
-                found[name] = weight
+            if ending and not rest:
+                with suppress(Unfit):
+                    found[name] = weight_of(finder, name)
         for name, info in base.tensors.items():
             whole = name.removesuffix("_scales")
             if whole != name and f"{whole}_blocks" not in base.tensors:
@@ -162,18 +165,15 @@ class Mxfp4(Codec):
         return {**setting.values, LIST: with_entries(setting.values.get(LIST), names)}
 
 
-def weight_of(finder: Finder, name: str) -> Packed | None:
-    """The stack of experts that is named so; None where something is wrong, which is noted."""
-    blocks = finder.part(f"{name}_blocks", ["U8"])
-    if blocks is None:
-        return None
+def weight_of(finder: Finder, name: str) -> TurnedExperts:
+    """The stack of experts that is named so. Raises `Unfit` where something is wrong."""
+    blocks = finder.need(f"{name}_blocks", ["U8"])
     shape = blocks.info.shape
     if len(shape) != 4 or shape[3] != BLOCK // 2 or 0 in shape:
-        finder.note(blocks.info.name, f"must be [experts, rows, blocks, {BLOCK // 2}], but it is {told(blocks.info)}")
-        return None
-    scales = finder.part(f"{name}_scales", ["U8", "F8_E8M0"], shape[:3], f"for {list(shape)}")
-    if scales is None:
-        return None
+        raise finder.unfit(
+            blocks.info.name, f"must be [experts, rows, blocks, {BLOCK // 2}], but it is {told(blocks.info)}"
+        )
+    scales = finder.need(f"{name}_scales", ["U8", "F8_E8M0"], shape[:3], f"for {list(shape)}")
     experts, rows, groups, _ = shape
     return TurnedExperts(
         shape=(experts, groups * BLOCK, rows),

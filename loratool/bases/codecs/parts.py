@@ -6,13 +6,12 @@ What all kinds of packed weights share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
 from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
-from loratool.bases.packed import Requantizable
 from loratool.bases.weights import WIDENED, Plain, Room, plain_of, widen
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -28,6 +27,10 @@ TORCH_NAMES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "uint8",  # powers of two, which stay bytes
 }
+
+
+class Unfit(Exception):  # noqa: N818 (what is wrong is noted, and the search goes on)
+    """A packed weight cannot be read; its `Finder` has noted why."""
 
 
 @dataclass
@@ -46,6 +49,22 @@ class Finder:
         found = f"it is {told(info)}" if info else "it is missing"
         self.note(name, f"must be {wanted}{why and ' '}{why}, but {found}")
         return None
+
+    def need(self, name: str, dtypes: Sequence[str], shape: Sequence[int] | None = None, why: str = "") -> Plain:
+        """The same where nothing else can be said without it. Raises `Unfit`."""
+        return self.every(self.part(name, dtypes, shape, why))[0]
+
+    def every(self, *parts: Plain | None) -> tuple[Plain, ...]:
+        """What `part` has found. Raises `Unfit` where one is missing, once all of them were looked at."""
+        found = tuple(part for part in parts if part is not None)
+        if len(found) < len(parts):
+            raise Unfit
+        return found
+
+    def unfit(self, name: str, problem: str) -> Unfit:
+        """The exception to raise where something is wrong with a tensor, which is noted."""
+        self.note(name, problem)
+        return Unfit()
 
     def note(self, name: str, problem: str) -> None:
         """Something that is wrong with a tensor."""
@@ -94,14 +113,6 @@ def bytes_of(tensor: StoredTensor, room: Room) -> bytes:
 def read_whole(tensor: StoredTensor, room: Room) -> Tensor:
     """All values of a small tensor on the CPU, in the dtype and the shape they have on disk."""
     return read_range(tensor, 0, tensor.info.elements, torch.device("cpu"), room).view(tensor.info.shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithParameters(Requantizable):
-    """One all of whose tensors but the first are its parameters."""
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return {tensor.info.name: read_whole(tensor, room) for tensor in self.tensors[1:]}
 
 
 def held(name: str, device: torch.device, room: Room, make: Callable[[], Tensor]) -> Tensor:
@@ -160,15 +171,10 @@ def in_turns(values: Tensor, start: int, groups: int) -> Iterator[tuple[Tensor, 
 
     With each matrix comes the slice of its groups.
     """
-    first = start % groups
-    head = min(groups - first, values.numel()) if first else 0
-    if head:
-        yield values[:head].view(1, -1), slice(first, first + head)
-    whole = (values.numel() - head) // groups
-    if whole:
-        yield values[head : head + whole * groups].view(-1, groups), slice(None)
-    if rest := values.numel() - head - whole * groups:
-        yield values[head + whole * groups :].view(1, -1), slice(rest)
+    for part, _ in in_blocks(values, start, groups):
+        first = start % groups
+        yield part, slice(first, first + part.shape[1])
+        start += part.numel()
 
 
 def nearest(values: Tensor, table: Tensor) -> Tensor:
@@ -223,9 +229,4 @@ def steps_of(entries: tuple[float, ...], device: torch.device) -> Steps | None:
 
 def largest_in_blocks(values: Tensor, block: int) -> Tensor:
     """The largest magnitude in each block of so many values, numbered row by row, (blocks,); the last may be cut."""
-    flat = values.flatten()
-    whole = flat.numel() // block
-    found = [flat[: whole * block].view(-1, block).abs().amax(1)]
-    if whole * block < flat.numel():
-        found.append(flat[whole * block :].abs().amax(0, keepdim=True))
-    return torch.cat(found)
+    return torch.cat([part.abs().amax(1) for part, _ in in_blocks(values.flatten(), 0, block)])

@@ -8,10 +8,11 @@ tensor says what shape the weight has, so these are refused.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from loratool.bases.codecs.affine import Affine
-from loratool.bases.codecs.parts import Finder, told
+from loratool.bases.codecs.parts import Finder, Unfit, told
 from loratool.bases.codecs.plain_modules import (
     grown,
     is_of_diffusers,
@@ -20,7 +21,6 @@ from loratool.bases.codecs.plain_modules import (
     modules_of,
 )
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
-from loratool.bases.weights import plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
@@ -48,8 +48,9 @@ class Quanto(Codec):
         leftovers: dict[str, list[str]] = {}
         for name in base.tensors:
             module, is_packed, rest = name.rpartition(VALUES)
-            if is_packed and not rest and (weight := weight_of(finder, module)) is not None:
-                found[f"{module}.weight"] = weight
+            if is_packed and not rest:
+                with suppress(Unfit):
+                    found[f"{module}.weight"] = weight_of(finder, module)
                 scales = (f"{module}.{scale}" for scale in SCALES_OF_ACTIVATIONS)
                 leftovers[f"{module}.weight"] = [scale for scale in scales if scale in base.tensors]
             elif name.endswith(VALUES + GROUPED):
@@ -84,16 +85,15 @@ def mapped(settings: Settings) -> Iterator[str]:
                 yield module
 
 
-def weight_of(finder: Finder, module: str) -> Affine | None:
-    """The weight of one module; None where anything of it is wrong, which is noted."""
+def weight_of(finder: Finder, module: str) -> Affine:
+    """The weight of one module. Raises `Unfit` where anything of it is wrong."""
     name = f"{module}.weight"
     if name in finder.base.tensors:
-        finder.note(name, f"is there as well as {printable(module + VALUES)}, and only one of them may be")
-        return None
-    values = finder.part(f"{module}{VALUES}", ["I8", "F8_E4M3", "F8_E5M2"])
-    scale = finder.part(f"{name}._scale", [*FLOAT_NAMES])
-    if values is None or scale is None:
-        return None
+        raise finder.unfit(name, f"is there as well as {printable(module + VALUES)}, and only one of them may be")
+    values, scale = finder.every(
+        finder.part(f"{module}{VALUES}", ["I8", "F8_E4M3", "F8_E5M2"]),
+        finder.part(f"{name}._scale", [*FLOAT_NAMES]),
+    )
     shape = values.info.shape
     blocks = scale.info.shape or (1,) * len(shape)
     if (
@@ -102,13 +102,12 @@ def weight_of(finder: Finder, module: str) -> Affine | None:
         or any(here not in (1, size) for here, size in zip(blocks, shape, strict=True))
     ):
         wanted = f"one scale for each row or column of {list(shape)}, or one for all"
-        finder.note(scale.info.name, f"must hold {wanted}, but it is {told(scale.info)}")
-        return None
+        raise finder.unfit(scale.info.name, f"must hold {wanted}, but it is {told(scale.info)}")
     return Affine(
         shape=shape,
         line=shape[1],
         dtype=plain_dtype(finder.base),
-        tensors=(plain_of(finder.base, values.info.name), scale),
+        tensors=(values, scale),
         scheme=f"quanto {'int8' if values.info.dtype == 'I8' else 'float8'}",
         blocks=blocks,
         sign="not negative",

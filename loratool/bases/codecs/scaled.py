@@ -19,16 +19,15 @@ from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs import new_scales, numpy_values
 from loratool.bases.codecs.byte_values import by_rows
 from loratool.bases.codecs.numbers import FP8, Numbers, offset_floats
-from loratool.bases.codecs.parameters import POWERS, InMemory, OnDisk, Parameters, as_float32
-from loratool.bases.codecs.parts import WithParameters, read_whole, wrong_scales
+from loratool.bases.codecs.parameters import POWERS, InMemory, LineByLine, Parameters, as_float32
+from loratool.bases.codecs.parts import read_whole, wrong_scales
 from loratool.bases.weights import WIDENED, Memory, Room, widen
 from loratool.errors import printable
-from loratool.files.safefile import DTYPE_BITS
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled(WithParameters):
+class Scaled(LineByLine):
     """A matrix of numbers, or a stack of matrices, whose blocks have scales.
 
     Of a matrix of (rows, line) values, scales are (⌈rows/b⌉, ⌈line/c⌉), b and c the sides of a block; blocks at the edges
@@ -52,18 +51,12 @@ class Scaled(WithParameters):
         """Blocks of a matrix down and across."""
         return -(-self.height // self.block[0]), -(-self.line // self.block[1])
 
-    def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
-        lines = math.prod(self.shape) // self.line // self.together
-        width = self.tensors[0].info.nbytes // lines
+    def span(self, first: int, count: int) -> tuple[int, int]:
+        width = self.tensors[0].info.nbytes // (math.prod(self.shape) // self.line // self.together)
         top, bottom = first // self.together, -(-(first + count) // self.together)
-        raw = room.read(self.tensors[0], top * width, (bottom - top) * width, device)
-        return self.scaled(raw, first, count, OnDisk(device, room))
-
-    def decode_packed(self, packed: Tensor, first: int, count: int, parameters: Mapping[str, Tensor]) -> Tensor:
-        return self.scaled(packed, first, count, InMemory(packed.device, parameters))
+        return top * width, (bottom - top) * width
 
     def scaled(self, raw: Tensor, first: int, count: int, parameters: Parameters) -> Tensor:
-        """Lines out of the bytes that hold them, (count, line) of float32."""
         decoded = self.read_numbers(raw, first, count)
         groups = self.group_index(parameters)
         if self.zeros is not None:
@@ -112,9 +105,7 @@ class Scaled(WithParameters):
     def read_entries(self, tensor: StoredTensor, first: int, count: int, parameters: Parameters) -> Tensor:
         """Of a tensor with an entry for each block, those of some lines: (count, blocks across) of float32."""
         top, bottom = self.row_of_blocks(first), self.row_of_blocks(first + count - 1) + 1
-        size = self.grid[1] * DTYPE_BITS[tensor.info.dtype] // 8
-        raw = parameters.read(tensor, top * size, (bottom - top) * size)
-        entries = as_float32(raw, tensor.info.dtype).view(bottom - top, -1)
+        entries = as_float32(parameters.some(tensor, top * self.grid[1], bottom * self.grid[1])).view(bottom - top, -1)
         if self.block[0] == 1:
             return entries
         lines = torch.arange(first, first + count, device=entries.device)
@@ -133,9 +124,8 @@ class Scaled(WithParameters):
         found = []
         for matrix, start, stop in self.within_matrices(first, count):
             top, bottom = start // 32 * self.zero_bits, min(-(-stop // 32) * self.zero_bits, words)
-            size = 4 * across
-            raw = parameters.read(self.zeros, (matrix * words + top) * size, (bottom - top) * size)
-            turned = raw.view(torch.int32).view(-1, across).T.contiguous().view(-1).view(torch.uint8).view(across, -1)
+            some = parameters.some(self.zeros, (matrix * words + top) * across, (matrix * words + bottom) * across)
+            turned = some.view(-1, across).T.contiguous().view(-1).view(torch.uint8).view(across, -1)
             found.append(offset_floats(turned, self.zero_bits)[:, start % 32 :][:, : stop - start].T)
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -150,9 +140,8 @@ class Scaled(WithParameters):
         if self.groups is None:
             return None
 
-        def made(raw: Tensor) -> Tensor:
-            index = raw.view(torch.int32)
-            in_order = torch.arange(self.line, dtype=torch.int32, device=raw.device) // self.block[1]
+        def made(index: Tensor) -> Tensor:
+            in_order = torch.arange(self.line, dtype=torch.int32, device=index.device) // self.block[1]
             return torch.where((index < 0).all(), in_order, index)
 
         return parameters.kept(self.groups, made)
@@ -267,7 +256,7 @@ def wrong(scales: StoredTensor, room: Room) -> str:
 
 def small(tensor: StoredTensor, parameters: Parameters) -> Tensor:
     """The values of a small tensor, as (n,) of float32."""
-    return parameters.kept(tensor, lambda raw: as_float32(raw, tensor.info.dtype))
+    return parameters.kept(tensor, lambda values: as_float32(values).flatten())
 
 
 def fits(found: tuple[int, ...], matrices: tuple[int, ...], rows: int, line: int, block: tuple[int, int]) -> bool:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from loratool.bases.codecs.affine import Affine
-from loratool.bases.codecs.parts import Finder, is_count
+from loratool.bases.codecs.parts import Finder, Unfit, is_count
 from loratool.bases.codecs.plain_modules import grown, matched_in_diffusers
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of
@@ -54,8 +54,9 @@ class TorchAo(Codec):
         for name, said in described(base).items():
             if said["_type"] not in READ:
                 unread |= {tensor: f"torchao's {printable(said['_type'])}" for tensor in parts_of(name, said, base)}
-            elif (weight := weight_of(finder, name, said)) is not None:
-                found[name] = weight
+                continue
+            with suppress(Unfit):
+                found[name] = weight_of(finder, name, said)
         note_undescribed(finder, {*found, *unread})
         finder.refuse(self.title, WAY_OUT)
         return Packing(found, unread=unread) if found or unread else None
@@ -106,27 +107,22 @@ def parts_of(name: str, said: Mapping[str, Any], base: Checkpoint) -> list[str]:
     return [tensor for tensor in named if tensor in base.tensors]
 
 
-def weight_of(finder: Finder, name: str, said: Mapping[str, Any]) -> Affine | None:
-    """The weight of one description; None where anything of it is wrong, which is noted."""
+def weight_of(finder: Finder, name: str, said: Mapping[str, Any]) -> Affine:
+    """The weight of one description. Raises `Unfit` where anything of it is wrong."""
     stem = stem_of(name)
     if name in finder.base.tensors:
-        finder.note(name, f"is there as well as {printable(stem)}_qdata, and only one of them may be")
-        return None
+        raise finder.unfit(name, f"is there as well as {printable(stem)}_qdata, and only one of them may be")
     if (older := f"{name}:qdata") in finder.base.tensors:
-        finder.note(
+        raise finder.unfit(
             older, "is named as by torchao 0.14 and older; load the model with that and save it with a newer one"
         )
-        return None
-    qdata = finder.part(f"{stem}_qdata", READ[said["_type"]], why=f"for {said['_type']}")
-    if qdata is None:
-        return None
+    qdata = finder.need(f"{stem}_qdata", READ[said["_type"]], why=f"for {said['_type']}")
     shape, data = qdata.info.shape, said.get("_data")
     block = data.get("block_size") if isinstance(data, Mapping) else None
     sizes = [size for size in block if is_count(size)] if isinstance(block, list) else []
     if len(shape) < 2 or len(sizes) != len(shape) or any(map(operator.mod, shape, sizes)):
         wanted = f"block_size must have a divisor of each size of {list(shape)}"
-        finder.note(name, f"{wanted}, but it is {printable(repr(block))}")
-        return None
+        raise finder.unfit(name, f"{wanted}, but it is {printable(repr(block))}")
     blocks = tuple(size // each for size, each in zip(shape, sizes, strict=True))
     each = f"for blocks of {block}"
     parts = [qdata, finder.part(f"{stem}_scale", [*FLOAT_NAMES], blocks, each)]
@@ -136,9 +132,7 @@ def weight_of(finder: Finder, name: str, said: Mapping[str, Any]) -> Affine | No
     if f"{stem}_act_pre_scale" in finder.base.tensors:
         finder.note(f"{stem}_act_pre_scale", "scales the layer's inputs, which is not read")
     others = [plain_of(finder.base, tensor) for tensor in parts_of(name, said, finder.base)]
-    tensors = [part for part in parts if part is not None]
-    if len(tensors) < len(parts):
-        return None
+    tensors = finder.every(*parts)
     read = {tensor.info.name for tensor in tensors}
     return Affine(
         shape=shape,
