@@ -51,6 +51,8 @@ from loratool.merging.tasks import (
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from loratool.files.digests import State
+    from loratool.files.sink import Part
     from loratool.merging.output_layout import ShardPlan
     from loratool.merging.row_blocks import Worker
 
@@ -80,10 +82,8 @@ class Engine:
         self.gpu_memory = 0  # bytes
         self.lanes = max(1, min(MOST_LANES, cores() // 4))
         self.slots = threading.Semaphore((self.lanes + FINISHING_SHARDS) * len(jobs))
-        self.taking = threading.Lock()  # of the task stream
-        self.deciding = threading.Condition()  # of the next two
-        self.undecided = 0  # threads that have taken tasks and may return them
-        self.returned: deque[tuple[Task, ...]] = deque()
+        self.taking = threading.Lock()  # of the task stream, and of what is aside
+        self.aside: deque[tuple[Task, ...]] = deque()  # for those that may compute
         self.computing = threading.Semaphore(cores())  # numpy's threads: more of them wait for the interpreter's lock
         self.telling = threading.Lock()  # of progress and of finished shards
         self.choosing = threading.Lock()  # of the resources
@@ -123,7 +123,11 @@ class Engine:
             if self.crew.failures or all(job.failure for job in self.jobs):
                 raise (*self.crew.failures, *(job.failure for job in self.jobs if job.failure))[0]
         except BaseException:
-            self.halt()
+            self.stop()
+            for job in (
+                self.jobs if self.crew.has_ended(PATIENCE) else ()
+            ):  # files that no thread is at work on any more
+                job.close()
             raise
         for job in self.jobs:
             if job.failure:
@@ -138,7 +142,9 @@ class Engine:
                     self.precision.enter_context(exact_arithmetic())
                 if not all(map(sums_products, self.spans)):
                     load_linear_algebra(devices)
-                used = resident_memory() + more_factors(self.jobs, self.workers or most_workers())
+                most = self.workers or most_workers()
+                factors = sorted(factor_memory(job.plan.edited, most) for job in self.jobs)
+                used = resident_memory() + sum(factors[:-1])  # besides those of the job that needs most
                 self.chosen = choose_resources(
                     self.spans, devices, self.workers, self.max_memory, used, self.sent, has_torch
                 )
@@ -154,12 +160,6 @@ class Engine:
         """Ask every thread to end."""
         for job in self.jobs:
             job.stop.set()
-
-    def halt(self) -> None:
-        """Ask every thread to end, and give them a moment; files are closed where none is at work on them any more."""
-        self.stop()
-        for job in self.jobs if self.crew.has_ended(PATIENCE) else ():
-            job.close()
 
     def make_tasks(self, groups: Sequence[Sequence[tuple[Job, ShardPlan]]]) -> Iterator[tuple[Task, ...]]:
         """All tasks, shard by shard, those of all jobs together; on many cores some shards advance side by side.
@@ -184,50 +184,39 @@ class Engine:
 
     def opened(self, job: Job, plan: ShardPlan) -> list[Output]:
         """An output file of a job, with the thread that sees it to its end; none where the job has been stopped."""
-        outputs: list[Output] = []
         with job.guarded():
             if not job.stop.is_set():
                 output = Output.of(job, plan)
                 self.crew.start(self.finish, output)
-                outputs.append(output)
-        if not outputs:
-            self.slots.release()
-        return outputs
+                return [output]
+        self.slots.release()
+        return []
 
     def take(self, number: int) -> tuple[Task, ...] | None:
         """The next tasks for worker `number`; None when there are none for it.
 
-        More threads can copy than can compute, and how many can is known once torch is there. A thread that took
-        more than it may do returns it, so those that may do it stay until nobody can return anything any more.
+        More threads can copy than can compute, and how many can is known once torch is there. A thread that comes
+        across tasks that are not for it, or not yet, puts them aside for those that may compute.
         """
         while not self.stopped:
-            with self.deciding:
-                if self.returned and self.may_compute(number):
-                    return self.returned.popleft()
             with self.taking:
+                computes = self.chosen is not None and number < self.chosen.workers
+                if self.aside and computes:
+                    return self.aside.popleft()
                 tasks = next(self.tasks, None)
-                with self.deciding:
-                    self.undecided += bool(tasks)
-            if tasks:
-                limited = self.counted or any(not isinstance(task, Copy) for task in tasks)
-                keep = not limited or number < self.resources().workers
-                with self.deciding:
-                    self.undecided -= 1
-                    if not keep:
-                        self.returned.append(tasks)
-                    self.deciding.notify_all()
-                return tasks if keep else None
-            if tasks is None:
-                with self.deciding:
-                    if not (self.returned and self.may_compute(number)):
-                        if not self.undecided:
-                            return None
-                        self.deciding.wait(0.1)
+                if tasks and (computes or not self.takes_memory(tasks)):
+                    return tasks
+                if tasks:
+                    self.aside.append(tasks)
+                elif tasks is None and not self.aside:
+                    return None
+            if tasks != () and number >= self.resources().workers:
+                return None
         return None
 
-    def may_compute(self, number: int) -> bool:
-        """Whether it is decided that worker `number` computes."""
-        return self.chosen is not None and number < self.chosen.workers
+    def takes_memory(self, tasks: Sequence[Task]) -> bool:
+        """Whether only as many threads may do such tasks as `resources` says."""
+        return self.counted or not all(isinstance(task, Copy) for task in tasks)
 
     def work(self, number: int) -> None:
         """A worker's life: take the next tasks until there are none."""
@@ -240,16 +229,14 @@ class Engine:
                     worker = self.worker(number)
                     lap("start-up")
                 self.compute_all(worker, computed)
+            digests: list[str] = []  # of the chunks that all copies among the tasks are of
             for task in tasks:
-                if isinstance(task, Repack):
-                    worker = worker or self.worker(number)
-                    assert not isinstance(worker, NumpyWorker)
-                    with task.output.job.guarded():
+                with task.output.job.guarded():
+                    if isinstance(task, Repack):
+                        worker = worker or self.worker(number)
+                        assert not isinstance(worker, NumpyWorker), "which no weight that is packed anew suits"
                         self.repack(worker, task)
-            digests: list[str] = []
-            for task in tasks:
-                if isinstance(task, Copy) and not task.output.job.stop.is_set():
-                    with task.output.job.guarded():
+                    elif isinstance(task, Copy) and not task.output.job.stop.is_set():
                         self.copy(task, digests)
         lap("wait")
 
@@ -300,34 +287,35 @@ class Engine:
         fixed = [step for task, step in zip(tasks, steps, strict=True) if not sums_products(task.chunk.span)]
         one = max(fixed, default=1)  # blocks of formulas must stay as they are, those of sums can be of any size
         window = max(one, max(steps) // one * one)
-        making = [(task, self.compute(worker, task, min(step, window), window)) for step, task in largest(steps, tasks)]
-        while making:
-            for task, rows in [*making]:
-                more = False
-                with task.output.job.guarded():
-                    more = next(rows, False)
-                if not more:
-                    making.remove((task, rows))
+        largest_first = sorted(zip(steps, tasks, strict=True), key=lambda pair: -pair[0])
+        for _ in zip_longest(*(self.compute(worker, task, min(step, window), window) for step, task in largest_first)):
+            pass  # the next window of each
 
-    def compute(self, worker: Worker | NumpyWorker, task: Compute, step: int, window: int) -> Iterator[bool]:
-        """Make the rows of a chunk in blocks of `step` rows; each True stands for the next `window` rows."""
-        output, chunk, span = task.output, task.chunk, task.chunk.span
-        row, at, state = span.placed.nbytes // span.rows, output.place(chunk), new_state()
-        part = output.sink.part(at, chunk.size)
-        for file, start, count in ranges_behind(chunk):
-            expect(output.sources.of(file), start, count)
-        for blocks in chunk.blocks(step, window):
-            for first, count in blocks:
-                if output.job.stop.is_set():
-                    return
-                memory = worker.merged_rows(task.work, first, count, output.sources, at % PAGE)
-                state.update(piece_of(memory, at))
-                lap("digest", count * row)
-                part.put(memory)
-                at += count * row
-                self.tell(count * row)
-            yield True
-        output.note(chunk, state.hexdigest())
+    def compute(self, worker: Worker | NumpyWorker, task: Compute, step: int, window: int) -> Iterator[None]:
+        """Make the rows of a chunk in blocks of `step` rows, up to `window` rows each time."""
+        output, chunk = task.output, task.chunk
+        with output.job.guarded():
+            at, state = output.place(chunk), new_state()
+            part = output.sink.part(at, chunk.size)
+            for file, start, count in ranges_behind(chunk):
+                expect(output.sources.of(file), start, count)
+            for blocks in chunk.blocks(step, window):
+                for first, count in blocks:
+                    if output.job.stop.is_set():
+                        return
+                    memory = worker.merged_rows(task.work, first, count, output.sources, at % PAGE)
+                    at = self.put(part, at, memory, state)
+                yield
+            output.note(chunk, state.hexdigest())
+
+    def put(self, part: Part, at: int, memory: memoryview, state: State) -> int:
+        """Hash and write what `memory` holds for byte `at` of a file; the byte behind it."""
+        piece = piece_of(memory, at)
+        state.update(piece)
+        lap("digest", len(piece))
+        part.put(memory)
+        self.tell(len(piece))
+        return at + len(piece)
 
     def repack(self, worker: Worker, task: Repack) -> None:
         """Pack a weight anew, and write all of its tensors."""
@@ -342,11 +330,7 @@ class Engine:
             part = output.sink.part(at, chunk.size)
             data = made[output.plan.own_name(chunk.span)][chunk.start : chunk.stop]
             for piece in data.split(most):  # type: ignore[no-untyped-call]
-                memory = worker.lent(piece, at % PAGE)
-                state.update(piece_of(memory, at))
-                part.put(memory)
-                at += len(piece)
-                self.tell(len(piece))
+                at = self.put(part, at, worker.lent(piece, at % PAGE), state)
             output.note(chunk, state.hexdigest())
 
     def finish(self, output: Output) -> None:
@@ -369,14 +353,3 @@ class Engine:
             spans = output.plan.spans
             device = "" if all(span.carried for span in spans) else self.resources().kind
             output.sink.record(output.totals.of(spans, device), digest)
-
-
-def more_factors(jobs: Sequence[Job], workers: int) -> int:
-    """Bytes of factors that several jobs have in memory at a time, besides those of the one that needs most."""
-    sizes = sorted(factor_memory(job.plan.edited, workers) for job in jobs)
-    return sum(sizes[:-1])
-
-
-def largest(steps: Sequence[int], tasks: Sequence[Compute]) -> list[tuple[int, Compute]]:
-    """Tasks with their blocks' rows, the largest blocks first."""
-    return sorted(zip(steps, tasks, strict=True), key=lambda pair: -pair[0])
