@@ -5,6 +5,7 @@
     {"finished": {"name": …, "size": …, "sha256": …, "changed": …, …}}                 a weight file on stable storage
     {"fetches": […]}     names of files that are fetched from the Hub into `fetched/`
     {"replaces": […]}    the old output's files, before it and the new one swap names
+    {"becomes": 123}     the inode number of what becomes the output, before it gets that name
 
 The head of a stage that many workers write to has "parts" besides: those have a folder of their own, with their records.
 
@@ -85,6 +86,7 @@ class Journal:
     finished: dict[str, FinishedShard] = field(default_factory=dict)
     fetches: set[str] = field(default_factory=set)
     replaces: set[str] | None = None  # names in the old output, once it is being replaced
+    becomes: int | None = None  # the inode number of what becomes the output, once that is complete
     parts: Mapping[str, Any] | None = None  # what all workers must agree on, where many write to the stage
 
     def head(self) -> bytes:
@@ -100,6 +102,9 @@ class Journal:
             if (shard := FinishedShard.of_record(value)) is None:
                 return False
             self.finished[shard.name] = shard
+            return True
+        if key == "becomes" and isinstance(value, int):
+            self.becomes = value
             return True
         if key not in NAMING or not isinstance(value, list) or not all(map(is_plain, value)):
             return False

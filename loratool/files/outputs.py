@@ -234,27 +234,28 @@ def already_there(out: Path, shown: str) -> UsageError:
 
 
 def is_published(out: Path) -> bool:
-    """Whether an output is, as far as sizes tell, the one whose stage is left, with nothing in it but the journal."""
+    """Whether an output is the one whose stage is left, with nothing in it that can be continued."""
     home = stage_of(out)
     try:
-        journal = look(home) if is_spent(home) and not is_locked(home) else None
+        journal = look(home) if is_spent(out) and not is_locked(home) else None
+        return journal is not None and journal.becomes == out.stat().st_ino
     except (ForeignError, OSError):
         return False
-    if journal is None or not journal.finished:
-        return False
-    there = {name: out / name if out.is_dir() else out for name in journal.finished}
-    return all(path.is_file() and path.stat().st_size == journal.finished[name].size for name, path in there.items())
 
 
-def is_spent(home: Path) -> bool:
-    """Whether a folder has no file, or none but a journal that is no list of parts: nothing in it can be continued."""
+def is_spent(out: Path) -> bool:
+    """Whether nothing in the stage of an output can be continued, nor is a list of parts.
+
+    It has no file but its journal; or it has the files of an old output, which has changed places with the new one.
+    """
+    home = stage_of(out)
     if not home.is_dir() or home.is_symlink():
         return False
     files = [path for path, status in walk(home) if not stat.S_ISDIR(status.st_mode)]
-    if files not in ([], [JOURNAL]):
-        return False
     journal = read_journal(home, home.stat().st_uid)
-    return not files or (journal is not None and journal.parts is None)
+    if journal is None or journal.parts is not None:
+        return not files
+    return files == [JOURNAL] or (journal.replaces is not None and journal.becomes == out.stat().st_ino)
 
 
 def stage_of(out: Path) -> Path:

@@ -219,6 +219,7 @@ class Stage:
             raise UsageError(
                 f"{printable(self.out)}: was created by something else in the meantime, and is left unchanged"
             )
+        self.note("becomes", (self.folder / self.single).stat().st_ino)
         if self.single:
             os.replace(self.folder / self.single, self.out)
             if (self.folder / PROVENANCE).is_file():
@@ -330,13 +331,14 @@ def clearing_spent(out: PathLike, dry_run: bool = False) -> Iterator[None]:
 
 
 def clear_spent(out: PathLike) -> None:
-    """Remove the stage of an output in which a run left nothing, as one that was ended while it cleared up."""
-    home = stage_of(Path(os.path.realpath(out)))
+    """Remove the stage of an output in which a run left nothing but what it had replaced, when it was ended at its end."""
+    out = Path(os.path.realpath(out))
+    home = stage_of(out)
     with suppress(OSError, LoratoolError):  # somebody else is at work in it, or has put something there
-        if is_spent(home):
+        if is_spent(out):
             with locked(home) as owner:
                 found = look(home, owner)
-                if is_spent(home):
+                if is_spent(out):
                     Stage(home, home, found or Journal("")).remove()
 
 

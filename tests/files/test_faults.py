@@ -327,6 +327,39 @@ def test_an_old_output_that_comes_back_is_not_overwritten_unasked(overwriting: S
     assert overwriting.is_complete()
 
 
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two"])
+def test_a_rerun_after_a_kill_behind_the_exchange_of_names_says_that_out_is_complete_and_lets_the_old_one_go(
+    exchange: bool, overwriting: Scene
+) -> None:
+    """A dry run says the same and writes nothing."""
+    swap = "renameat2(out.partial/model, out)" if exchange else "rename(out.partial/model, out)"
+    overwriting.reset()
+    outcome = overwriting.merge("--overwrite", fault=Fault("killed after", 1, since=swap), exchange=exchange)
+    assert outcome.code == -9, outcome.hit
+    assert picture(overwriting.root / PARTIAL / ("model" if exchange else "replaced")) == overwriting.old
+    left = picture(overwriting.root)
+    dry = overwriting.merge("--dry-run")
+    assert picture(overwriting.root) == left
+    again = overwriting.merge()
+    for each in (dry, again):
+        assert each.code == 2, each.errors
+        assert "an earlier run completed it" in each.errors
+    assert overwriting.is_complete()
+    assert overwriting.names() == {OUT}
+
+
+def test_a_rerun_after_a_kill_before_the_exchange_of_names_claims_nothing(overwriting: Scene) -> None:
+    """OUT is still the old output, and the stage has the new one, which the next run with `--overwrite` makes anew."""
+    overwriting.reset()
+    swap = Fault("killed before", 1, since="renameat2(out.partial/model, out)")
+    assert overwriting.merge("--overwrite", fault=swap).code == -9
+    left = picture(overwriting.root)
+    again = overwriting.merge()
+    assert again.code == 2
+    assert "already exists; pass --overwrite" in again.errors
+    assert picture(overwriting.root) == left
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_rerun_after_a_kill_between_publishing_and_clearing_says_that_out_is_complete_and_clears(
     number: int, fresh: Scene
