@@ -95,7 +95,7 @@ def inspect_shared(paths: Sequence[Path], options: InspectWords, screen: Screen,
             screen.show(inspect_part(paths[0], options, options.part, into, progress))
         return
     facts = finish_inspect(paths[0], options, into)
-    screen.show({"results": [facts]}, str(facts))
+    screen.show({"results": [facts]}, facts)
     pictures.write([facts])
     if code := exit_code_of(facts):
         tell_problems(paths[0], facts, screen)
@@ -136,7 +136,7 @@ def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, a
         for line in csv_lines(found.adapters):
             click.echo(line)
     else:
-        screen.show({"results": [found]}, str(found))
+        screen.show({"results": [found]}, found)
     pictures.write(found)
     tell_bad(
         [row for row in found.adapters if row.exit_code],
@@ -198,7 +198,7 @@ def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen,
             facts.append(unreadable(path, error))
             codes.append(error.exit_code)
     told = [each for each in facts if options.check or not isinstance(each, UnreadableFacts)]
-    screen.show({"results": facts}, "\n\n".join(map(str, told)))
+    screen.show({"results": facts}, *(told or ("",)))
     pictures.write(facts)
     for number in checked:
         tell_problems(paths[number], facts[number], screen)

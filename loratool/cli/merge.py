@@ -233,7 +233,7 @@ def merge_several(
         if error := result.errors.get(os.fspath(out)):
             complain_of(error, os.fspath(out), adapters)
     if result.reports or screen.as_json:
-        screen.show(result, result.made)
+        screen.show(result, dataclasses.replace(result, errors={}))  # which were told on stderr
     if result.reports:
         pictures.write(result)
     click.get_current_context().exit(result.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,11 @@ class Screen:
     as_json: bool
     quiet: bool
 
-    def show(self, result: Any, text: str | None = None) -> None:
-        """Print a result; its warnings go to stderr besides."""
+    def show(self, result: Any, *text: object) -> None:
+        """Print a result: as JSON, or as `text` in parts, which is the result itself if there is none.
+
+        Its warnings go to stderr besides. A terminal gets text that fits into it; a file or a pipe gets it whole.
+        """
         from loratool.results.base import SCHEMA, Result, plain
 
         if not self.quiet:
@@ -43,7 +47,10 @@ class Screen:
                 table["operands"] = as_records(notes)
             click.echo(json.dumps(table, indent=2, allow_nan=False))
         elif not self.quiet:
-            click.echo(escaped(str(result) if text is None else text, keep="\n"))
+            from loratool.results.text import ENDLESS, fitting
+
+            with fitting(shutil.get_terminal_size().columns if sys.stdout.isatty() else ENDLESS):
+                click.echo(escaped("\n\n".join(map(str, text or [result])), keep="\n"))
             show_charts(result["results"] if isinstance(result, dict) and "results" in result else [result])
 
     @contextmanager

@@ -14,7 +14,7 @@ from loratool.merging.options import RunOptions
 from loratool.merging.plan_options import ProofOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
-from loratool.results.text import MOST_LINES, aligned, plural
+from loratool.results.text import ENDLESS, MOST_LINES, aligned, fill, plural
 from loratool.shown import size
 from loratool.templates import first_few, grouped, listed, template_of
 
@@ -150,7 +150,7 @@ def plan_text(plan: MergePlan) -> str:
     listing = edit_lines(plan)
     if len(listing) > MOST_LINES:
         listing = [*listing[:MOST_LINES], f"… and {len(listing) - MOST_LINES} more patterns"]
-    shown = "\n".join([aligned(rows), "edits:", *(f"  {line}" for line in listing)])
+    shown = "\n".join([aligned(rows), "edits:", *(fill(line, "  ", "    ", ENDLESS) for line in listing)])
     return f"{shown}\n\n{simulation_text(plan.simulations)}" if plan.simulations else shown
 
 

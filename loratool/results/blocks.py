@@ -10,7 +10,7 @@ from loratool.grouping import by_key
 from loratool.layouts.diffusion import blocks
 from loratool.layouts.diffusion.blocks import BASE, MID
 from loratool.layouts.diffusion.words import TEXT_WORDS
-from loratool.results.text import columns
+from loratool.results.text import COLUMNS, room_for, table
 
 TEXT = re.compile(rf"({'|'.join(sorted(TEXT_WORDS, key=len, reverse=True))})[._]")
 IMAGE = re.compile(r"(?:unet|prior|diffusion_model)[._]")
@@ -53,10 +53,12 @@ def place(block: str) -> tuple[int, str]:
 def bars(norms: Mapping[str, float]) -> str:
     """A bar for each block, as long as its part of the update."""
     found = shares(norms)
-    most = max((part for part, _ in found.values()), default=0.0)
+    most = max((part for part, _ in found.values()), default=0.0) or 1.0
+    names = {block: f"{block} ×{count}" for block, (_, count) in found.items()}
+    width = max(map(len, names.values()), default=0)
+    longest = min(WIDTH, room_for(COLUMNS) - width - len("100.0 %") - 4)
     rows = [
-        [f"{100 * part:.1f} %", f"{block} ×{count}", "█" * round(WIDTH * part / most) if most else ""]
-        for block, (part, count) in found.items()
+        [f"{100 * part:.1f} %", f"{names[block]:<{width}}  {'█' * round(longest * part / most)}".rstrip()]
+        for block, (part, _) in found.items()
     ]
-    width = max((len(row[1]) for row in rows), default=0)
-    return columns(["‖ΔW‖²", "block"], [[share, f"{name:<{width}}  {bar}".rstrip()] for share, name, bar in rows])
+    return table(["‖ΔW‖²", "block"], rows, room=COLUMNS)

@@ -124,7 +124,7 @@ class CombineReport(Written):
                 number(layer.widest_cosine),
             ],
         )
-        return "\n".join([aligned(rows), *layers])
+        return f"{aligned(rows)}\n{layers}"
 
 
 def share(totals: CombinedTotals, name: str) -> str:

@@ -121,7 +121,7 @@ class CompareReport(Result):
                     )[:MOST_LAYERS]
                 ),
             ]
-            lines += ["", pair, *table(header, cells, totals.layers - MOST_LAYERS)]
+            lines += ["", pair, table(header, cells, totals.layers - MOST_LAYERS)]
         return lines[1:]
 
     def closing(self) -> list[str]:

@@ -77,10 +77,10 @@ class CompressReport(Result):
             *cost_rows(self.cost),
             *(("note", note) for note in self.notes),
         ]
-        return "\n".join([aligned(rows), *adapter_lines(self.adapters), *module_lines(self.modules)])
+        return "\n".join([aligned(rows), adapters_table(self.adapters), modules_table(self.modules)])
 
 
-def adapter_lines(adapters: Mapping[str, CompressedAdapter]) -> list[str]:
+def adapters_table(adapters: Mapping[str, CompressedAdapter]) -> str:
     """A table of adapters, those that lose most first."""
     worst = sorted(adapters.items(), key=lambda item: -item[1].error)
     cells = [
@@ -96,7 +96,7 @@ def adapter_lines(adapters: Mapping[str, CompressedAdapter]) -> list[str]:
     return table(["error", "truncated", "own file", "worst module", "adapter"], cells, len(worst) - MOST_LAYERS)
 
 
-def module_lines(modules: Mapping[str, CompressedModule]) -> list[str]:
+def modules_table(modules: Mapping[str, CompressedModule]) -> str:
     """A table of modules, those that lose most first."""
 
     def error(module: CompressedModule) -> float:

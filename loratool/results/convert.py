@@ -56,7 +56,15 @@ class ConvertReport(Written):
             *(("note", note) for note in self.notes),
         ]
         approximated = {t: layer for t, layer in self.modules.items() if layer.approximated}
-        return "\n".join([aligned(rows), *(approximated_lines(approximated) if approximated else ())])
+        if not approximated:
+            return aligned(rows)
+        layers = worst_first(
+            ["error", "why", "layer"],
+            approximated,
+            lambda layer: layer.error or 0.0,
+            lambda layer: [percent(layer.error or 0.0), layer.approximated],
+        )
+        return f"{aligned(rows)}\n{layers}"
 
     @property
     def folded(self) -> str:
@@ -74,13 +82,3 @@ class ConvertReport(Written):
         if all(layer.norm is None and not layer.error for layer in layers) and not any(self.beside.values()):
             error = "every layer has the same factors, byte for byte, and the same scale"
         return [("proof", f"read back: {error}")]
-
-
-def approximated_lines(modules: Mapping[str, ConvertedLayer]) -> list[str]:
-    """A table of the layers that were approximated, those that lose most first."""
-    return worst_first(
-        ["error", "why", "layer"],
-        modules,
-        lambda layer: layer.error or 0.0,
-        lambda layer: [percent(layer.error or 0.0), layer.approximated],
-    )

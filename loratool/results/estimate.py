@@ -8,7 +8,7 @@ from typing import Literal
 
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import aligned, in_columns
+from loratool.results.text import ENDLESS, aligned, fill, in_columns
 from loratool.shown import size
 
 Shape = tuple[int, ...]
@@ -88,8 +88,8 @@ class Estimate(Result):
             ("growth", growth(self)),
             *(("note", note) for note in self.notes),
         ]
-        lines = [one.line for one in self.ranks]
-        return "\n\n".join([aligned(rows), "\n".join(lines), in_columns(side_by_side(self)), memory_text(self)])
+        lines = "\n".join(fill(one.line, room=ENDLESS) for one in self.ranks)
+        return "\n\n".join([aligned(rows), lines, in_columns(side_by_side(self)), memory_text(self)])
 
 
 def target_line(name: str, shape: tuple[int, ...], count: int, per_rank: int) -> str:
@@ -139,7 +139,8 @@ def memory_text(result: Estimate) -> str:
         ("Q", f"{result.quantisable:,} of them {where}"),
         ("T", "parameters that LoRA trains"),
     ]
-    return "memory: weights + gradients + the two moments of AdamW; activations not included\n" + aligned(rows)
+    about = "memory: weights + gradients + the two moments of AdamW; activations not included"
+    return f"{fill(about)}\n{aligned(rows)}"
 
 
 def sum_of(memory: Memory) -> str:

@@ -70,22 +70,18 @@ class ExtractReport(Written):
             *cost_rows(self.cost),
             *(("note", note) for note in self.notes),
         ]
-        return "\n".join([aligned(rows), *extracted_lines(self.modules)])
-
-
-def extracted_lines(modules: Mapping[str, ExtractedLayer]) -> list[str]:
-    """A table of layers, those that lose most first."""
-    header = ["rank", "‖M‖", "‖M‖/‖W‖", "by rank", "stored", "above noise", "layer"]
-    return worst_first(
-        header,
-        modules,
-        lambda layer: layer.achieved,
-        lambda layer: [
-            str(layer.rank),
-            f"{layer.norm:.3g}",
-            f"{layer.relative:.2g}",
-            percent(layer.predicted),
-            percent(layer.achieved),
-            str(layer.above_noise),
-        ],
-    )
+        header = ["rank", "‖M‖", "‖M‖/‖W‖", "by rank", "stored", "above noise", "layer"]
+        layers = worst_first(
+            header,
+            self.modules,
+            lambda layer: layer.achieved,
+            lambda layer: [
+                str(layer.rank),
+                f"{layer.norm:.3g}",
+                f"{layer.relative:.2g}",
+                percent(layer.predicted),
+                percent(layer.achieved),
+                str(layer.above_noise),
+            ],
+        )
+        return f"{aligned(rows)}\n{layers}"

@@ -14,8 +14,7 @@ from loratool.results.findings import Finding, findings_text
 from loratool.results.fleet import FleetFacts
 from loratool.results.history import Ancestor, history_text
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import columns, counted, plural, shortened, spread
-from loratool.results.wrapping import fill, wrapped
+from loratool.results.text import COLUMNS, ENDLESS, aligned, counted, fill, plural, shortened, spread, table
 from loratool.shown import size
 from loratool.templates import grouped, template_of
 
@@ -158,7 +157,7 @@ class AdapterFacts(Result):
             *(("not mergeable", reason) for reason in self.unsupported),
             *(("note", note) for note in self.notes if self.findings is None),  # else a finding is made of it
         ]
-        parts = [wrapped(rows)]
+        parts = [aligned(rows, COLUMNS)]
         if self.history:
             parts.append(history_text(self.history))
         if self.against:
@@ -258,7 +257,7 @@ class CheckpointFacts(Result):
             *(("left out", name) for name in self.left_out),
             *(("note", note) for note in self.notes if self.findings is None),
         ]
-        parts = [wrapped(rows)]
+        parts = [aligned(rows, COLUMNS)]
         if self.history:
             parts.append(history_text(self.history))
         if self.listing is not None:
@@ -284,7 +283,7 @@ class UnreadableFacts(Result):
 
     def __str__(self) -> str:
         """What keeps a path from being read, for people."""
-        return f"{wrapped([('path', self.path)])}\n\n{findings_text(self.findings)}"
+        return f"{aligned([('path', self.path)], COLUMNS)}\n\n{findings_text(self.findings)}"
 
 
 OneFacts = AdapterFacts | CheckpointFacts | UnreadableFacts  # of one path
@@ -325,7 +324,7 @@ def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
         ),
     ]
     rows += [("does not fit", problem) for problem in base.problems]
-    parts = [f"{wrapped(rows)}\n{base.line}"]
+    parts = [f"{aligned(rows, COLUMNS)}\n{fill(base.line, room=ENDLESS)}"]
     matched = [(module.target, place) for module in modules for place in module.places or ()]
     if matched:
         parts.append("matching weights:\n" + "\n".join(matching_lines(matched)))
@@ -357,11 +356,11 @@ def numberless(target: str) -> str:
 
 def metadata_text(metadata: Mapping[str, str]) -> str:
     """What the header holds besides tensors, a line for each entry."""
-    return wrapped([*metadata.items()]) if metadata else "no metadata in the header"
+    return aligned(metadata.items(), COLUMNS) if metadata else "no metadata in the header"
 
 
 def tensors_text(tensors: Sequence[TensorFacts]) -> str:
     """Every tensor: dtype, shape, bytes, name."""
     header = ["dtype", "shape", "bytes", "tensor"]
     rows = [[t.dtype, "×".join(map(str, t.shape)) or "scalar", f"{t.bytes:,}", t.name] for t in tensors]
-    return columns(header, rows)
+    return table(header, rows, room=COLUMNS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loratool.errors import escaped, printable
-from loratool.results.wrapping import fill
+from loratool.results.text import fill
 
 NOT_AS_WRITTEN = "not-as-written"  # the code of a problem: another file than loratool wrote
 

@@ -13,14 +13,15 @@ from loratool.results.base import Result
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import counts, figure, fitted, plural, shortened, table as lines_of
-from loratool.results.wrapping import fill
+from loratool.results.text import ENDLESS, counts, figure, fill, fitted, plural, shortened, table as text_of
 from loratool.shown import size
 
 OK = "ok"
 MANY = 2  # different ranks or scales that a cell lists before it has their range
 LONGEST_TARGETS = 20  # characters of a cell of targets
 LONGEST_BASE = 24
+# Columns that a narrow terminal does without, in this order.
+SPARE = ("dialect", "date", "params", "alpha", "scale", "base", "targets", "size", "rank")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class FleetFacts(Result):
             parts.append(table(self.adapters, with_base=True))
         else:
             for base, rows in by_base(self.adapters).items():
-                parts.append(f"{base or 'base not named'}: {plural(len(rows), 'adapter')}\n{table(rows)}")
+                heading = fill(f"{base or 'base not named'}: {plural(len(rows), 'adapter')}", room=ENDLESS)
+                parts.append(f"{heading}\n{table(rows)}")
         bad = [row for row in self.adapters if row.reason]
         if bad:
             parts.append("\n".join(fill(f"{row.name}: {row.reason}", "", "    ") for row in bad))
@@ -107,8 +109,8 @@ class FleetFacts(Result):
         """How many there are."""
         bad = counted_health([row.health for row in self.adapters])
         total = size(sum(row.bytes for row in self.adapters))
-        told = f"{plural(len(self.adapters), 'adapter')}, {total}"
-        yield (told + (f", {bad}" if bad else "") + (f"; {self.filtered} filtered out" if self.filtered else ""))
+        told = f"{plural(len(self.adapters), 'adapter')}, {total}" + (f", {bad}" if bad else "")
+        yield fill(told + (f"; {self.filtered} filtered out" if self.filtered else ""), room=ENDLESS)
         if self.left_out:
             yield fill(", ".join(shortened(self.left_out, 4)), f"not adapters ({len(self.left_out)}): ", "    ")
 
@@ -139,7 +141,7 @@ def table(rows: Sequence[FleetRow], with_base: bool = False) -> str:
         line += [figure(row.norm)] if norms else []
         line += [row.health, "+".join(row.dialect) or "–"]
         cells.append([*line, *([base_cell(row.base)] if with_base else []), row.name])
-    return "\n".join(lines_of([*header, "dialect", *(["base"] if with_base else []), "name"], cells, 0))
+    return text_of([*header, "dialect", *(["base"] if with_base else []), "name"], cells, spare=SPARE)
 
 
 def several(values: Sequence[float]) -> str:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.results.base import Result
-from loratool.results.text import memory, plural, shortened
-from loratool.results.wrapping import fill, wrapped
+from loratool.results.text import COLUMNS, aligned, fill, memory, plural, shortened
 from loratool.shown import size
 
 
@@ -31,7 +30,7 @@ class IndexReport(Result):
             ("took", f"{self.cost.seconds:.2f} s"),
             ("peak memory", memory(self.cost.peak_memory)),
         ]
-        parts = [wrapped(rows)]
+        parts = [aligned(rows, COLUMNS)]
         if self.failed:
             lines = [fill(f"{name}: {why}", "  ", "    ") for name, why in self.failed.items()]
             parts.append("\n".join([f"{plural(len(lines), 'adapter')} not in the index:", *shortened(lines)]))

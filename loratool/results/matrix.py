@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loratool.errors import escaped
-from loratool.results.text import COLUMNS, fitted, mean_of
+from loratool.results.text import COLUMNS, fill, fitted, mean_of, room_for
 
-MOST_ROWS = 50  # beyond, the nearest adapters share a row
-NUMBERS = 8  # up to this many rows, cells are numbers
+BESIDES = (
+    30  # columns of a row besides its cells, one each; of more adapters than there are cells, the nearest share a row
+)
+NUMBERS, NUMBER, LEAST_NAME = 8, 7, 14  # up to this many rows, cells are numbers of so many columns next to a name
 Table = Sequence[Sequence[float | None]]
 Group = tuple[int, ...]  # adapters of a row
 TITLES = {
@@ -45,11 +47,12 @@ def matrix_lines(
     names: Sequence[str], matrix: Matrix, tree: Sequence[Join], energy: Mapping[str, float | None]
 ) -> list[str]:
     """All rows in the order of the dendrogram."""
-    merged = max(0, len(names) - MOST_ROWS)
+    line = room_for(COLUMNS)
+    merged = max(0, len(names) - (line - BESIDES))
     clusters, groups = zip(*grouped(len(names), tree, merged), strict=True)
-    few = len(groups) <= NUMBERS
-    width = 30 if few else max(7, (COLUMNS - len(groups) - 8) // 3)
-    room = COLUMNS - width - 2 if few else COLUMNS - len(groups) - width - 7
+    few = len(groups) <= min(NUMBERS, (line - LEAST_NAME) // NUMBER)
+    width = min(30, line // 2) if few else max(7, (line - len(groups) - 8) // 3)
+    room = line - width - 2 if few else line - len(groups) - width - 7
     labels = [label(names, group, room) for group in groups]
     starts = [
         f"{name:<{room}} {branch}" for name, branch in zip(labels, branches(clusters, tree, merged, width), strict=True)
@@ -65,14 +68,15 @@ def matrix_lines(
     shares = [mean_of([energy[names[at]] for at in group]) for group in groups]
     ends = ["   –" if share is None else f"{100 * share:3.0f}%" for share in shares]
     lines = [f"{start} {cells} {end}" for start, cells, end in zip(starts, digits, ends, strict=True)]
-    lines += [
-        f"{scale}; cosine below the diagonal, overlap",
-        "of outputs above it, in tenths (· under 0.05, # from 0.95, - negative); at the end",
-        "of a row the part of the adapter that the sum of all would keep",
-    ]
+    lines.append(
+        fill(
+            f"{scale}; cosine below the diagonal, overlap of outputs above it, in tenths (· under 0.05, # from 0.95, "
+            "- negative); at the end of a row the part of the adapter that the sum of all would keep"
+        )
+    )
     signs = sorted(v for at, row in enumerate(matrix.sign_conflict) for v in row[:at] if v is not None)
     if signs:
-        lines.append(f"sign conflict {signs[0]:.3f} to {signs[-1]:.3f}, median {signs[len(signs) // 2]:.3f}")
+        lines.append(fill(f"sign conflict {signs[0]:.3f} to {signs[-1]:.3f}, median {signs[len(signs) // 2]:.3f}"))
     return lines
 
 
@@ -117,7 +121,7 @@ def digit(value: float | None) -> str:
 
 def numbers(row: Sequence[float | None], name: str) -> str:
     cells = "".join("      –" if value is None else f"{value:7.3f}" for value in row)
-    return f"{cells}  {fitted(escaped(name), COLUMNS - len(cells) - 2)}"
+    return f"{cells}  {fitted(escaped(name), room_for(COLUMNS) - len(cells) - 2)}"
 
 
 def branches(clusters: Sequence[int], tree: Sequence[Join], merged: int, width: int) -> list[str]:

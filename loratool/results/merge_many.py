@@ -52,18 +52,13 @@ class ResultsOfOutputs(Result, Generic[Each]):
             entry.pop("schema", None)
         return {"schema": SCHEMA, "outputs": outputs, "cost": plain(self.cost)}
 
-    @property
-    def made(self) -> str:
-        """The text of the results alone; a plan does not say which output it is of."""
-        named = (
+    def __str__(self) -> str:
+        """The text of each result, and the errors; a plan does not say which output it is of."""
+        made = (
             str(each) if isinstance(each, MergeReport) else f"{printable(out)}:\n{each}"
             for out, each in self.reports.items()
         )
-        return "\n\n".join(named)
-
-    def __str__(self) -> str:
-        failed = [f"{printable(out)}: failed: {error}" for out, error in self.errors.items()]
-        return "\n\n".join([*([self.made] if self.reports else []), *failed])
+        return "\n\n".join([*made, *(f"{printable(out)}: failed: {error}" for out, error in self.errors.items())])
 
 
 class FailedOutput(TypedDict):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratool.files.stopwatch import Spent
-from loratool.results.text import columns
+from loratool.results.text import COLUMNS, table
 from loratool.shown import Shown, size
 
 
@@ -29,7 +29,7 @@ class Profile(Shown):
         header = ("thread", "stage", "CPU s", "wall s", "bytes", "per thread")
         rows = [line("all", stage, spent) for stage, spent in self.stages.items()]
         rows += [line(name, stage, spent) for name, stages in self.threads.items() for stage, spent in stages.items()]
-        return columns(header, rows)
+        return table(header, rows, room=COLUMNS)
 
 
 def line(thread: str, stage: str, spent: Spent) -> tuple[str, ...]:

@@ -63,7 +63,21 @@ class RebaseReport(Written):
             *cost_rows(self.cost),
             *(("note", note) for note in self.notes),
         ]
-        return "\n".join([aligned(rows), *module_lines(self.modules)])
+        layers = worst_first(
+            ["‖D‖/‖W‖", "‖D‖/‖ΔW‖", "cosine", "c", "z", "seen", "core", "module"],
+            self.modules,
+            lambda one: one.relative or 0.0,
+            lambda one: [
+                figure(one.relative),
+                figure(one.over_update),
+                figure(one.cosine, 5),
+                figure(one.c),
+                figure(one.z),
+                figure(one.seen),
+                figure(one.core),
+            ],
+        )
+        return f"{aligned(rows)}\n{layers}"
 
 
 def lines_of(base: RebasedBase) -> str:
@@ -71,21 +85,3 @@ def lines_of(base: RebasedBase) -> str:
     first = next(iter(base.sha256.values()), "")
     more = f" and {len(base.sha256) - 1} more files" if len(base.sha256) > 1 else ""
     return f"{printable(base.name)} (SHA-256 {first[:16]}…{more})"
-
-
-def module_lines(modules: Mapping[str, BasePair]) -> list[str]:
-    """A table of modules."""
-    return worst_first(
-        ["‖D‖/‖W‖", "‖D‖/‖ΔW‖", "cosine", "c", "z", "seen", "core", "module"],
-        modules,
-        lambda one: one.relative or 0.0,
-        lambda one: [
-            figure(one.relative),
-            figure(one.over_update),
-            figure(one.cosine, 5),
-            figure(one.c),
-            figure(one.z),
-            figure(one.seen),
-            figure(one.core),
-        ],
-    )

@@ -70,22 +70,18 @@ class ResizeReport(Written):
             *([("", f"… and {len(self.dropped) - MOST_LAYERS} more")] if len(self.dropped) > MOST_LAYERS else []),
             *(("note", note) for note in self.notes),
         ]
-        return "\n".join([aligned(rows), *resized_lines(self.modules)])
-
-
-def resized_lines(modules: Mapping[str, ResizedLayer]) -> list[str]:
-    """A table of layers, those that lose most first."""
-    weighed = any(layer.activations is not None for layer in modules.values())
-    header = ["rank", "‖ΔW‖", "truncated", "stored", *(["outputs"] if weighed else []), "layer"]
-    return worst_first(
-        header,
-        modules,
-        lambda layer: layer.achieved,
-        lambda layer: [
-            f"{layer.rank_before} → {layer.rank}",
-            f"{layer.norm:.3g}",
-            percent(layer.predicted),
-            percent(layer.achieved),
-            *([percent(layer.activations or 0.0)] if weighed else []),
-        ],
-    )
+        weighed = any(layer.activations is not None for layer in self.modules.values())
+        header = ["rank", "‖ΔW‖", "truncated", "stored", *(["outputs"] if weighed else []), "layer"]
+        layers = worst_first(
+            header,
+            self.modules,
+            lambda layer: layer.achieved,
+            lambda layer: [
+                f"{layer.rank_before} → {layer.rank}",
+                f"{layer.norm:.3g}",
+                percent(layer.predicted),
+                percent(layer.achieved),
+                *([percent(layer.activations or 0.0)] if weighed else []),
+            ],
+        )
+        return f"{aligned(rows)}\n{layers}"

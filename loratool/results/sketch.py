@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loratool.results.text import columns
+from loratool.results.text import COLUMNS, table
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ def neighbours_text(near: Sequence[Neighbour]) -> str:
         [f"{each.distance:.4g} ± {each.error:.2g}", f"{100 * each.relative:.3g} %", each.same or "–", each.name]
         for each in near
     ]
-    return columns(["‖ΔW − ΔW'‖", "of the larger ‖ΔW‖", "same", "adapter"], cells)
+    return table(["‖ΔW − ΔW'‖", "of the larger ‖ΔW‖", "same", "adapter"], cells, room=COLUMNS)

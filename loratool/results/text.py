@@ -7,8 +7,11 @@ three digits and no unit of memory by itself.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from loratool.errors import escaped, printable
@@ -17,8 +20,27 @@ from loratool.shown import size
 
 Layer = TypeVar("Layer")
 COLUMNS = 80
+ENDLESS = 1 << 30  # columns of a file, a pipe or a notebook
+NARROWEST = 40  # columns; what does not fit into these runs over
+NAMED = 20  # letters of a name that say which one it is: of a longer one, in a table that is too wide, the last so many
 MOST_LAYERS = 8  # rows of a table of layers before the rest is counted
 MOST_LINES = 40  # rows of a listing before the rest is counted
+TERMINAL = ContextVar("TERMINAL", default=ENDLESS)  # columns of what a text is made for
+
+
+@contextmanager
+def fitting(columns: int) -> Iterator[None]:
+    """Texts that are made within this fit into a terminal; all others are the same wherever they are shown."""
+    before = TERMINAL.set(max(columns, NARROWEST))
+    try:
+        yield
+    finally:
+        TERMINAL.reset(before)
+
+
+def room_for(most: int) -> int:
+    """Columns that a line may take: `most`, or what the terminal has if that is less."""
+    return min(most, TERMINAL.get())
 
 
 def memory(count: int) -> str:
@@ -34,10 +56,20 @@ def cost_rows(cost: Cost) -> list[tuple[str, object]]:
     ]
 
 
-def aligned(rows: Sequence[tuple[str, object]]) -> str:
-    """`name  value` lines with the values in one column."""
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {escaped(str(value))}" for name, value in rows)
+def aligned(rows: Iterable[tuple[str, object]], room: int = ENDLESS) -> str:
+    """`name  value` lines, values in one column and broken between words where they are longer than `room`."""
+    pairs = list(rows)
+    width = max((len(name) for name, _ in pairs), default=0) + 2
+    return "\n".join(fill(str(value), f"{name:<{width}}", " " * width, room) for name, value in pairs)
+
+
+def fill(text: str, first: str = "", later: str = "", room: int = COLUMNS) -> str:
+    """Text in lines of `room` columns; a word that is longer, such as a path, stays whole."""
+    text, room = escaped(text), room_for(room)
+    if len(first) + len(text) <= room:
+        return (first + text).rstrip()
+    wrapper = textwrap.TextWrapper(room, first, later, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text)
 
 
 def spread(values: Mapping[str, int]) -> str:
@@ -91,16 +123,30 @@ def shortened(names: Sequence[str], most: int = MOST_LINES) -> list[str]:
     return [*names[:most], *([f"… and {len(names) - most} more"] if len(names) > most else [])]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], more: int, room: int = 1 << 30) -> list[str]:
-    """Lines of cells in columns to the right, the last column, a name, to the left in `room` characters."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    more: int = 0,
+    room: int = ENDLESS,
+    spare: Sequence[str] = (),
+) -> str:
+    """Cells in columns to the right, the last column, a name, to the left in `room` characters.
+
+    In a terminal that is too narrow, names lose their beginnings, down to `NAMED` letters; then columns are left out, first
+    those that `spare` names, then the last ones. A line below the table says which.
+    """
     every = [header, *([escaped(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[at]) for row in every) for at in range(len(header) - 1)]
-    room -= sum(widths) + 2 * len(widths)
-    lines = [
-        "  ".join([*(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=False)), fitted(row[-1], room)])
-        for row in every
-    ]
-    return [*lines, *([f"… and {more} more"] if more > 0 else [])]
+    *widths, longest = (max(map(len, column)) for column in zip(*every, strict=True))
+    shown = [*range(len(widths))]
+    for at in (*(header.index(name) for name in spare if name in header), *range(len(widths) - 1, 0, -1)):
+        if at in shown and sum(widths[one] + 2 for one in shown) + min(longest, NAMED) > room_for(ENDLESS):
+            shown.remove(at)
+    room = room_for(room) - sum(widths[at] + 2 for at in shown)
+    lines = ["  ".join([*(f"{row[at]:>{widths[at]}}" for at in shown), fitted(row[-1], room)]) for row in every]
+    lines += [f"… and {more} more"] if more > 0 else []
+    left_out = [header[at] for at in range(len(widths)) if at not in shown]
+    lines += [fill(f"not shown in {room_for(ENDLESS)} columns: {', '.join(left_out)}")] if left_out else []
+    return "\n".join(lines)
 
 
 def worst_first(
@@ -108,24 +154,27 @@ def worst_first(
     layers: Mapping[str, Layer],
     loss: Callable[[Layer], float],
     cells: Callable[[Layer], Sequence[str]],
-) -> list[str]:
+) -> str:
     """A table of layers, those that lose most first; the last column is their targets."""
     worst = sorted(layers.items(), key=lambda item: -loss(item[1]))
     rows = [[*cells(layer), printable(target.removesuffix(".weight"))] for target, layer in worst[:MOST_LAYERS]]
     return table(header, rows, len(worst) - len(rows))
 
 
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]], more: int = 0) -> str:
-    """The same as text of 80 columns."""
-    return "\n".join(table(header, rows, more, COLUMNS))
-
-
 def in_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, the first to the left and the others to the right."""
+    """Cells in columns, the first to the left and the others to the right.
+
+    In a terminal that is too narrow, columns that it has no room for come below the others, behind the first once more.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
+    blocks: list[list[int]] = [[]]  # numbers of columns besides the first
+    for at in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(widths[one] + 2 for one in (*blocks[-1], at)) > room_for(ENDLESS):
+            blocks.append([])
+        blocks[-1].append(at)
+    return "\n\n".join(
+        "\n".join("  ".join([row[0].ljust(widths[0]), *(row[at].rjust(widths[at]) for at in block)]) for row in rows)
+        for block in blocks
     )
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Cost
-from loratool.results.text import columns, cost_rows, figure, percentage
-from loratool.results.wrapping import fill, wrapped
+from loratool.results.text import COLUMNS, aligned, cost_rows, figure, fill, percentage, table
 from loratool.shown import size
 from loratool.templates import common_start
 
@@ -100,7 +99,7 @@ class Values:
             )
         rows += [("not measured", f"{target}: {why}") for target, why in list(self.skipped.items())[:MOST_MODULES]]
         rows += [*cost_rows(self.cost), *(("note", note) for note in self.notes)]
-        parts = [wrapped(rows)]
+        parts = [aligned(rows, COLUMNS)]
         if self.modules:
             from loratool.results.blocks import bars, is_of_images  # which knows the blocks of all layouts
 
@@ -138,9 +137,8 @@ def by_name(modules: Sequence[Measured]) -> str:
         [*(figure(middle([column(m) for m in members])) for _, column in SIZES), f"{name} ×{len(members)}"]
         for name, members in named(modules).items()
     ]
-    return "medians by name, with the ranks that keep a given fraction of ‖ΔW‖²\n" + columns(
-        [*(h for h, _ in SIZES), "name"], rows
-    )
+    text = "medians by name, with the ranks that keep a given fraction of ‖ΔW‖²"
+    return f"{fill(text)}\n{table([*(h for h, _ in SIZES), 'name'], rows, room=COLUMNS)}"
 
 
 def largest(modules: Sequence[Measured]) -> str:
@@ -154,7 +152,7 @@ def largest(modules: Sequence[Measured]) -> str:
         for m, name in zip(ordered, names, strict=True)
     ]
     header = [*(h for h, _ in shown), "largest updates" + (f", in {start.rstrip('.')}" if start else "")]
-    return columns(header, rows, len(modules) - len(ordered))
+    return table(header, rows, len(modules) - len(ordered), COLUMNS)
 
 
 def against_weights(modules: Sequence[Measured]) -> str:
@@ -164,7 +162,7 @@ def against_weights(modules: Sequence[Measured]) -> str:
         for name, members in named([m for m in modules if m.weight]).items()
     ]
     text = "medians against the base; unchanged: fraction of the entries that do not change after rounding to its dtype"
-    return f"{fill(text, '', '')}\n{columns([*(h for h, _ in AGAINST), 'name'], rows)}"
+    return f"{fill(text)}\n{table([*(h for h, _ in AGAINST), 'name'], rows, room=COLUMNS)}"
 
 
 def named(modules: Sequence[Measured]) -> dict[str, list[Measured]]:

@@ -108,14 +108,15 @@ class Verification(Result):
         rows += [("found" if not each.passes else "note", each) for each in self.diagnoses]
         rows += [("note", note) for note in self.notes]
         rows += [("read", size(self.bytes_read)), *cost_rows(self.cost)] if self.bytes_read else []
-        return "\n".join([aligned(rows), *(proof_lines(self.tensors) if self.tensors and not self.passes else ())])
+        far = far_tensors(self.tensors) if self.tensors and not self.passes else ""
+        return "\n".join(filter(None, [aligned(rows), far]))
 
 
-def proof_lines(proofs: Mapping[str, TensorProof]) -> list[str]:
-    """The tensors that are farthest from the formula."""
+def far_tensors(proofs: Mapping[str, TensorProof]) -> str:
+    """A table of the tensors that are farthest from the formula; empty where no distance is known."""
     off = {name: proof for name, proof in proofs.items() if proof.status == "different" and proof.ulp is not None}
     if not off:
-        return []
+        return ""
     order = sorted(off, key=lambda name: -(off[name].ulp or 0.0))
     rows = [
         (

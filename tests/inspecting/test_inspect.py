@@ -564,9 +564,9 @@ def test_the_report_fits_80_columns(
 
 @pytest.mark.parametrize("number", [1, 4, 6])
 def test_a_long_word_stays_whole_and_long_sentences_are_broken(number: int) -> None:
-    from loratool.results.wrapping import wrapped
+    from loratool.results.text import COLUMNS, aligned
 
-    text = wrapped([("name", " ".join(["word"] * 10 * number) + " " + "x" * 90)])
+    text = aligned([("name", " ".join(["word"] * 10 * number) + " " + "x" * 90)], COLUMNS)
     assert all(len(line) <= 80 or "x" * 90 in line for line in text.splitlines())
     assert "x" * 90 in text
 
