@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.foreign_starts import archive
-from loratool.files.safefile import read_safefile, start_of
+from loratool.files.safefile import read_safefile
 from loratool.files.system import shell_line, shell_word
 from loratool.files.untrusted import open_regular
 from loratool.templates import some
@@ -48,13 +48,10 @@ def foreign_file(path: Path) -> str:
 def is_pointer(path: Path) -> bool:
     """Whether a file is what git-lfs leaves in the place of one that was not fetched."""
     try:
-        descriptor = open_regular(path)
+        with open(open_regular(path), "rb") as stream:
+            return stream.read(len(POINTER)) == POINTER
     except LoratoolError:
         return False
-    try:
-        return start_of(descriptor, len(POINTER)) == POINTER
-    finally:
-        os.close(descriptor)
 
 
 def conversion(path: Path) -> str:

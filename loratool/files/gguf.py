@@ -30,6 +30,7 @@ from loratool.files.safefile import (
     read_exactly,
 )
 from loratool.files.stand_ins import told_identity
+from loratool.files.system import closing
 from loratool.files.untrusted import open_regular, unreadable
 from loratool.layouts.ggml import ARRAY, BY_CODE, NUMBERS, STRING, TYPES
 from loratool.layouts.gguf import ARCHITECTURES, SIZES
@@ -157,21 +158,19 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises `InputError` where the file breaks a rule of the format, or lists tensors that it does not hold.
     """
-    descriptor = open_regular(path)
     try:
-        status = os.fstat(descriptor)
+        with closing(open_regular(path)) as descriptor:
 
-        def read(start: int, count: int) -> bytes:
-            buffer = bytearray(count)
-            read_exactly(descriptor, memoryview(buffer), start, path)
-            return bytes(buffer)
+            def read(start: int, count: int) -> bytes:
+                buffer = bytearray(count)
+                read_exactly(descriptor, memoryview(buffer), start, path)
+                return bytes(buffer)
 
-        layout = gguf_layout(path, status.st_size, read)
+            identity = Identity.of(os.fstat(descriptor))
+            layout = gguf_layout(path, identity.size, read)
     except OSError as error:
         raise unreadable(path, error) from error
-    finally:
-        os.close(descriptor)
-    return GgufFile(path, layout, told_identity(path) or Identity.of(status))
+    return GgufFile(path, layout, told_identity(path) or identity)
 
 
 def gguf_layout(path: Path, size: int, read: Callable[[int, int], bytes]) -> GgufLayout:

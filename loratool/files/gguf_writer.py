@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.files.gguf import MAGIC, GgufFile, GgufLayout
 from loratool.files.safefile import copy_bytes, copy_range, write_fully
-from loratool.files.system import open_file, sync_file
+from loratool.files.system import closing, open_file, sync_file
 from loratool.files.tensor_writer import TensorFile
 from loratool.layouts.ggml import STRING
 
@@ -54,14 +54,10 @@ def copy_with_values(source: GgufFile, path: Path, values: Mapping[str, str | fl
     """A file like `source`, to the byte, but for some values of its metadata."""
     assert isinstance(source.layout, GgufLayout)
     layout = with_values(source.layout, values)
-    output = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
+    with closing(open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)) as output, source.open() as reading:
         write_fully(output, layout.header, 0)
-        with source.open() as reading:
-            copy_range(reading, source.layout.data_start, source.layout.stop, output, layout.data_start)
+        copy_range(reading, source.layout.data_start, source.layout.stop, output, layout.data_start)
         sync_file(output)
-    finally:
-        os.close(output)
 
 
 @dataclass
@@ -103,9 +99,8 @@ def gguf_tensor_file(
         values: what becomes of them in the file.
         order: for a tensor by its name and the number of its rows, which row comes at each place; None for as it is.
     """
-    output = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as data:
-            yield GgufTensorFile(path, data.fileno(), 0, dict(metadata), output=output, values=values, order=order)
-    finally:
-        os.close(output)
+    with (
+        closing(open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)) as output,
+        tempfile.TemporaryFile(dir=path.parent) as data,
+    ):
+        yield GgufTensorFile(path, data.fileno(), 0, dict(metadata), output=output, values=values, order=order)

@@ -6,7 +6,6 @@ Reading a header with all its checks takes some microseconds for each tensor; na
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from loratool.files.safefile import MOST_TENSORS, PREFIX, header_length, read_exactly, read_safefile, start_of
-from loratool.files.untrusted import open_regular, unreadable
+from loratool.files.safefile import MOST_TENSORS, PREFIX, read_header
+from loratool.files.weight_formats import read_weight_file
 
 KEY = b'"__metadata__"'
 METADATA = b"{" + KEY + b":"  # as the reference writes it, before all tensors
@@ -70,21 +69,10 @@ def without_digits(names: Mapping[str, object]) -> dict[str, str]:
 
 def read_head(path: Path) -> Head:
     """The head of a file. Raises `InputError` where it has none; one with an odd header is read with all checks."""
-    if path.suffix == ".gguf":
-        from loratool.files.gguf import read_gguf
-
-        file = read_gguf(path)
-        return Head(path, file.tensors, file.metadata)
-    descriptor = open_regular(path)
-    try:
-        start = start_of(descriptor, 64)
-        raw = bytearray(header_length(path, start, os.fstat(descriptor).st_size))
-        read_exactly(descriptor, memoryview(raw), PREFIX, path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    finally:
-        os.close(descriptor)
-    return quickly(path, bytes(raw)) or slowly(path)
+    if path.suffix != ".gguf" and (found := quickly(path, read_header(path)[0][PREFIX:])) is not None:
+        return found
+    file = read_weight_file(path)
+    return Head(path, file.tensors, file.metadata)
 
 
 def quickly(path: Path, raw: bytes) -> Head | None:
@@ -113,8 +101,3 @@ def quickly(path: Path, raw: bytes) -> Head | None:
         return Head(path, dict.fromkeys(map(bytes.decode, names)), metadata) if len(names) == count else None
     except UnicodeDecodeError:
         return None
-
-
-def slowly(path: Path) -> Head:
-    file = read_safefile(path)
-    return Head(path, file.tensors, file.metadata)

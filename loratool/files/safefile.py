@@ -21,7 +21,7 @@ from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import archive, foreign_start, is_text
 from loratool.files.source import read_pieces
 from loratool.files.stand_ins import stand_in, told_identity
-from loratool.files.system import copy_in_kernel, read_ahead, read_at, write_at
+from loratool.files.system import closing, copy_in_kernel, read_ahead, read_at, write_at
 from loratool.files.untrusted import RepeatedKeyError, json_object, open_regular, unreadable
 
 if TYPE_CHECKING:
@@ -218,13 +218,10 @@ class SafeFile:
         if (there := stand_in(self.path)) is not None:
             yield there.source(self.layout)
             return
-        descriptor = open_regular(self.path)
-        try:
+        with closing(open_regular(self.path)) as descriptor:
             source = LocalSource(self.path, descriptor)
             self.check_unchanged(source)
             yield source
-        finally:
-            os.close(descriptor)
 
     def check_unchanged(self, source: Source | None = None) -> None:
         """Raise `InputError` when the file was changed, replaced or cut since its header was read."""
@@ -253,21 +250,24 @@ def read_safefile(path: Path) -> SafeFile:
 
     Raises `InputError` when the file breaks a rule of the format, all offending tensors at once.
     """
-    descriptor = open_regular(path)
+    header, identity = read_header(path)
+    tensors, metadata = parse_header(path, header[PREFIX:], identity.size - len(header))
+    return SafeFile(path, Layout(header, tensors, metadata), told_identity(path) or identity)
+
+
+def read_header(path: Path) -> tuple[bytes, Identity]:
+    """The header of a file with the length before it, none of which is parsed, and what tells that it is the same file.
+
+    Raises `InputError` as `header_length` does.
+    """
     try:
-        status = os.fstat(descriptor)
-        size = status.st_size
-        head = start_of(descriptor, 64)
-        length = header_length(path, head, size)
-        raw = bytearray(length)
-        read_exactly(descriptor, memoryview(raw), PREFIX, path)
+        with open(open_regular(path), "rb", buffering=0) as stream:
+            identity = Identity.of(os.fstat(stream.fileno()))
+            buffer = bytearray(PREFIX + header_length(path, stream.read(64), identity.size))
+            read_exactly(stream.fileno(), memoryview(buffer), 0, path)
     except OSError as error:
         raise unreadable(path, error) from error
-    finally:
-        os.close(descriptor)
-    tensors, metadata = parse_header(path, bytes(raw), size - PREFIX - length)
-    layout = Layout(head[:PREFIX] + bytes(raw), tensors, metadata)
-    return SafeFile(path, layout, told_identity(path) or Identity.of(status))
+    return bytes(buffer), identity
 
 
 def header_length(path: Path, head: bytes, size: int) -> int:
@@ -402,12 +402,6 @@ def read_exactly(descriptor: int, buffer: memoryview, position: int, path: Path)
         if count == 0:
             raise InputError(f"{printable(path)}: the file ended early; it was truncated while being read")
         done += count
-
-
-def start_of(descriptor: int, count: int) -> bytes:
-    """The first bytes of a file, at most so many."""
-    buffer = bytearray(count)
-    return bytes(buffer[: read_at(descriptor, memoryview(buffer), 0)])
 
 
 def write_fully(descriptor: int, buffer: memoryview | bytes, position: int) -> None:

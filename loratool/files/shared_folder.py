@@ -36,7 +36,7 @@ from loratool.files.shard_writer import OpenFile
 from loratool.files.sink import PAGE, Memory
 from loratool.files.source import PIECE
 from loratool.files.staging import Stage, check_space, storage_error, write_durably
-from loratool.files.system import forget_cached, open_file, sync_file, sync_folder
+from loratool.files.system import closing, forget_cached, open_file, sync_file, sync_folder
 from loratool.files.untrusted import LARGEST_RECORD, read_json
 
 if TYPE_CHECKING:
@@ -232,13 +232,14 @@ class SharedFolder:
             return "has a record of another file"
         path = self.folder / part.file
         try:
-            descriptor = open_file(path, os.O_RDONLY)
+            opened = closing(open_file(path, os.O_RDONLY))
         except FileNotFoundError:
             return "is missing"
-        try:
+        with opened as descriptor:
             if os.fstat(descriptor).st_size != layout.size:
                 return f"is in a file of {os.fstat(descriptor).st_size} bytes, which should have {layout.size}"
-            if part.start == 0 and not self.has_header(path, descriptor, layout):
+            header = map(bytes, pieces(path, descriptor, 0, len(layout.header), {}))
+            if part.start == 0 and b"".join(header) != layout.header:  # which the first part of a file has written
                 return "has another header in its file"
             for (_, at, size), digest in zip(part.chunks, record.chunk_digests(), strict=True):
                 state = begin()
@@ -246,15 +247,7 @@ class SharedFolder:
                     state.update(piece)
                 if state.hexdigest() != digest:
                     return "does not have the bytes that were written"
-        finally:
-            os.close(descriptor)
         return ""
-
-    def has_header(self, path: Path, descriptor: int, layout: Layout) -> bool:
-        """Whether a file begins with its header, which the first part of it has written."""
-        found = memoryview(bytearray(len(layout.header)))
-        read_exactly(descriptor, found, 0, path)
-        return bytes(found) == layout.header
 
     def open(self, part: FilePart, stop: threading.Event) -> PartFile:
         path = self.folder / part.file
@@ -286,16 +279,10 @@ class SharedFolder:
 
     def put_edges(self, part: FilePart, record: PartRecord) -> None:
         """Put the bytes that a record holds in their place, where the file is there; for one process alone."""
-        try:
-            descriptor = open_file(self.folder / part.file, os.O_WRONLY)
-        except FileNotFoundError:
-            return
-        try:
+        with suppress(FileNotFoundError), closing(open_file(self.folder / part.file, os.O_WRONLY)) as descriptor:
             for at, content in (edges_of(record) or {}).items():
                 write_fully(descriptor, content, at)
             sync_file(descriptor)
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def finishing(self) -> Iterator[Stage]:

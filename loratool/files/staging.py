@@ -54,7 +54,16 @@ from loratool.files.locks import lock_folder
 from loratool.files.names import LONGEST, check_names, check_output_name
 from loratool.files.outputs import BUSY, check_stage, is_spent, record_at, replaceable_files, stage_of
 from loratool.files.safefile import write_fully
-from loratool.files.system import create_file, current_user, exchange, free_space, open_file, sync_file, sync_folder
+from loratool.files.system import (
+    closing,
+    create_file,
+    current_user,
+    exchange,
+    free_space,
+    open_file,
+    sync_file,
+    sync_folder,
+)
 from loratool.shown import size
 
 if TYPE_CHECKING:
@@ -118,15 +127,12 @@ class Stage:
     def copy(self, name: str, source: Path) -> None:
         """A side file of an input, byte for byte."""
         state, done = hashlib.sha256(), 0
-        writing = create_file(self.way_to(name))
-        try:
+        with closing(create_file(self.way_to(name))) as writing:
             for part in parts_of(source):
                 write_fully(writing, part, done)
                 state.update(part)
                 done += len(part)
             sync_file(writing)
-        finally:
-            os.close(writing)
         self.files[name] = Digest(done, state.hexdigest())
 
     def way_to(self, name: str) -> Path:
@@ -412,14 +418,11 @@ def check_space(home: Path, needed: int) -> None:
 
 def write_durably(path: Path, content: bytes, how: int) -> None:
     """Write a small file, opened with a flag that says how; it is on stable storage when this returns."""
-    descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | how)
-    try:
+    with closing(open_file(path, os.O_WRONLY | os.O_CREAT | how)) as descriptor:
         view = memoryview(content)
         while view:
             view = view[os.write(descriptor, view) :]
         sync_file(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_folder(folder: Path) -> None:

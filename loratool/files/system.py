@@ -14,8 +14,8 @@ import shlex
 import stat
 import struct
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,15 @@ def open_file(path: Path, flags: int, *, links: bool = False) -> int:
 def create_file(path: Path) -> int:
     """A descriptor of a new file, for reading and writing; what is there already is a `FileExistsError`."""
     return open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+
+@contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """A descriptor that is open until the block ends."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def open_folder(folder: Path) -> int:
@@ -234,24 +243,16 @@ def sync_bytes(descriptor: int) -> None:
 
 def forget_cached(path: Path) -> None:
     """Let the page cache drop what it has of a file, where it can, so that the next reading is one of the disk."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    descriptor = open_file(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):
+    if hasattr(os, "posix_fadvise"):
+        with closing(open_file(path, os.O_RDONLY)) as descriptor, suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where folders can be synced."""
     try:
-        descriptor = open_folder(folder)
-        try:
+        with closing(open_folder(folder)) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         if error.errno not in NO_FOLDER_SYNC:
             raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratool.files.digests import digest_of_range
 from loratool.files.safefile import Layout, LocalSource, SafeFile, TensorInfo, copy_range, write_fully
-from loratool.files.system import open_file, sync_file
+from loratool.files.system import closing, open_file, sync_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -70,11 +70,8 @@ def tensor_file(
     """A file to append to, until it is finished; `announced` are all tensors that may come, none smaller than it will be."""
     told = {"format": "pt", **(metadata or {})}
     reserved = room_for(Layout.of(announced, told)) + (SLACK if metadata else 0)
-    descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    try:
+    with closing(open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)) as descriptor:
         yield TensorFile(path, descriptor, reserved, told)
-    finally:
-        os.close(descriptor)
 
 
 def room_for(layout: Layout) -> int:
