@@ -23,15 +23,14 @@ from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_
 from loratool.fetching.client import api, asking, patiently
 from loratool.fetching.ranges import RangedFile
 from loratool.files.checkpoint import choose_index, choose_shards, gguf_alone, read_index
-from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, PROVENANCE, sort_side_files
-from loratool.files.gguf import gguf_layout
+from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, PROVENANCE, largest_of, sort_side_files
 from loratool.files.gguf_splits import names_of_parts
 from loratool.files.hub_names import HubPath, way_inside
 from loratool.files.pipelines import files_of as files_of_pipeline, is_pipeline
-from loratool.files.safefile import PREFIX, header_length
 from loratool.files.small_tensors import READERS
 from loratool.files.stand_ins import standing
-from loratool.files.untrusted import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, check_bound
+from loratool.files.untrusted import check_bound
+from loratool.files.weight_formats import distant_header
 from loratool.lazy import hub, hub_utils
 
 Role = Literal["model", "adapter", "any"]
@@ -165,17 +164,9 @@ def put_headers(remote: Remote, root: Path, names: Iterable[str]) -> None:
     """Give files of the outline their headers, and their size as a hole."""
 
     def put(name: str) -> None:
-        size = remote.files[name].size
-        if name.endswith(".gguf"):
-            head = gguf_layout(root / name, size, partial(read_range, remote, name)).header
-            (root / name).write_bytes(head)
-            os.truncate(root / name, size)
-            return
-        head = read_range(remote, name, 0, min(FIRST_READ, size))
-        length = PREFIX + header_length(root / name, head, size)
-        head += read_range(remote, name, len(head), length - len(head)) if length > len(head) else b""
-        (root / name).write_bytes(head[:length])
-        os.truncate(root / name, size)
+        path, size = root / name, remote.files[name].size
+        path.write_bytes(distant_header(path, size, partial(read_range, remote, name), FIRST_READ))
+        os.truncate(path, size)
 
     from concurrent.futures import ThreadPoolExecutor
 
@@ -207,10 +198,7 @@ def standing_for(remote: Remote, root: Path, names: Iterable[str]) -> Iterator[N
 def read_small(remote: Remote, path: PurePath) -> bytes:
     """A JSON file of a repository, whole; raises `InputError` for one that is too large to be what it is called."""
     name = path.as_posix()
-    largest = LARGEST_INDEX if name.endswith(INDEX_SUFFIX) else LARGEST_CONFIG
-    if name.startswith("loratool"):  # a record, or the journal of a streaming merge
-        largest = LARGEST_RECORD
-    check_bound(f"{remote.repo}: {printable(name)}", remote.files[name].size, largest)
+    check_bound(f"{remote.repo}: {printable(name)}", remote.files[name].size, largest_of(path.name))
     return read_range(remote, name)
 
 

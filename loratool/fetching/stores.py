@@ -19,11 +19,9 @@ from loratool.errors import InputError, StorageError, printable, shown_as
 from loratool.fetching.answers import why_no_name
 from loratool.fetching.outline import Role, needed, small_files
 from loratool.files import stand_ins
-from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, holds_weights, sidecar_of
-from loratool.files.gguf import gguf_layout
-from loratool.files.safefile import PREFIX, header_length
+from loratool.files.folders import PROVENANCE, holds_weights, largest_of, sidecar_of
 from loratool.files.system import free_space, shell_word
-from loratool.files.untrusted import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD
+from loratool.files.weight_formats import distant_header
 from loratool.shown import size
 from loratool.stores import uploads
 from loratool.stores.begun import BEGIN, Begun
@@ -80,13 +78,7 @@ class Folder:
 
     def put_header(self, name: str) -> None:
         there, path = self.objects[name], self.root / name
-        if name.endswith(".gguf"):
-            head = gguf_layout(path, there.size, there.read).header
-        else:
-            lead = there.read(0, min(LEAD, there.size))
-            length = PREFIX + header_length(path, lead, there.size)
-            head = (lead + there.read(len(lead), length - len(lead)) if length > len(lead) else lead)[:length]
-        path.write_bytes(head)
+        path.write_bytes(distant_header(path, there.size, there.read, LEAD))
         os.truncate(path, there.size)
         os.utime(path, ns=(there.modified, there.modified))
         stand_ins.standing[os.fspath(path)] = there
@@ -192,7 +184,7 @@ def settle(folder: Folder, location: Path, role: Role | None, more: Set[str]) ->
     small = [Path(os.path.relpath(location.parent / name, folder.root)).as_posix() for name in small_files(location)]
     records = [name for name in (PROVENANCE, sidecar_of(location).name) if name in folder.objects]
     for name in dict.fromkeys([*small, *records]):
-        folder.put(name, whole(folder.objects[name], bound_of(name)))
+        folder.put(name, whole(folder.objects[name], largest_of(name)))
     if role is None:
         if holds_weights(location):
             folder.put_headers(needed(folder.root, location, "any").weights)
@@ -206,10 +198,3 @@ def settle(folder: Folder, location: Path, role: Role | None, more: Set[str]) ->
     else:
         folder.copy(found.others)
     folder.keep({*found.names, *records, *more})
-
-
-def bound_of(name: str) -> int:
-    """Bytes that a small file may have."""
-    if name.endswith(PROVENANCE):
-        return LARGEST_RECORD
-    return LARGEST_INDEX if name.endswith(INDEX_SUFFIX) else LARGEST_CONFIG

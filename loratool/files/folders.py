@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from loratool.errors import InputError, printable
-from loratool.files.untrusted import special_files
+from loratool.files.untrusted import LARGEST_CONFIG, LARGEST_INDEX, LARGEST_RECORD, special_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Set
@@ -37,8 +37,16 @@ TRAINING_STATES = (
 )
 TRAINING_FILES = (*TRAINING_STATES, "*.pyc", "adapter_*")
 PROVENANCE = "loratool.json"
+REMOTE_JOURNAL = "loratool-stream.json"  # of a repository, for as long as a streaming merge into it is not complete
 CARD = "README.md"
 WEIGHT_FILES = (".safetensors", ".gguf")  # the ends of their names
+
+
+def largest_of(name: str) -> int:
+    """Bytes that a file which is parsed may have, by its name without folders."""
+    if name.endswith(PROVENANCE) or name == REMOTE_JOURNAL:
+        return LARGEST_RECORD
+    return LARGEST_INDEX if name.endswith(INDEX_SUFFIX) else LARGEST_CONFIG
 
 
 def sidecar_of(path: Path) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratool.files.safefile import SafeFile, read_safefile
+from loratool.files.safefile import PREFIX, SafeFile, header_length, read_safefile
+from loratool.files.small_tensors import ReadRange
 
 
 def is_own_file(file: SafeFile) -> bool:
@@ -26,3 +27,17 @@ def read_weight_file(path: Path) -> SafeFile:
 
         return read_gguf(path)
     return read_safefile(path)
+
+
+def distant_header(path: Path, size: int, read: ReadRange, first: int) -> bytes:
+    """The header of a weight file of `size` bytes that is elsewhere, in the format that its name tells.
+
+    The first request is for `first` bytes, which few headers exceed. Raises as `read_weight_file` does.
+    """
+    if path.suffix == ".gguf":
+        from loratool.files.gguf import gguf_layout
+
+        return gguf_layout(path, size, read).header
+    head = read(0, min(first, size))
+    length = PREFIX + header_length(path, head, size)
+    return (head + read(len(head), length - len(head)) if length > len(head) else head)[:length]

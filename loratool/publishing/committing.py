@@ -22,7 +22,6 @@ from loratool.lazy import hub, hub_errors
 from loratool.notes import Note
 from loratool.stores.names import is_in_store
 
-REMOTE_JOURNAL = "loratool-stream.json"  # in the repository, for as long as a streaming merge is not complete
 SAMPLE = 512  # bytes of a file by which the Hub decides how it is uploaded
 LARGE = 1 << 20  # bytes from which a file is uploaded by itself, before the commit
 

@@ -14,11 +14,11 @@ from loratool.arguments import Progress
 from loratool.errors import UsageError, printable
 from loratool.fetching.client import api, asking, patiently
 from loratool.fetching.stores import brought
-from loratool.files.folders import MODEL_INDEX
+from loratool.files.folders import MODEL_INDEX, REMOTE_JOURNAL
 from loratool.files.pipelines import is_index
 from loratool.notes import Note
 from loratool.provenance import record
-from loratool.publishing.committing import REMOTE_JOURNAL, Commit, check_name, commit, differing, files_of, open_repo
+from loratool.publishing.committing import Commit, check_name, commit, differing, files_of, open_repo
 from loratool.publishing.illustrating import picture_of
 from loratool.publishing.selecting import Selection, check_message, select
 from loratool.results.base import Cost

@@ -29,7 +29,7 @@ from loratool.fetching.client import endpoint
 from loratool.fetching.outline import Remote, look_up, read_small
 from loratool.fetching.pieces import BaseFiles, bring, opened
 from loratool.files.digests import Digest, is_hex, read_recorded, why_unlike
-from loratool.files.folders import CARD, MODEL_INDEX, PROVENANCE, LeftOut
+from loratool.files.folders import CARD, MODEL_INDEX, PROVENANCE, REMOTE_JOURNAL, LeftOut
 from loratool.files.journal import FETCHED, MODEL, FinishedShard
 from loratool.files.open_sources import OpenSources
 from loratool.files.outputs import as_json, check_stage
@@ -49,7 +49,7 @@ from loratool.merging.resources import check_limit, runtime_for
 from loratool.merging.small_files import write_small_files
 from loratool.merging.tasks import Job
 from loratool.provenance.inputs import ModelDigests, told_model, weights_of
-from loratool.publishing.committing import REMOTE_JOURNAL, Commit, Upload, check, commit, files_of, full_name, open_repo
+from loratool.publishing.committing import Commit, Upload, check, commit, files_of, full_name, open_repo
 from loratool.publishing.options import CommitOptions
 from loratool.publishing.selecting import KNOWN, UNKNOWN, check_message, check_secrets, matches, never
 from loratool.results.stream import StreamReport
