@@ -82,13 +82,13 @@ class Reference:
 
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> Reference | None:
-        file, sha256, version, cut = (entry.get(key) for key in ("file", "sha256", "version", "range"))
-        if not is_plain(file) or not isinstance(cut, list) or [*map(type, cut)] != [int, int]:
-            return None
-        if not (is_hex(sha256) or (sha256 is None and isinstance(version, str) and VERSION.fullmatch(version))):
-            return None
-        start, stop = cut
-        return cls(str(file), str(sha256 or ""), start, stop, str(version or "")) if 0 <= start <= stop else None
+        cut = range_in(entry)
+        match entry:
+            case {"file": str(file), "sha256": str(sha256)} if cut and is_plain(file) and is_hex(sha256):
+                return cls(file, sha256, *cut)
+            case {"file": str(file), "version": str(version)} if cut and is_plain(file) and VERSION.fullmatch(version):
+                return cls(file, "", *cut, version) if entry.get("sha256") is None else None
+        return None
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,19 @@ class CopiedRange:
     @classmethod
     def of_record(cls, entry: object) -> CopiedRange | None:
         """What such an entry says; None for anything else."""
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("source"), Mapping):
-            return None
-        source, cut, md5 = Reference.of_record(entry["source"]), entry.get("range"), entry.get("md5", "")
-        sound = isinstance(cut, list) and [*map(type, cut)] == [int, int] and 0 <= cut[0] <= cut[1]
-        if source is None or not sound or not isinstance(md5, str) or (md5 and not MD5.fullmatch(md5)):
-            return None
-        start, stop = entry["range"]
-        return cls(start, stop, source, md5)
+        match entry:
+            case {"source": dict(source), **rest} if (cut := range_in(rest)) and (known := Reference.of_record(source)):
+                md5 = rest.get("md5", "")
+                return cls(*cut, known, md5) if md5 == "" or (isinstance(md5, str) and MD5.fullmatch(md5)) else None
+        return None
+
+
+def range_in(entry: object) -> tuple[int, int] | None:
+    """Where the "range" of an entry begins and ends; None where it has none."""
+    match entry:
+        case {"range": [start, stop]} if type(start) is type(stop) is int and 0 <= start <= stop:
+            return start, stop
+    return None
 
 
 Listed = tuple[str, ...] | Reference  # of a tensor: the digests of its chunks, or where its bytes are from
@@ -152,14 +157,12 @@ class Tree:
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> Tree | None:
         """The tree that an entry of a record holds; None where it holds none that can be read."""
-        root, header, function, tensors = (entry.get(key) for key in ("root", "header", "function", "tensors"))
-        if not isinstance(function, str) or function not in HASHES:
-            return None
-        if not is_hex(root) or not is_hex(header) or not isinstance(tensors, Mapping):
-            return None
-        read = {str(name): listed_of_record(entry) for name, entry in tensors.items()}
-        sound = {name: listed for name, listed in read.items() if listed is not None}
-        return cls(str(root), str(header), sound, function) if sound.keys() == read.keys() else None
+        match entry:
+            case {"root": str(root), "header": str(header), "function": str(function), "tensors": dict(tensors)}:
+                read = {str(name): listed_of_record(each) for name, each in tensors.items()}
+                if function in HASHES and is_hex(root) and is_hex(header) and None not in read.values():
+                    return cls(root, header, {name: each for name, each in read.items() if each is not None}, function)
+        return None
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,11 @@ class FinishedShard:
 
     @classmethod
     def of_record(cls, entry: Mapping[str, Any]) -> FinishedShard | None:
-        name, digest = entry.get("name"), Digest.of_record(entry)
-        if digest is None or not isinstance(name, str) or not is_plain(name):
-            return None
-        return cls(name, digest, Seen.of_table(entry))
+        digest = Digest.of_record(entry)
+        match entry:
+            case {"name": str(name)} if digest is not None and is_plain(name):
+                return cls(name, digest, Seen.of_table(entry))
+        return None
 
 
 @dataclass
@@ -153,15 +154,14 @@ def read_journal(home: Path, owner: int) -> Journal | None:
         if why_odd(os.fstat(descriptor), owner) or os.fstat(descriptor).st_size > LARGEST_JOURNAL:
             return None
         lines = list(parsed(stream.read()))
-    if not lines or lines[0].get(HEAD) != FORMAT:
-        return None
-    head = lines[0]
-    plan, inputs, files = head.get("plan"), head.get("inputs"), head.get("files")
-    if not isinstance(plan, str) or not isinstance(inputs, dict) or not isinstance(files, list):
-        return None
-    parts = head.get("parts")
-    journal = Journal(plan, inputs, parts=parts if isinstance(parts, dict) else None)
-    return journal if journal.take({"files": files}) and all(map(journal.take, lines[1:])) else None
+    match lines:
+        case [{"plan": str(plan), "inputs": dict(inputs), "files": list(files)} as head, *others] if (
+            head.get(HEAD) == FORMAT
+        ):
+            parts = head.get("parts")
+            journal = Journal(plan, inputs, parts=parts if isinstance(parts, dict) else None)
+            return journal if journal.take({"files": files}) and all(map(journal.take, others)) else None
+    return None
 
 
 def parsed(raw: bytes) -> Iterator[dict[str, Any]]:

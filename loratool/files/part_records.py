@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from loratool.arguments import Progress
-from loratool.errors import InputError
 from loratool.files.digests import Digest
 from loratool.files.seen import Seen
-from loratool.files.untrusted import json_object
+from loratool.files.sink import Memory
+from loratool.files.untrusted import json_or_empty
 
 if TYPE_CHECKING:
     import threading
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from loratool.files.presence import Worker
+    from loratool.files.safefile import Layout
     from loratool.files.sink import Sink
     from loratool.files.staging import Stage
 
@@ -91,19 +93,14 @@ class PartRecord:
         line, _, rest = raw.partition(b"\n")
         if rest.strip() != hashlib.sha256(line + b"\n").hexdigest().encode():
             return None
-        try:
-            table = json_object(line, lenient=True)
-        except (ValueError, InputError):
-            return None
-        name, plan, worker, seen, details = (table.get(key) for key in ("name", "plan", "worker", "seen", "details"))
+        table = json_or_empty(line, lenient=True)
         digest = Digest.of_record(table.get("digest"))
-        texts = isinstance(name, str) and isinstance(plan, str) and isinstance(worker, str)
-        tables = isinstance(seen, dict) and isinstance(details, dict)
-        if table.get(HEAD) != FORMAT or not texts or not tables or digest is None or digest.tree is None:
+        if table.get(HEAD) != FORMAT or digest is None or digest.tree is None:
             return None
-        assert isinstance(seen, dict)
-        assert isinstance(details, dict)
-        return cls(str(name), str(plan), digest, Seen.of_table(seen), str(worker), details)
+        match table:
+            case {"name": str(name), "plan": str(plan), "seen": dict(seen), "worker": str(who), "details": dict(more)}:
+                return cls(name, plan, digest, Seen.of_table(seen), who, more)
+        return None
 
     def is_of(self, part: FilePart, plan: str) -> bool:
         """Whether it is the record of a part, of that merge, with a digest for each of its chunks."""
@@ -122,73 +119,122 @@ class PublishedError(Exception):
     """Another process has published the output in the meantime, so nothing is left to do."""
 
 
-class SharedOutput(Protocol):
+class SharedOutput(ABC):
     """An output that any number of workers make together: its parts, their records, and how it gets its name.
 
     Doing a part twice is allowed at any time: the first record that is published stands.
     """
 
-    @property
-    def out(self) -> Path:
-        """The output, as people call it."""
-        ...
+    read_to_check: bool  # whether `problems` reads every byte, so that many workers should share it
+    disturbed: tuple[type[Exception], ...]  # what fails where another process publishes the output meanwhile
 
-    @property
-    def plan(self) -> str:
-        """The fingerprint of what is made."""
-        ...
+    def __init__(
+        self, out: Path, plan: str, command: str, parts: Mapping[str, FilePart], layouts: Mapping[str, Layout]
+    ) -> None:
+        """`plan` is the fingerprint of what `command` makes; the headers of weight files are `layouts`, by name."""
+        self.out, self.plan, self.command, self.parts, self.layouts = out, plan, command, parts, layouts
+        self.memory = Memory()
+        self.worker = ""  # who works here, for people
 
-    @property
-    def command(self) -> str:
-        """The command that makes it."""
-        ...
-
-    @property
-    def read_to_check(self) -> bool:
-        """Whether `problems` reads every byte, so that many workers should share it."""
-        ...
-
+    @abstractmethod
     def is_published(self) -> bool:
         """Whether the output is there, complete."""
-        ...
 
     def workers(self) -> Sequence[Worker]:
         """Who is at work, as far as that is known."""
-        ...
+        return ()
 
-    def at_work(self, share: str, parts: Sequence[FilePart]) -> AbstractContextManager[None]:
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell in a sentence what fails in the block; once the output is published, as that."""
+        try:
+            yield
+        except self.disturbed as error:
+            if self.is_published():
+                raise PublishedError from error
+            raise self.explained(error) from None
+
+    @abstractmethod
+    def explained(self, error: Exception) -> Exception:
+        """The error to raise for one that came while the output was made or finished."""
+
+    @contextmanager
+    def at_work(self, share: str, parts: Sequence[FilePart]) -> Iterator[None]:
         """Begin the output, or join those who are at work on it, to make some parts, which people know as `share`.
 
         Raises:
             UsageError: something else is made there.
             PublishedError: it is complete by now.
         """
-        ...
+        with self.told():
+            self.claim(parts)
+            if self.is_published():  # since it was looked at last
+                self.clear()
+                raise PublishedError
+            with self.present(share):
+                yield
 
-    def records(self) -> Mapping[str, PartRecord]:
+    @abstractmethod
+    def claim(self, parts: Sequence[FilePart]) -> None:
+        """Begin the output, or join those who are at work on it; raises `UsageError` where they make something else."""
+
+    def present(self, share: str) -> AbstractContextManager[object]:  # noqa: ARG002 (nobody looks)
+        """Give signs of life while the block runs, where others can see them."""
+        return nullcontext()
+
+    def records(self) -> dict[str, PartRecord]:
         """Every record that is published, by its part's name; what is no record of ours is passed over."""
-        ...
+        found = {name: PartRecord.of_bytes(raw) for name, raw in self.all_stored().items()}
+        return {n: record for n, record in found.items() if record and record.is_of(self.parts[n], self.plan)}
 
+    @abstractmethod
+    def all_stored(self) -> Mapping[str, bytes]:
+        """What is there under the names of records."""
+
+    @abstractmethod
+    def stored(self, name: str) -> bytes:
+        """What is there under the name of a record; empty where nothing is."""
+
+    @abstractmethod
+    def put_new(self, name: str, record: bytes) -> bool:
+        """Publish a record where there is none; False where there is one."""
+
+    def put_record(self, part: FilePart, record: PartRecord) -> None:
+        """Make a record known. One that another worker has published first stands, if it and its bytes are still there."""
+        while not self.put_new(part.name, record.to_bytes()):
+            theirs = PartRecord.of_bytes(self.stored(part.name))
+            if theirs is not None and theirs.is_of(part, self.plan) and self.stands(part, theirs, record):
+                break
+            self.forget(part.name)  # torn, or of bytes that are there no more
+
+    def stands(self, part: FilePart, theirs: PartRecord, own: PartRecord) -> bool:  # noqa: ARG002 (all bytes are kept)
+        """Whether the bytes of another worker's record are there, after those of the own one were written."""
+        return True
+
+    def record_part(self, part: FilePart, digest: Digest, seen: Seen, details: Mapping[str, Any]) -> None:
+        """Make known that all of a part is on stable storage; `details` are what the output has to know besides."""
+        self.put_record(part, PartRecord(part.name, self.plan, digest, seen, self.worker, details))
+
+    @abstractmethod
     def forget(self, name: str) -> None:
         """Withdraw a record that was found to be wrong."""
-        ...
 
-    def held(self, parts: Sequence[FilePart]) -> int:
+    def held(self, parts: Sequence[FilePart]) -> int:  # noqa: ARG002 (nothing is sent)
         """Bytes of some parts that each worker may hold until they are sent."""
-        ...
+        return 0
 
     def make_alone(self, parts: Sequence[FilePart]) -> Sequence[FilePart]:
         """Make those of some parts for which no bytes of tensors are needed here; gives the others."""
-        ...
+        return parts
 
+    @abstractmethod
     def open(self, part: FilePart, stop: threading.Event) -> Sink:
         """What takes the bytes of a part. Its `record` publishes the part, once its bytes are on stable storage."""
-        ...
 
-    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:
+    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:  # noqa: B027 (most need it not)
         """Do what only the one process may do that finishes the output, before the parts are compared with their records."""
-        ...
 
+    @abstractmethod
     def problems(
         self,
         parts: Sequence[FilePart],
@@ -196,8 +242,8 @@ class SharedOutput(Protocol):
         progress: Progress | None = None,
     ) -> dict[str, str]:
         """Of those of some parts whose bytes are not what their records say: name → what is wrong."""
-        ...
 
+    @abstractmethod
     def finishing(self) -> AbstractContextManager[Stage]:
         """Finish the output; gives the stage into which its small files go.
 
@@ -206,20 +252,18 @@ class SharedOutput(Protocol):
             UsageError: another process is finishing it.
             PublishedError: another process has published it.
         """
-        ...
 
-    def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:
+    def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:  # noqa: B027 (they may be in the stage)
         """Put the weight files together of their parts; with `read`, so that they can be read in the stage."""
-        ...
 
+    @abstractmethod
     def publish(self, stage: Stage) -> None:
         """Make the output complete, with the other files of the stage."""
-        ...
 
+    @abstractmethod
     def clear(self) -> None:
         """Remove what only the making of a published output needed."""
-        ...
 
+    @abstractmethod
     def abort(self) -> tuple[Sequence[str], Sequence[str]]:
         """Give the output up; the files whose uploads were ended, and those that were removed."""
-        ...

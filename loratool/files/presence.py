@@ -129,11 +129,11 @@ def workers_in(folder: Path) -> list[Worker]:
 
 def worker_of(table: dict[str, Any], seconds: float, file: str) -> Worker:
     """Raises `ValueError` where the table is none of a worker."""
-    host, pid, share, doing = (table.get(key) for key in ("host", "pid", "share", "doing"))
-    texts = isinstance(doing, list) and all(isinstance(each, str) for each in (host, share, *doing))
-    if not texts or type(pid) is not int or pid <= 0:
-        raise ValueError("no worker")
-    return Worker(str(host), pid, str(share), tuple(doing or ()), seconds, file)
+    match table:
+        case {"host": str(host), "pid": int(pid), "share": str(share), "doing": list(doing)} if type(pid) is int:
+            if pid > 0 and all(isinstance(each, str) for each in doing):
+                return Worker(host, pid, share, tuple(doing), seconds, file)
+    raise ValueError("no worker")
 
 
 @contextmanager

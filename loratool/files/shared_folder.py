@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.arguments import Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
@@ -28,12 +28,12 @@ from loratool.files.digests import HASHES, digest_of_part
 from loratool.files.folders import PROVENANCE, sidecar_of
 from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
 from loratool.files.outputs import check_stage, stage_of
-from loratool.files.part_records import FilePart, PartRecord, PublishedError
+from loratool.files.part_records import FilePart, PartRecord, SharedOutput
 from loratool.files.presence import Presence, Worker, alone, publish_new, put_new, workers_in
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import LocalSource, read_exactly, write_fully
 from loratool.files.shard_writer import OpenFile
-from loratool.files.sink import PAGE, Memory
+from loratool.files.sink import PAGE
 from loratool.files.source import PIECE
 from loratool.files.staging import Stage, check_space, storage_error, write_durably
 from loratool.files.system import closing, forget_cached, open_file, sync_file, sync_folder
@@ -51,11 +51,11 @@ FINISHING = "--finish"  # what a process does that finishes an output
 EDGES = "edges"  # key of a record's details: first byte in the file → bytes of a page that is shared, in base64
 
 
-class SharedFolder:
+class SharedFolder(SharedOutput):
     """The output of many workers in a folder that all of them see, as a `SharedOutput`; in it, one file if `single`."""
 
     read_to_check = True
-    command = "merge"
+    disturbed = (OSError, LoratoolError)
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class SharedFolder:
 
         `layouts` are the headers of the weight files, and `replaced` the files of what is at `out` and goes, by name.
         """
-        self.out, self.home, self.journal = out, stage_of(out), journal
-        self.parts, self.layouts, self.replaced, self.single = parts, layouts, replaced, single
-        self.memory = Memory()
+        super().__init__(out, journal.plan, "merge", parts, layouts)
+        self.home, self.journal, self.replaced, self.single = stage_of(out), journal, replaced, single
+        self.needed = 0  # bytes of the disk, for the parts that are made here
         self.turns: dict[str, AbstractContextManager[object]] = {}  # file → what writers of its parts take turns by
         self.presence: Presence | None = None  # of this process, where it works
         self.owner = -1  # the user to whom files that are made here belong
@@ -85,10 +85,6 @@ class SharedFolder:
         if found is None or found.parts is None:
             raise UsageError(f"{printable(out)}: no unfinished merge in parts was found, so nothing was removed")
         return cls(out, found, {}, {}, single=single)
-
-    @property
-    def plan(self) -> str:
-        return self.journal.plan
 
     @property
     def folder(self) -> Path:
@@ -108,30 +104,17 @@ class SharedFolder:
     def workers(self) -> list[Worker]:
         return workers_in(self.home / PARTS)
 
-    @contextmanager
-    def told(self, needed: int) -> Iterator[None]:
-        """Tell an `OSError` in a sentence; whatever fails since the output is published meanwhile, as that."""
-        try:
-            yield
-        except (OSError, LoratoolError) as error:
-            if self.is_published():
-                raise PublishedError from error
-            raise storage_error(error, self.out, needed) if isinstance(error, OSError) else error from None
+    def explained(self, error: Exception) -> Exception:
+        return storage_error(error, self.out, self.needed) if isinstance(error, OSError) else error
 
-    @contextmanager
-    def at_work(self, share: str, parts: Sequence[FilePart]) -> Iterator[None]:
-        needed = sum(part.size for part in parts if self.read(part.name) is None)
-        with self.told(needed):
-            check_space(self.out.parent, needed)
-            self.claim()
-            if self.is_published():  # since it was looked at last
-                self.clear()
-                raise PublishedError
-            with Presence(self.home / PARTS, share) as self.presence:
-                yield
+    def present(self, share: str) -> Presence:
+        self.presence = Presence(self.home / PARTS, share)
+        self.worker = self.presence.name
+        return self.presence
 
-    def claim(self) -> None:
-        """Begin the stage, or join those who are at work on it; raises `UsageError` where they make something else."""
+    def claim(self, parts: Sequence[FilePart]) -> None:
+        self.needed = sum(part.size for part in parts if PartRecord.of_bytes(self.stored(part.name)) is None)
+        check_space(self.out.parent, self.needed)
         with suppress(FileExistsError):
             os.mkdir(self.home)
         draft = self.home / f"{NEW_JOURNAL}-{os.urandom(16).hex()}"
@@ -170,30 +153,26 @@ class SharedFolder:
             )
         return found
 
-    def records(self) -> dict[str, PartRecord]:
-        """Every record that is published, by its part's name; what is no record of a part is passed over."""
-        found: dict[str, PartRecord] = {}
-        for name, part in self.parts.items():
-            record = self.read(name)
-            if record is not None and record.is_of(part, self.journal.plan):
-                found[name] = record
-        return found
+    def all_stored(self) -> dict[str, bytes]:
+        return {name: self.stored(name) for name in self.parts}
 
-    def read(self, name: str) -> PartRecord | None:
-        """The record of that name, where there is one that can be read."""
+    def stored(self, name: str) -> bytes:
         try:
-            descriptor = open_file(self.record_path(name), os.O_RDONLY)
+            with open(open_file(self.record_path(name), os.O_RDONLY), "rb") as stream:
+                return stream.read(LARGEST_PART_RECORD)
         except FileNotFoundError:
-            return None
-        with open(descriptor, "rb") as stream:
-            return PartRecord.of_bytes(stream.read(LARGEST_PART_RECORD))
+            return b""
 
-    def held(self, parts: Sequence[FilePart]) -> int:  # noqa: ARG002 (nothing is sent)
-        return 0
+    def put_new(self, name: str, record: bytes) -> bool:
+        return publish_new(self.record_path(name), record)
 
-    def make_alone(self, parts: Sequence[FilePart]) -> Sequence[FilePart]:
-        """Everything is read here."""
-        return parts
+    def put_record(self, part: FilePart, record: PartRecord) -> None:
+        super().put_record(part, record)
+        if self.presence is not None:
+            self.presence.end(part.name)
+
+    def stands(self, part: FilePart, theirs: PartRecord, own: PartRecord) -> bool:
+        return theirs.chunk_digests() == own.chunk_digests() or not self.problem(part, theirs)
 
     def problems(
         self,
@@ -225,7 +204,7 @@ class SharedFolder:
         """Empty where a part is what its record has the digests of; else what is wrong. All of its bytes are read."""
         tree, layout = record.digest.tree, self.layouts[part.file]
         edges = edges_of(record)
-        if tree is None or edges is None or not record.is_of(part, self.journal.plan):
+        if tree is None or edges is None or not record.is_of(part, self.plan):
             return "has a record that cannot be read"
         begin = HASHES[tree.function]
         if digest_of_part(layout.header, begin) != tree.header:
@@ -257,18 +236,6 @@ class SharedFolder:
             self.presence.begin(part.name)
         return PartFile(path, part, self.layouts[part.file], stop, self)
 
-    def put_record(self, part: FilePart, record: PartRecord) -> None:
-        """Make a record known. One that another worker has published first stands, if its bytes are still there."""
-        while not publish_new(self.record_path(part.name), record.to_bytes()):
-            theirs = self.read(part.name)
-            if theirs is not None and theirs.is_of(part, self.journal.plan):
-                same = theirs.chunk_digests() == record.chunk_digests()
-                if same or not self.problem(part, theirs):
-                    break
-            self.forget(part.name)  # torn, or of bytes that this worker has overwritten
-        if self.presence is not None:
-            self.presence.end(part.name)
-
     def forget(self, name: str) -> None:
         self.record_path(name).unlink(missing_ok=True)
 
@@ -286,15 +253,12 @@ class SharedFolder:
 
     @contextmanager
     def finishing(self) -> Iterator[Stage]:
-        with self.told(0):
+        with self.told():
             folder, found = self.home / PARTS, self.check()
             if found is None or not folder.is_dir():
                 raise VerificationError(f"{printable(self.out)}: no part of this merge has been made; run --part first")
             with Presence(folder, FINISHING) as presence, alone(folder, presence) as self.check_alone:
                 yield Stage(self.out, self.home, found, single=self.out.name if self.single else "")
-
-    def name_weights(self, stage: Stage, records: Mapping[str, PartRecord], read: bool) -> None:
-        """They are in the stage."""
 
     def publish(self, stage: Stage) -> None:
         self.check_alone()
@@ -400,7 +364,4 @@ class PartFile(OpenFile):
 
     def record(self, seen: Seen, digest: Digest) -> None:
         edges = {str(at): b64encode(held).decode() for at, held in self.edges.items()}
-        worker = self.store.presence.name if self.store.presence else ""
-        details: dict[str, Any] = {EDGES: edges} if edges else {}
-        record = PartRecord(self.filepart.name, self.store.journal.plan, digest, seen, worker, details)
-        self.store.put_record(self.filepart, record)
+        self.store.record_part(self.filepart, digest, seen, {EDGES: edges} if edges else {})

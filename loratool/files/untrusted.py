@@ -168,6 +168,14 @@ def json_object(raw: bytes, *, repeated: bool = False, lenient: bool = False) ->
     return parsed
 
 
+def json_or_empty(raw: bytes, *, lenient: bool = False) -> dict[str, Any]:
+    """The same; empty for anything else."""
+    try:
+        return json_object(raw, lenient=lenient)
+    except ValueError:
+        return {}
+
+
 def json_value(raw: bytes, *, repeated: bool = False, lenient: bool = False) -> Any:
     """JSON in UTF-8, as strictly as serde_json reads it; `ValueError` says what is wrong.
 

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.errors import InputError, UsageError, printable
+from loratool.errors import UsageError, printable
 from loratool.files.digests import read_recorded
 from loratool.files.folders import PROVENANCE
-from loratool.files.untrusted import LARGEST_RECORD, check_bound, json_object
+from loratool.files.untrusted import LARGEST_RECORD, check_bound, json_or_empty
 from loratool.stores import uploads
 from loratool.stores.names import StorePath
 
@@ -48,24 +48,25 @@ class Begun:
     @classmethod
     def of_bytes(cls, raw: bytes) -> Begun | None:
         """What was stored; None for anything else."""
-        try:
-            table = json_object(raw)
-        except (ValueError, InputError):
-            return None
+        table = json_or_empty(raw)
         names = [table.get(key) for key in ("weights", "others", "replaces", "before")]
-        texts = [table.get(key) for key in ("plan", "parts")]
-        lists = all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names)
-        if table.get(HEAD) != FORMAT or not lists or not all(isinstance(text, str) for text in texts):
+        if table.get(HEAD) != FORMAT or not all(map(are_texts, names)):
             return None
-        weights, others, replaces, before = (tuple(map(str, each or ())) for each in names)
-        command = table.get("command", "merge")
-        known = isinstance(command, str) and COMMAND.fullmatch(command)
-        plan, parts = map(str, texts)
-        return cls(plan, parts, weights, others, replaces, before, str(command) if known else "output")
+        match table:
+            case {"plan": str(plan), "parts": str(parts)}:
+                weights, others, replaces, before = (tuple(each or ()) for each in names)
+                command = str(table.get("command", "merge"))
+                command = command if COMMAND.fullmatch(command) else "output"
+                return cls(plan, parts, weights, others, replaces, before, command)
+        return None
 
     def keys(self, place: StorePath) -> dict[str, str]:
         """The names of weight files by their keys."""
         return {(place / name).key: name for name in self.weights}
+
+
+def are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def read_begun(home: StorePath) -> Begun | None:
@@ -84,14 +85,10 @@ def read_begun(home: StorePath) -> Begun | None:
 
 def read_plan(raw: bytes, plan: str) -> dict[str, str]:
     """The uploads of a plan; empty where it is of another one, or cannot be read."""
-    try:
-        table = json_object(raw)
-    except (ValueError, InputError):
-        return {}
-    found = table.get("uploads")
-    if table.get("plan") != plan or not isinstance(found, dict):
-        return {}
-    return {str(name): str(upload) for name, upload in found.items()}
+    match json_or_empty(raw):
+        case {"plan": found, "uploads": dict(named)} if found == plan:
+            return {str(name): str(upload) for name, upload in named.items()}
+    return {}
 
 
 def is_ours(name: str) -> bool:
@@ -114,10 +111,7 @@ def stray_uploads(place: StorePath, begun: Begun) -> list[str]:
 def read_record(place: StorePath) -> dict[str, Any]:
     """The record of an output, which has that place; empty where there is none that can be read."""
     raw = uploads.get(place) or b""
-    try:
-        return json_object(raw[: LARGEST_RECORD + 1], lenient=True)
-    except (ValueError, InputError):
-        return {}
+    return json_or_empty(raw[: LARGEST_RECORD + 1], lenient=True)
 
 
 def replaceable_in(place: StorePath, there: Mapping[str, int], record: StorePath, overwrite: bool) -> tuple[str, ...]:

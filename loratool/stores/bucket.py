@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,10 @@ from loratool.errors import InputError, StoreError, UsageError, VerificationErro
 from loratool.files import stand_ins
 from loratool.files.digests import Digest, Tree
 from loratool.files.folders import INDEX_SUFFIX, PROVENANCE
-from loratool.files.part_records import FilePart, PartRecord, PublishedError
-from loratool.files.presence import Worker
+from loratool.files.part_records import FilePart, PartRecord, SharedOutput
 from loratool.files.process import host_name
 from loratool.files.safefile import Layout
 from loratool.files.seen import Seen
-from loratool.files.sink import Memory
 from loratool.files.staging import Stage, workplace
 from loratool.stores import uploads
 from loratool.stores.begun import (
@@ -53,18 +51,26 @@ from loratool.stores.uploading import UploadedPart
 MOST_LOOKS = 4  # at an object, until an answer has its ETag: one answer may be wrong
 
 
-@dataclass
-class Bucket:
+class Bucket(SharedOutput):
     """The output of many workers in a store, as a `SharedOutput`: a prefix, or one object and its record if `single`."""
 
-    place: StorePath  # the prefix below which its files are
-    begun: Begun
-    parts: Mapping[str, UploadPart]  # by name
-    layouts: Mapping[str, Layout]  # of weight files, by name
-    single: str = ""  # the name of the one file
-    ids: dict[str, str] = field(default_factory=dict)  # file → its upload
-    memory: Memory = field(default_factory=Memory)
     read_to_check = False  # the store has compared what came with checksums, and tells those
+    disturbed = (GoneError, VerificationError)
+    parts: Mapping[str, UploadPart]
+
+    def __init__(
+        self,
+        place: StorePath,
+        begun: Begun,
+        parts: Mapping[str, UploadPart],
+        layouts: Mapping[str, Layout],
+        single: str = "",
+    ) -> None:
+        """`place` is the prefix below which the files are; `single` the name of the one file, if it is one."""
+        self.place, self.single, self.begun = place, single, begun
+        super().__init__(Path(str(self.address)), begun.plan, begun.command, parts, layouts)
+        self.worker = host_name()
+        self.ids: dict[str, str] = {}  # file → its upload
 
     @classmethod
     def unfinished(cls, place: StorePath, single: str) -> Bucket:
@@ -84,18 +90,6 @@ class Bucket:
     def address(self) -> StorePath:
         """The output, as people call it."""
         return self.place / self.single if self.single else self.place
-
-    @property
-    def out(self) -> Path:
-        return Path(str(self.address))
-
-    @property
-    def plan(self) -> str:
-        return self.begun.plan
-
-    @property
-    def command(self) -> str:
-        return self.begun.command
 
     def path(self, name: str) -> StorePath:
         """The place of a file of the output."""
@@ -125,39 +119,15 @@ class Bucket:
         self.begun = replace(self.begun, replaces=replaced())
         return False
 
-    def workers(self) -> list[Worker]:
-        """Nobody: a store does not know who is at work."""
-        return []
+    def explained(self, error: Exception) -> Exception:
+        if not isinstance(error, GoneError):
+            return error
+        return StoreError(
+            f"{self.address}: its uploads were removed by something else, such as a rule of the bucket; remove "
+            "what is left with --abort, then merge again"
+        )
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Tell that uploads are gone; and whatever fails since the output is published meanwhile, as that."""
-        try:
-            yield
-        except (GoneError, VerificationError) as error:
-            if self.is_published():
-                raise PublishedError from error
-            if isinstance(error, GoneError):
-                raise StoreError(
-                    f"{self.address}: its uploads were removed by something else, such as a rule of the bucket; remove "
-                    "what is left with --abort, then merge again"
-                ) from None
-            raise
-
-    @contextmanager
-    def at_work(self, share: str, parts: Sequence[FilePart]) -> Iterator[None]:  # noqa: ARG002 (nobody looks)
-        with self.told():
-            self.claim()
-            if self.is_published():  # since it was looked at last
-                self.clear()
-                raise PublishedError
-            yield
-
-    def claim(self) -> None:
-        """Begin the output, or join those who are at work on it.
-
-        Raises `UsageError` where they merge something else.
-        """
+    def claim(self, parts: Sequence[FilePart]) -> None:  # noqa: ARG002 (a store has room for all)
         if not self.begin() and not self.join():
             raise StoreError(f"{self.home / BEGIN}: keeps disappearing; is another run using it?")
         self.ids = self.planned() or self.make_uploads()
@@ -210,15 +180,15 @@ class Bucket:
             raise StoreError(f"{self.home / PLAN}: cannot be read; start again with --abort")
         return found
 
-    def records(self) -> dict[str, PartRecord]:
-        """Every record that is published, by its part's name; what is no record of ours is passed over."""
-        names = [name.removesuffix(".json") for name in listed(self.home)]
-        wanted = [name for name in names if name in self.parts]
-        raw = each_of(lambda name: uploads.get(self.home / f"{name}.json"), wanted)
-        found = {
-            name: record for name, each in zip(wanted, raw, strict=True) if (record := PartRecord.of_bytes(each or b""))
-        }
-        return {name: record for name, record in found.items() if record.is_of(self.parts[name], self.begun.plan)}
+    def all_stored(self) -> dict[str, bytes]:
+        names = [name for each in listed(self.home) if (name := each.removesuffix(".json")) in self.parts]
+        return dict(zip(names, each_of(self.stored, names), strict=True))
+
+    def stored(self, name: str) -> bytes:
+        return uploads.get(self.home / f"{name}.json") or b""
+
+    def put_new(self, name: str, record: bytes) -> bool:
+        return uploads.put_new(self.home / f"{name}.json", record)
 
     def held(self, parts: Sequence[FilePart]) -> int:
         """Twice the largest piece: one that a worker fills, and one that another worker fills up."""
@@ -277,23 +247,10 @@ class Bucket:
                 raise changed(part.source) from None
             tags.append(tag)
             copies.append([piece.start, piece.stop, md5])
-        self.put_record(part, empty, Seen(), {"tags": tags, "copies": copies})
-
-    def put_record(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, Any]) -> None:
-        """Make a record known. One that another worker has published first stands, if it can be read."""
-        record = PartRecord(part.name, self.begun.plan, digest, seen, host_name(), details)
-        place = self.home / f"{part.name}.json"
-        if not uploads.put_new(place, record.to_bytes()):
-            theirs = PartRecord.of_bytes(uploads.get(place) or b"")
-            if theirs is None or not theirs.is_of(part, self.begun.plan):
-                uploads.put(place, record.to_bytes())
+        self.record_part(part, empty, Seen(), {"tags": tags, "copies": copies})
 
     def forget(self, name: str) -> None:
-        """Withdraw a record that was found to be wrong."""
         uploads.remove(self.home / f"{name}.json")
-
-    def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:
-        """Nothing: any process may do what is left."""
 
     @contextmanager
     def finishing(self) -> Iterator[Stage]:

@@ -27,11 +27,9 @@ class Sender(Protocol):
 
     def send(self, part: UploadPart, piece: Piece, content: mmap.mmap) -> str:
         """Bring a piece of a part to the store; its ETag."""
-        ...
 
-    def put_record(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, object]) -> None:
+    def record_part(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, object]) -> None:
         """Make known that all of a part is there."""
-        ...
 
 
 class UploadedPart:
@@ -90,7 +88,7 @@ class UploadedPart:
 
     def record(self, seen: Seen, digest: Digest) -> None:
         tags = [self.tags[piece.number] for piece in self.pieces]
-        self.store.put_record(self.upload, digest, seen, {"tags": tags})
+        self.store.record_part(self.upload, digest, seen, {"tags": tags})
 
     def close(self) -> None:
         """Let go of what is in memory."""
