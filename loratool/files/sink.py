@@ -31,11 +31,9 @@ class Part(Protocol):
 
         What `memory` holds before them may be changed.
         """
-        ...
 
     def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
         """Take the `count` bytes at byte `start` of an input as the next ones, and show all of them to `look`."""
-        ...
 
 
 class Sink(Protocol):
@@ -43,22 +41,18 @@ class Sink(Protocol):
 
     def part(self, at: int, count: int) -> Part:
         """What takes the `count` bytes from byte `at` of the file on."""
-        ...
 
     def finish(self) -> bool:
         """Come back when every byte of the file is where it belongs; False where the work was stopped before.
 
         The engine calls it once, before the first byte comes, in a thread of its own.
         """
-        ...
 
     def record(self, seen: Seen, digest: Digest) -> None:
         """Hear what was seen of the file; called last, when it is finished and its inputs were found unchanged."""
-        ...
 
     def close(self) -> None:
         """Let go of what is open, once the work was stopped and no thread is busy with the file any more."""
-        ...
 
 
 class Destination(Protocol):
@@ -78,7 +72,6 @@ class Destination(Protocol):
 
     def open(self, name: str, layout: Layout, stop: threading.Event) -> Sink:
         """What takes the file `name`, whose header is `layout.header`; `stop` is set when the work is to end early."""
-        ...
 
 
 def piece_of(memory: memoryview, at: int) -> memoryview:

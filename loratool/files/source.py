@@ -16,11 +16,9 @@ class Source(Protocol):
     @property
     def size(self) -> int:
         """How many bytes there are."""
-        ...
 
     def read(self, start: int, count: int, into: memoryview) -> None:
         """Fill the first `count` bytes of `into` from byte `start` on. Raises `InputError` where the bytes end early."""
-        ...
 
 
 def read_pieces(source: Source, start: int, stop: int) -> Iterator[memoryview]:

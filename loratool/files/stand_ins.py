@@ -28,21 +28,17 @@ class StandIn(Protocol):
     @property
     def identity(self) -> Identity:
         """What tells whether the object is still the one that was listed."""
-        ...
 
     @property
     def ahead(self) -> int:
         """Bytes that a thread may hold of it while it reads what it expects."""
-        ...
 
     @property
     def state(self) -> str:
         """What tells its content, whoever asks from wherever; another content has another state."""
-        ...
 
     def source(self, layout: Layout | None = None) -> Source:
         """The bytes of the object, all of that one content. `layout` is its header, where it is known."""
-        ...
 
 
 standing: dict[str, StandIn] = {}  # path → what it stands for
