@@ -267,6 +267,7 @@ TABLE: list[tuple[list[str], int, str]] = [  # a command, its exit code, and wha
     (["interrupted", *ONTO, "stopped", "--workers", "1"], 130, "run the same command again to continue"),
     ([*ONTO, "stopped"], 0, ""),
     (["busy", "busy.partial", *ONTO, "busy"], 2, "another run is writing this output"),
+    (["push", "made\\merged", "s3://models/merged"], 2, "only repositories of the Hub can be pushed to"),
     (["unlocked", *ONTO, "free", "-v"], 0, f"note: {LOCKS}"),
     (["unlocked", *ONTO, "FREE", "-v"], 2, "already exists"),
     (["unlocked", *ONTO, "free", "-v", "--overwrite"], 0, f"note: {SPACE}"),

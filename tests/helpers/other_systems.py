@@ -91,6 +91,13 @@ def separated(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda path: real(os.fspath(path).replace("\\", "/") if not isinstance(path, bytes) else path)
 
 
+def refused_name(text: str) -> OSError:
+    """The error of Windows for a name that cannot be, which pathlib knows by its number there."""
+    error = OSError(errno.EINVAL, os.strerror(errno.EINVAL), text)
+    error.winerror = 123  # type: ignore[attr-defined]
+    return error
+
+
 class Windows:
     """Stands before the file calls of Python and keeps to the rules of Windows below a folder."""
 
@@ -134,7 +141,7 @@ class Windows:
         place = self.root
         for name in full[len(self.root) + 1 :].split("/"):
             if reserved(name):
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), text)
+                raise refused_name(text)
             try:
                 names = self.real["listdir"](place)
             except OSError:
