@@ -224,6 +224,9 @@ def check_stage(home: Path) -> Journal | None:
             raise UsageError(f"{printable(home)}: {BUSY}", hint=ANOTHER_OUT) from None
         raise
     except OSError as error:
+        out = home.with_name(home.name.removesuffix(".partial"))
+        if is_unusual(out.name):
+            raise refused_name(out) from error
         raise StorageError(f"{printable(error.filename or home)}: {error.strerror or error}") from error
 
 
