@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor, same_bytes
+from loratool.adapters.adapter import Adapter, same_bytes
 from loratool.adapters.model_settings import setting
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.trained_packing import unlike_packing, unmarked
+from loratool.bases.weights import plain_of
 from loratool.errors import LoratoolError, printable
 from loratool.files.folders import PROVENANCE
 from loratool.files.hub_cache import origin_of
@@ -85,10 +86,9 @@ def unlike_weight(name: str, base: Checkpoint, adapter: Adapter) -> str:
         if not alike:
             return ""
         weight = min(alike)[1]
-        homes = [model.homes[weight] for model in (named, base)]
-        if not all(is_whole(file) for file in homes):
+        one, other = (plain_of(model, weight) for model in (named, base))
+        if not (is_whole(one.file) and is_whole(other.file)):
             return ""
-        one, other = (StoredTensor(file, file.tensors[weight]) for file in homes)
         return "" if same_bytes(one, other) else weight
     except (LoratoolError, OSError):
         return ""

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from inspect import isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,98 @@ def merge_embeddings(home: Path) -> None:
     merge(home)
 
 
+def merge_with_digests(home: Path) -> None:
+    """The run that a record holds, once more."""
+    save_adapter(home / "adapter")
+    merge(home, digests="full", sha256=True)
+    loratool.reproduce(home / "out", home / "again")
+
+
+def merge_in_parts(home: Path) -> None:
+    save_adapter(home / "adapter")
+    job = home / "base", home / "adapter", home / "out"
+    for part in ("1/2", "2/2"):
+        loratool.merge_part(*job, part, device="cpu")
+    loratool.merge_status(*job)
+    loratool.finish_merge(*job, device="cpu")
+
+
+def merge_several(home: Path) -> None:
+    save_adapter(home / "adapter")
+    adapters = [home / "adapter"]
+    loratool.merge_many(home / "base", {home / "one": adapters, home / "two": [*adapters, *adapters]}, device="cpu")
+
+
+def merge_into_memory(home: Path) -> None:
+    save_adapter(home / "adapter")
+    assert dict(loratool.merged(home / "base", home / "adapter", device="cpu"))
+    assert dict(loratool.iter_merged(home / "base", home / "adapter", device="cpu"))
+
+
+def step_of_a_manifest(home: Path) -> None:
+    save_adapter(home / "adapter")
+    (home / "steps.yaml").write_text("steps:\n- merge: {base: base, adapters: [adapter], output: out, device: cpu}\n")
+    loratool.run(home / "steps.yaml")
+
+
+def verify(home: Path) -> None:
+    """Of a model that is no merge, so that each tensor is looked at twice."""
+    save_adapter(home / "adapter")
+    save_model(home / "tuned", tuned_weights())
+    against: Any = {"base": home / "base", "adapters": [home / "adapter"], "device": "cpu"}
+    loratool.verify(home / "tuned", **against)
+    loratool.verify_part(home / "tuned", part="1/1", into=home / "parts", **against)
+    loratool.finish_verify(home / "tuned", into=home / "parts", **against)
+
+
+def extract_in_parts(home: Path) -> None:
+    save_model(home / "tuned", tuned_weights())
+    loratool.extract_part(
+        home / "base", home / "tuned", home / "out", part="1/1", into=home / "parts", rank=2, device="cpu"
+    )
+    loratool.finish_extract(home / "base", home / "tuned", home / "out", into=home / "parts", rank=2, device="cpu")
+
+
+def rebase_from(home: Path) -> None:
+    save_adapter(home / "adapter")
+    save_model(home / "tuned", tuned_weights())
+    loratool.rebase(home / "adapter", home / "out", base=home / "base", onto=home / "tuned", force=True, device="cpu")
+
+
+def rebase_onto(home: Path) -> None:
+    save_adapter(home / "adapter")
+    save_model(home / "tuned", tuned_weights())
+    loratool.rebase(home / "adapter", home / "out", base=home / "tuned", onto=home / "base", force=True, device="cpu")
+
+
+def merge_into_another(home: Path) -> None:
+    """The adapter names `base`, which is compared with the model that it is merged into."""
+    save_adapter(home / "adapter", base_model_name_or_path=str(home / "base"))
+    save_model(home / "tuned", {name: value.bfloat16() for name, value in tuned_weights().items()})
+    report = loratool.merge(home / "tuned", home / "adapter", home / "out", device="cpu")
+    assert "base-mismatch" in {note.code for note in report.notes}
+
+
+def convert(home: Path) -> None:
+    """DoRA becomes LoRA, by the norms of the base."""
+    save_adapter(home / "adapter", dora=True)
+    loratool.convert(home / "adapter", home / "out", server="vllm", base=home / "base", rank=2)
+
+
+def rework(home: Path) -> None:
+    """Commands that need no values of a base; its config tells them names."""
+    one, two = home / "adapter", home / "other"
+    for path in (one, two):
+        save_adapter(path)
+    base: Any = {"base": home / "base"}
+    loratool.rescale(one, home / "scaled", scale=2, **base)
+    loratool.resize(one, home / "small", rank=1, **base)
+    loratool.combine([one, two], home / "both", **base)
+    loratool.compare([one, two], **base)
+    loratool.compress([one, two], home / "fleet", rank=2, **base)
+    loratool.index([one, two], home / "index", **base)
+
+
 def extract(home: Path) -> None:
     changed = tuned_weights()
     save_model(home / "tuned", {name: value.to(torch.float32) for name, value in changed.items()})
@@ -237,8 +330,20 @@ def dequantise(home: Path) -> None:
     loratool.merge(home / "base", [], home / "out", dequantize=True, device="cpu")
 
 
+def requantise(home: Path) -> None:
+    save_adapter(home / "adapter")
+    merge(home, requantize=True, accept_loss=True)
+
+
 def estimate(home: Path) -> None:
     loratool.estimate(home / "base", [2], "o_proj")
+
+
+def plan(home: Path) -> None:
+    """The gain is forecast from some rows."""
+    save_adapter(home / "adapter")
+    loratool.plan(home / "base", home / "adapter", home / "out")
+    loratool.plan_merge(loratool.open_checkpoint(home / "base"), [loratool.read_adapter(home / "adapter")])
 
 
 def inspect_base(home: Path) -> None:
@@ -247,30 +352,37 @@ def inspect_base(home: Path) -> None:
 
 def inspect_adapter(home: Path) -> None:
     save_adapter(home / "adapter")
-    loratool.inspect(home / "adapter", base=str(home / "base"), values=True, check=True, device="cpu")
+    asked: Any = {"base": home / "base", "values": True, "device": "cpu"}
+    loratool.inspect(home / "adapter", check=True, **asked)
+    loratool.inspect_part(home / "adapter", part="1/1", into=home / "parts", **asked)
+    loratool.finish_inspect(home / "adapter", into=home / "parts", **asked)
 
 
-WHOLE = (merge_lora, merge_dora, merge_converted, merge_embeddings, extract, inspect_base)
+WHOLE = (  # these read all of a base
+    *(merge_lora, merge_dora, merge_converted, merge_embeddings, merge_with_digests, merge_in_parts, merge_several),
+    *(merge_into_memory, step_of_a_manifest, verify, extract, extract_in_parts, inspect_base),
+)
+SOME = (inspect_adapter, rebase_from, rebase_onto, merge_into_another, convert, plan)
+NOTHING = (rework, estimate)  # but how values are packed
 
 
-@pytest.mark.parametrize("command", [*WHOLE, inspect_adapter], ids=lambda command: command.__name__)
+@pytest.mark.parametrize("command", [*WHOLE, *SOME, *NOTHING], ids=lambda command: command.__name__)
 def test_every_byte_of_a_base_that_is_read_is_read_for_a_stored_weight(
     tmp_path: Path, trace: Trace, command: Callable[[Path], None]
 ) -> None:
     save_model(tmp_path / "base", weights())
     command(tmp_path)
     assert trace.strangers == []
-    assert trace.sources
+    assert bool(trace.sources) == (command not in NOTHING)
     if command in WHOLE:
         assert {name: trace.unread(name) for name in FILES} == dict.fromkeys(FILES, 0)
 
 
-ON_PACKED = (merge_lora, merge_embeddings, extract, extract_packed, dequantise)
+WHOLE_PACKED = (merge_lora, merge_embeddings, merge_several, verify, extract, extract_packed, dequantise, requantise)
+SOME_PACKED = (inspect_base, inspect_adapter, rebase_from, convert, plan, estimate)
 
 
-@pytest.mark.parametrize(
-    "command", [*ON_PACKED, inspect_base, inspect_adapter, estimate], ids=lambda command: command.__name__
-)
+@pytest.mark.parametrize("command", [*WHOLE_PACKED, *SOME_PACKED], ids=lambda command: command.__name__)
 def test_every_byte_of_a_packed_base_that_is_read_is_read_for_a_stored_weight(
     tmp_path: Path, trace: Trace, command: Callable[[Path], None]
 ) -> None:
@@ -278,8 +390,17 @@ def test_every_byte_of_a_packed_base_that_is_read_is_read_for_a_stored_weight(
     command(tmp_path)
     assert trace.strangers == []
     assert trace.sources
-    if command in ON_PACKED:
+    if command in WHOLE_PACKED:
         assert {name: trace.unread(name) for name in FILES} == dict.fromkeys(FILES, 0)
+
+
+def test_every_function_that_takes_a_base_is_tried() -> None:
+    """Apart from the one that takes the base from the Hub, and merges it as the others do."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    tried = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    functions = {name: function for name in loratool.EXPORTS if isfunction(function := getattr(loratool, name))}
+    taking = {name for name, function in functions.items() if "base" in signature(function).parameters}
+    assert taking - tried == {"stream"}
 
 
 def test_a_reader_that_goes_past_the_weights_is_seen(tmp_path: Path, trace: Trace) -> None:

@@ -6,7 +6,7 @@ import filecmp
 import re
 from collections.abc import Iterator, Mapping
 
-from loratool.adapters.adapter import StoredTensor
+from loratool.bases.weights import Plain, plain_of
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.model_files import TOKENIZER_FILES, VOCABULARIES
 from loratool.files.safefile import TensorInfo
@@ -48,11 +48,11 @@ def same(old: Checkpoint, new: Checkpoint, name: str, info: TensorInfo, others: 
         places = [(0, count)]
     else:
         places = [(part * (count - SAMPLE) // (PARTS - 1), SAMPLE) for part in range(PARTS)]
-    one, two = StoredTensor(old.homes[name], info), StoredTensor(new.homes[name], other)
+    one, two = plain_of(old, name), plain_of(new, name)
     return all(bytes_of(one, start, size) == bytes_of(two, start, size) for start, size in places)
 
 
-def bytes_of(tensor: StoredTensor, start: int, size: int) -> bytes:
+def bytes_of(tensor: Plain, start: int, size: int) -> bytes:
     found = bytearray(size)
     tensor.read(start, memoryview(found))
     return bytes(found)
