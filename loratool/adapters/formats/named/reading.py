@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
 
 from loratool.adapters.adapter import Flattened, StoredTensor, derived
+from loratool.adapters.formats.found import MISSING_PARTNER, Found
 from loratool.adapters.formats.named.dialects import ModuleSpelling, replaced_by, spelling_of
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.numbered import layers_of
 from loratool.adapters.formats.named.refused import EMBEDDINGS, refused
+from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped, methods_of
-from loratool.adapters.formats.roles.module import MISSING_PARTNER
 from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, UP, canonical
-from loratool.adapters.reading import Reading
-from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.formulas import part_of_rows
@@ -25,7 +23,6 @@ from loratool.algebra.updates.replacing import Replace
 from loratool.errors import Problem, printable
 from loratool.files.containers import taken_apart
 from loratool.files.open_sources import OpenSources
-from loratool.files.safefile import SafeFile
 from loratool.notes import Note
 from loratool.results.repairs import some
 
@@ -40,22 +37,6 @@ SPLIT = Note(
     "factors of fused layers were trained apart (split_qkv) and keep the alpha of one part, so the file's scaling of "
     "them is a third of training's, or a quarter; it is applied as it is, as by tools that merge such files",
 )
-
-
-class Configs(Protocol):
-    """The format of the configs that diffusers writes into headers."""
-
-    @property
-    def config_name(self) -> str:
-        """What such a config is called where it is a file."""
-
-    def scales(
-        self, file: SafeFile, config: Mapping[str, Any], ranks: Mapping[str, int], where: str
-    ) -> tuple[Mapping[str, float], list[Note], list[Problem]]:
-        """The scaling of each module, by the ranks that their tensors have; `where` the config is, for messages."""
-
-    def training_of(self, config: Mapping[str, Any]) -> Training:
-        """What a config says of the training."""
 
 
 @dataclass
@@ -107,20 +88,11 @@ class Group:
 
 
 @dataclass
-class Reader:
+class Reader(Found):
     """One file on its way to an adapter."""
 
-    file: SafeFile
-    reading: Reading
-    configs: Configs
-    updates: dict[str, Update] = field(default_factory=dict)
-    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     dialects: dict[str, None] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    unsupported: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
-    told: Counter[Note] = field(default_factory=Counter)  # what was assumed of how many modules
+    assumed: Counter[Note] = field(default_factory=Counter)  # of how many modules
     unscaled: dict[str, list[int]] = field(default_factory=dict)  # rule of a dialect → ranks of modules without alpha
     input_alpha_used: bool = False
 
@@ -137,7 +109,7 @@ class Reader:
         self.methods = methods_of(roles)
         self.dora = any(canonical(role) in MAGNITUDES for role in roles)
         self.tell(groups)
-        self.refuse(self.take_replacements(rest) if groups else rest)
+        self.account_for(self.take_replacements(rest) if groups else rest)
         self.check_twice()
 
     def grouped(self) -> tuple[list[Group], list[str]]:
@@ -150,7 +122,7 @@ class Reader:
             if spelled is None or not FOREIGN.keys().isdisjoint(roles):
                 rest += roles.values()
                 continue
-            stored = {role: StoredTensor(self.file, self.file.tensors[name]) for role, name in roles.items()}
+            stored = {role: self.stored(name) for role, name in roles.items()}
             groups.append(Group(module, *spelled, stored))
         return self.with_layers(groups), rest
 
@@ -188,7 +160,7 @@ class Reader:
             own = {g.path: g for g in groups if g.rank and component in ("", g.component)}
             where = f"{CONFIGS} in the header" + (f", {component}" if component else "")
             ranks = {path: group.rank for path, group in own.items()}
-            scales, notes, problems = self.configs.scales(self.file, config, ranks, where)
+            scales, notes, problems = PEFT.scales(self.file, config, ranks, where)
             self.notes += notes
             self.problems += problems
             found |= {own[path].name: scale for path, scale in scales.items()}
@@ -200,8 +172,9 @@ class Reader:
     def take(self, group: Group, scale: float | None, sources: OpenSources) -> None:
         """The updates of one module, or what is wrong with it."""
         if ALPHA in group.roles and scale is not None:
-            text = f"{printable(group.name)}: has an alpha of its own, and {CONFIGS} in the header holds one, too"
-            self.problems.append(Problem(text, CONTRADICTION))
+            self.refuse(
+                group.name, f"has an alpha of its own, and {CONFIGS} in the header holds one, too", CONTRADICTION
+            )
         given = self.reading.input_alpha
         module = Module(
             group.name,
@@ -219,7 +192,7 @@ class Reader:
             self.problems += error.problems
             return
         missing = [note for note in found.notes if note.code == MISSING]
-        self.told.update(note for note in found.notes if note not in missing)
+        self.assumed.update(note for note in found.notes if note not in missing)
         if missing:
             self.unscaled.setdefault(group.spelling.rule, []).append(found.rank)
         self.input_alpha_used |= given is not None and scale is None and ALPHA not in group.roles and bool(found.rank)
@@ -231,19 +204,18 @@ class Reader:
             names = tuple(group.roles[role].info.name for role in found.used[parameter])
             self.add(target, update, names)
 
-    def add(self, target: str, update: Update, names: tuple[str, ...]) -> None:
+    def add(self, target: str, update: Update, names: Sequence[str]) -> None:
         if target in self.updates:
-            text = f"{printable(names[0])}: changes the same weight as {printable(self.sources[target][0])}"
-            self.problems.append(Problem(text, MERGED_TWICE))
-        self.updates[target], self.sources[target] = update, names
+            why = f"changes the same weight as {printable(self.sources[target][0])}"
+            self.refuse(names[0], why, MERGED_TWICE)
+        self.updates[target], self.sources[target] = update, tuple(names)
 
     def take_replacements(self, names: list[str]) -> list[str]:
         """Take up tensors that replace the base's; those that do not are given back."""
         others: list[str] = []
         for name in names:
             if target := replaced_by(name):
-                stored = StoredTensor(self.file, self.file.tensors[name])
-                self.add(target, Replace(stored), (name,))  # type: ignore[arg-type]  # loaded later
+                self.add(target, Replace(self.stored(name)), (name,))  # type: ignore[arg-type]  # loaded later
             else:
                 others.append(name)
         return others
@@ -252,7 +224,7 @@ class Reader:
         """What was assumed, once for all modules that it was assumed of."""
         self.notes += dict.fromkeys(group.spelling.note for group in groups if group.spelling.note)
         self.notes += [
-            Note(n.code, f"{count} modules: {n.text}" if count > 1 else n.text) for n, count in self.told.items()
+            Note(n.code, f"{count} modules: {n.text}" if count > 1 else n.text) for n, count in self.assumed.items()
         ]
         for rule, ranks in self.unscaled.items():
             text = f"modules without alpha: {len(ranks)}; their scaling is 1, {rule} (pass --input-alpha for another)"
@@ -265,7 +237,7 @@ class Reader:
         if self.header.splits_qkv:
             self.notes.append(SPLIT)
 
-    def refuse(self, rest: list[str]) -> None:
+    def account_for(self, rest: list[str]) -> None:
         """What is recognised of the other tensors, and left of them."""
         found: dict[str, list[str]] = {}
         reasons: dict[str, str] = {}
@@ -293,8 +265,8 @@ class Reader:
                 flat.setdefault(Flattened.of(name), target)
             if owner is not target:
                 one, other = self.sources[owner][0], self.sources[target][0]
-                text = f"{printable(other)}: means the same weight as {printable(one)}, which is spelled otherwise"
-                self.problems.append(Problem(text, MERGED_TWICE))
+                why = f"means the same weight as {printable(one)}, which is spelled otherwise"
+                self.refuse(other, why, MERGED_TWICE)
 
 
 def within_denoiser(target: str) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, WHOLE_NAMES, StoredTensor, is_scale
+from loratool.adapters.formats.found import MISSING_PARTNER, Found
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
-from loratool.adapters.reading import AS_STORED, Reading
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import Problem, printable
-from loratool.files.safefile import FLOAT_NAMES, SafeFile
+from loratool.files.safefile import FLOAT_NAMES
 from loratool.notes import Note
 
 TOKENS = keys.TOKENS
@@ -23,7 +24,7 @@ LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw sta
 WHOLE = (*FLOAT_NAMES, *WHOLE_NAMES)  # what may be saved whole, a count of batches say
 SHARDED = "an empty or flat tensor is a shard that ZeRO-3 or FSDP did not gather before saving"
 
-MISSING_PARTNER, SAVED_TWICE, UNGATHERED = "missing-partner", "saved-twice", "ungathered"  # codes of problems
+SAVED_TWICE, UNGATHERED = "saved-twice", "ungathered"  # codes of problems
 
 
 class UnusableError(Exception):
@@ -84,24 +85,16 @@ class Module:
 
 
 @dataclass
-class Draft:
+class Draft(Found):
     """What is read of an adapter's file, under its config."""
 
-    file: SafeFile
-    config: Mapping[str, Any]
-    notes: list[Note]
-    reading: Reading = AS_STORED
+    config: Mapping[str, Any] = field(kw_only=True)
     packing: str = ""  # how factors are packed, where not as PEFT packs them
     where: str = CONFIG  # what holds the config, for messages
     modules: dict[str, Module] = field(default_factory=dict)  # path → what a method has on it
     saved: dict[str, Saved] = field(default_factory=dict)  # target → tensor
-    updates: dict[str, Update] = field(default_factory=dict)
-    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     bases: dict[str, Replace] = field(default_factory=dict)
     optional: set[str] = field(default_factory=set)
-    unsupported: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
     copies: dict[str, list[str]] = field(default_factory=dict)  # module → factors of PEFT's copies of it
     paths: keys.Paths = field(default_factory=lambda: keys.Paths(frozenset(), (), False))
 
@@ -151,8 +144,7 @@ class Draft:
         module = self.modules.setdefault(key.module, Module(self, key.module))
         if key.slot in module.slots:
             both = f"{printable(module.slots[key.slot])} and {printable(name)}"
-            text = f"{module.shown}: {both} are two spellings of the same factor"
-            self.problems.append(Problem(text, SAVED_TWICE))
+            self.refuse(module.name, f"{both} are two spellings of the same factor", SAVED_TWICE)
         module.slots[key.slot] = name
 
     def tell_copies(self) -> None:
@@ -171,8 +163,7 @@ class Draft:
         if family == kind:
             self.unused.append(name)
         else:
-            text = f"{printable(name)}: spelled as {family}, but {CONFIG} says peft_type {kind}"
-            self.problems.append(Problem(text, AGAINST_TENSORS))
+            self.refuse(name, f"spelled as {family}, but {CONFIG} says peft_type {kind}", AGAINST_TENSORS)
 
     def keep(self, name: str, path: str, passed_over: list[str]) -> None:
         """Account for a tensor that is saved whole."""
@@ -188,7 +179,7 @@ class Draft:
             if wrapper:
                 return
         elif before:
-            self.problems.append(Problem(f"{printable(name)}: {printable(target)} is saved twice", SAVED_TWICE))
+            self.refuse(name, f"{printable(target)} is saved twice", SAVED_TWICE)
         self.saved[target] = Saved(name, wrapper)
 
     def stored(
@@ -203,40 +194,38 @@ class Draft:
             raise UnusableError(
                 f"{printable(name)}: is {list(info.shape)}; expected {wanted} dimensions ({SHARDED})", UNGATHERED
             )
-        home = self.file.home(name)
-        return StoredTensor(home, home.tensors[name])
+        return super().stored(name)
 
     def add(self, target: str, update: Update, sources: Collection[str]) -> None:
         """Take up the update of a target."""
         if target in self.updates:
-            second = printable(next(iter(sources)))
-            self.problems.append(Problem(f"{printable(target)}: has two updates, the second from {second}"))
+            self.refuse(target, f"has two updates, the second from {printable(next(iter(sources)))}")
             return
         self.updates[target] = update
         self.sources[target] = tuple(sources)
 
-    def each(self, read: Callable[[Module], Mapping[str, Update]]) -> None:
-        """Add what `read` makes of each module: the updates of its parameters by name."""
-        for module in list(self.modules.values()):
-            if module.path and set(module.slots) != {TOKENS}:
-                self.attempt(module, read)
-
-    def attempt(self, module: Module, read: Callable[[Module], Mapping[str, Update]]) -> None:
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Take up what is wrong, or not merged, where a block raises it."""
         try:
-            for parameter, update in read(module).items():
-                target = f"{module.name}.{parameter}" if module.name else parameter
-                self.add(target, update, [*module.slots.values(), *self.copies.get(module.name, ())])
+            yield
         except UnusableError as error:
             self.problems.append(Problem(*error.args))
         except UnsupportedError as error:
             self.unsupported.append(str(error))
 
+    def attempt(self, module: Module, read: Callable[[Module], Mapping[str, Update]]) -> None:
+        """Add what `read` makes of a module: the updates of its parameters by name."""
+        with self.noting():
+            for parameter, update in read(module).items():
+                target = f"{module.name}.{parameter}" if module.name else parameter
+                self.add(target, update, [*module.slots.values(), *self.copies.get(module.name, ())])
+
     def place_tokens(self, ids: Callable[[Module], Any]) -> None:
         """Rows of an embedding that were trained as such; `ids` gives their numbers, in the order of the rows."""
 
         def rows(module: Module) -> dict[str, Update]:
-            values = module.tensor(TOKENS)
-            index = ids(module)
+            values, index = module.tensor(TOKENS), ids(module)
             valid = isinstance(index, list) and all(type(i) is int and i >= 0 for i in index)
             module.agree(valid, f"{CONFIG} has no list of token ids for it")
             module.agree(
@@ -248,29 +237,27 @@ class Draft:
 
         for module in self.modules.values():
             if TOKENS in module:
-                own = Module(self, module.path, {TOKENS: module.slots[TOKENS]})
-                self.attempt(own, rows)
+                self.attempt(Module(self, module.path, {TOKENS: module.slots[TOKENS]}), rows)
 
     def place_saved(self) -> None:
         """Make replacements of what is saved whole; under an update it is the weight that this was trained on."""
         for target, saved in self.saved.items():
-            try:
-                buffer = not target.endswith("weight")  # weights of whole numbers are packed, and mean nothing alone
-                stored = self.stored(saved.name, dtypes=WHOLE if buffer else FLOAT_NAMES)
-                if 0 in stored.shape:
-                    raise UnusableError(f"{printable(saved.name)}: is {list(stored.shape)}; {SHARDED}", UNGATHERED)
-                replacement = Replace(stored)  # type: ignore[arg-type]  # loaded later
-            except UnusableError as error:
-                self.problems.append(Problem(*error.args))
-                continue
-            update = self.updates.get(target)
-            if update is None:
-                self.add(target, replacement, [saved.name])
-            elif saved.wrapper in keys.INNER or isinstance(update, (Add, ReplaceRows)):
-                self.bases[target] = replacement
-            else:
-                module = printable(target.rpartition(".")[0])
-                self.problems.append(Problem(f"{module}: has both adapter factors and a saved replacement"))
+            with self.noting():
+                self.place_whole(target, saved)
+
+    def place_whole(self, target: str, saved: Saved) -> None:
+        """Make the replacement of one tensor."""
+        buffer = not target.endswith("weight")  # weights of whole numbers are packed, and mean nothing alone
+        stored = self.stored(saved.name, dtypes=WHOLE if buffer else FLOAT_NAMES)
+        if 0 in stored.shape:
+            raise UnusableError(f"{printable(saved.name)}: is {list(stored.shape)}; {SHARDED}", UNGATHERED)
+        replacement, update = Replace(stored), self.updates.get(target)  # type: ignore[arg-type]  # loaded later
+        if update is None:
+            self.add(target, replacement, [saved.name])
+        elif saved.wrapper in keys.INNER or isinstance(update, (Add, ReplaceRows)):
+            self.bases[target] = replacement
+        else:
+            self.refuse(target.rpartition(".")[0], "has both adapter factors and a saved replacement")
 
     def setting(self, name: str, default: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
         """A field of the config, checked; `default` is PEFT's own for a config that is without."""

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.found import MISSING_PARTNER
 from loratool.adapters.formats.peft import keys, support
-from loratool.adapters.formats.peft.draft import MISSING_PARTNER, UNGATHERED
+from loratool.adapters.formats.peft.draft import UNGATHERED
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates.residual import Residual

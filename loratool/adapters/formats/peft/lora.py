@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import derived
-from loratool.adapters.formats.peft import parameters, shared, stacked, support
+from loratool.adapters.formats.peft import parameters, stacked, support
 from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, UnsupportedError, UnusableError
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.parameters import rank_is_one
@@ -19,7 +19,7 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.residual import Residual
-from loratool.errors import Problem, printable
+from loratool.errors import printable
 from loratool.notes import Note
 
 SLOTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag")
@@ -37,20 +37,13 @@ def read_lora(draft: Draft) -> None:
     layers = [m for m in draft.modules.values() if m.name not in experts and set(m.slots) != {TOKENS}]
     scaling = Scaling(draft, [*(m.name for m in layers), *parameters.paths(draft, experts)])
     parameters.read_parameters(draft, experts, scaling)
-    sides = shared.shared_sides(draft)
-    shared.read_shared(draft, sides, scaling)
-    if apart := {m.path for side, experts in sides.values() for m in (side, *experts.values())}:
+    taken = {*stacked.read_shared(draft, scaling), *stacked.read_stacks(draft, scaling)}
+    if taken:
         draft.packing = stacked.PACKING
-        layers = [m for m in layers if m.path not in apart]
-    stacks = stacked.stacks(draft)
-    stacked.read_stacks(draft, stacks, scaling)
-    if taken := {module.path for leaves in stacks.values() for module in leaves.values()}:
-        draft.packing = stacked.PACKING
-        draft.config = {**draft.config, "peft_version": stacked.LIKE_PEFT}
-        layers = [m for m in layers if m.path not in taken]
     reader = Reader(draft, scaling)
     for module in layers:
-        draft.attempt(module, reader.read)
+        if module.path not in taken:
+            draft.attempt(module, reader.read)
     reader.tell()
 
 
@@ -60,14 +53,11 @@ def refuse_settings(draft: Draft) -> None:
         value = draft.config.get(name)
         if row.refused and value is not None and value is not False:
             draft.unsupported.append(f"{row.title} ({name}): {row.refused}")
-    init = draft.config.get("init_lora_weights", True)
-    if reason := support.why_refused(init):
+    if reason := support.why_refused(draft.config.get("init_lora_weights", True)):
         draft.unsupported.append(reason)
     for name in support.CHECKED_FLAGS:
-        try:
+        with draft.noting():
             draft.flag(name)
-        except UnusableError as error:
-            draft.problems.append(Problem(*error.args))
 
 
 @dataclass

@@ -7,6 +7,7 @@ registers them: the first one lies innermost, behind the most `base_layer`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from loratool.adapters.formats.peft import keys, packing
 from loratool.adapters.formats.peft.draft import Draft, Module, UnusableError
@@ -113,22 +114,17 @@ def paths(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]]) -> list[str
 def read_parameters(draft: Draft, wrapped: Mapping[str, Mapping[int, Module]], scaling: Scaling) -> None:
     """Add the updates of all adapted parameters."""
     differing: set[str] = set()  # for which the order of columns makes a difference
+
+    def read(factors: Module, name: str) -> dict[str, Update]:
+        update = factors_of(factors, f"{factors.name}.{name}", scaling)
+        if update.experts != 1 and update.ranks != (1,):
+            differing.add(name)
+        return {name: update}
+
     for module, by_depth in wrapped.items():
-        try:
-            found = parameters_of(draft, module, by_depth)
-        except UnusableError as error:
-            draft.problems.append(Problem(*error.args))
-            continue
-        for name, factors in found.items():
-            path = f"{module}.{name}"
-
-            def read(factors: Module, name: str = name, path: str = path) -> dict[str, Update]:
-                update = factors_of(factors, path, scaling)
-                if update.experts != 1 and update.ranks != (1,):
-                    differing.add(name)
-                return {name: update}
-
-            draft.attempt(factors, read)
+        with draft.noting():
+            for name, factors in parameters_of(draft, module, by_depth).items():
+                draft.attempt(factors, partial(read, name=name))
     packing.tell(draft, differing)
     if any(packing.is_grouped(draft, name) for name in differing):
         draft.packing = packing.GROUPED

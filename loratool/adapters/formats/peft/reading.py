@@ -10,7 +10,7 @@ from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.peft import lora, packing, support
-from loratool.adapters.formats.peft.draft import Draft, Module
+from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module
 from loratool.adapters.formats.peft.fields import wrong_fields
 from loratool.adapters.formats.peft.files import CONFIG, INDEX, WEIGHTS, open_weights, read_config
 from loratool.adapters.formats.peft.remarks import remark
@@ -56,7 +56,7 @@ def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], readi
     config = with_alpha(config, reading.input_alpha, notes)
     wrong = wrong_fields(config)
     sound = {name: value for name, value in config.items() if name not in wrong}
-    return Draft(file, sound, notes, reading, problems=[*wrong.values()])
+    return Draft(file, reading, notes, config=sound, problems=[*wrong.values()])
 
 
 def with_alpha(config: Mapping[str, Any], alpha: float | None, notes: list[Note]) -> Mapping[str, Any]:
@@ -121,7 +121,10 @@ def read_updates(draft: Draft) -> None:
         draft.notes += draft.reading.unused_layout()
         method = METHODS[kind]
         draft.sort(kind, method.slots, method.ignored)
-        draft.each(method.reader(draft))
+        read = method.reader(draft)
+        for module in [*draft.modules.values()]:
+            if module.path and set(module.slots) != {TOKENS}:
+                draft.attempt(module, read)
         draft.place_tokens(standalone_tokens)
     draft.place_saved()
     remark(draft)
@@ -136,7 +139,7 @@ def read_saved(path: Path, owner: Adapter) -> Adapter:
     """
     notes: list[Note] = []
     file = read_safefile(path)
-    draft = Draft(file, {}, notes)
+    draft = Draft(file, notes=notes, config={})
     draft.sort("LORA", lora.SLOTS, lora.ONLY_TRAINING)
     if draft.modules or draft.copies:
         raise InputError(f"{printable(path)}: contains adapter factors; pass it as an ADAPTER of its own")

@@ -33,26 +33,25 @@ class Scaling:
         self.valid = False
         if alpha not in draft.config:
             draft.notes.append(Note("alpha-missing", f"the config has no {alpha}; PEFT's default of 8 is used"))
-        try:
+        with draft.noting():
             if "r" in draft.config:
                 draft.whole("r", 8)
             draft.number(alpha, 8)
             self.rslora = draft.flag("use_rslora")
             self.ranks, self.alphas = self.pattern("rank_pattern", is_whole), self.pattern("alpha_pattern", is_scale)
-            patterns = [*self.ranks, *self.alphas]
-            self.found = match_patterns(patterns, paths)
-        except UnusableError as error:
-            draft.problems.append(Problem(*error.args))
-            return
+            self.match(paths)
+            self.valid = True
+
+    def match(self, paths: Iterable[str]) -> None:
+        """Match the patterns with the modules, and tell those that match none, or say several things of one."""
+        draft = self.draft
+        try:
+            self.found = match_patterns([*self.ranks, *self.alphas], paths)
         except ValueError as error:
-            draft.problems.append(
-                Problem(f"{self.draft.where}: rank_pattern or alpha_pattern: {error}", AGAINST_TENSORS)
-            )
-            return
-        self.valid = True
+            raise UnusableError(f"{draft.where}: rank_pattern or alpha_pattern: {error}", AGAINST_TENSORS) from None
         used = set[str]().union(*self.found.values())
         if idle := ", ".join(printable(repr(p)) for p in self.ranks if p not in used):
-            text = f"{self.draft.where}: patterns in rank_pattern that match no module of the adapter: {idle}"
+            text = f"{draft.where}: patterns in rank_pattern that match no module of the adapter: {idle}"
             draft.problems.append(Problem(text, AGAINST_TENSORS))
         if idle := ", ".join(printable(repr(p)) for p in self.alphas if p not in used):
             draft.notes.append(
@@ -76,19 +75,20 @@ class Scaling:
     def expected(self, path: str) -> Collection[int]:
         """The ranks that the config may mean for a module: sorting its patterns lost which of them came first."""
         matching = self.found.get(path, set())
-        return [self.ranks[p] for p in self.ranks if p in matching] or ([self.rank] if self.rank else [])
+        return [rank for pattern, rank in self.ranks.items() if pattern in matching] or (
+            [self.rank] if self.rank else []
+        )
 
     def alpha(self, path: str) -> float:
         """α of a module: of several patterns that match the first in the file's order, as PEFT reads it."""
         matching = self.found.get(path, set())
-        alphas = [self.alphas[p] for p in self.alphas if p in matching] or [self.base_alpha]
-        return float(alphas[0])
+        return float(next((alpha for pattern, alpha in self.alphas.items() if pattern in matching), self.base_alpha))
 
     def tell_rivals(self) -> None:
         """Say which modules several patterns give another α, and which of them is used."""
         rivals: dict[tuple[float, ...], list[str]] = {}
         for path, matching in self.found.items():
-            alphas = tuple(self.alphas[p] for p in self.alphas if p in matching)
+            alphas = tuple(alpha for pattern, alpha in self.alphas.items() if pattern in matching)
             if len(set(alphas)) > 1:
                 rivals.setdefault(alphas, []).append(path)
         for alphas, paths in rivals.items():
@@ -119,12 +119,10 @@ def scales_in(
     file: SafeFile, config: Mapping[str, Any], ranks: Mapping[str, int], where: str
 ) -> tuple[dict[str, float], list[Note], list[Problem]]:
     """The scaling of modules by their ranks, under a config that is not in a file of its own but `where`."""
-    draft = Draft(file, config, [], where=where)
+    draft = Draft(file, config=config, where=where)
     scaling = Scaling(draft, ranks)
     found: dict[str, float] = {}
     for path, rank in ranks.items():
-        try:
+        with draft.noting():
             found[path] = scaling.scale(path, rank)
-        except UnusableError as error:
-            draft.problems.append(Problem(*error.args))
     return found, draft.notes, draft.problems

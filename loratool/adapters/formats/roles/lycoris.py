@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 from loratool.adapters.adapter import derived
+from loratool.adapters.formats.found import MISSING_PARTNER
 from loratool.adapters.formats.roles.factors import product_of
-from loratool.adapters.formats.roles.module import MISSING_PARTNER, Slots
+from loratool.adapters.formats.roles.module import Slots
 from loratool.adapters.formats.roles.names import ALPHA, ON_INPUT, WEIGHT
 from loratool.adapters.formats.roles.products import (
     as_matrix,

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from loratool.adapters.adapter import FACTOR_NAMES, INTEGER_NAMES, StoredTensor, is_scale
+from loratool.adapters.formats.found import MISSING_PARTNER
 from loratool.adapters.formats.roles.names import ALPHA, canonical
 from loratool.algebra.updates.base import Update
 from loratool.errors import Problem, printable
 from loratool.files.open_sources import OpenSources
 from loratool.notes import Note
 
-MALFORMED, MISSING_PARTNER, SAVED_TWICE = "malformed", "missing-partner", "saved-twice"  # codes of problems
+MALFORMED, SAVED_TWICE = "malformed", "saved-twice"  # codes of problems
 # How one number of a dtype is unpacked. BF16 is the upper half of an F32.
 NUMBERS = {
     "F64": "<d",

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loratool.adapters.adapter import Derived, StoredTensor
+from loratool.adapters.formats.found import MISSING_PARTNER
 from loratool.adapters.formats.roles import lycoris, names
 from loratool.adapters.formats.roles.factors import low_rank
-from loratool.adapters.formats.roles.module import MISSING_PARTNER, Found, Module, Slots
+from loratool.adapters.formats.roles.module import Found, Module, Slots
 from loratool.algebra.updates import formulas
 from loratool.algebra.updates.additive import Add
 from loratool.algebra.updates.base import Update
