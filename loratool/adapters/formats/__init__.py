@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from loratool.provenance.cards import Subject
 
 # Of several that may be meant, the first that claims a tensor is: PEFT claims `.lora_A` whatever the module.
-NAMED = Named()
+NAMED = Named(PEFT)
 GGUF = GgufFiles()
 FORMATS: tuple[FormatFiles, ...] = (
     *(NAMED, LitgptFiles(), LoralibFiles(), PEFT),

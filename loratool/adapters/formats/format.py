@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -92,123 +93,66 @@ class Restated:
     settings: bytes = b""  # the file of the adapter's settings, where it is there
 
 
-class Spelling(Protocol):
-    """How the tensors of a new adapter are named and laid out, which all of its layers together may decide."""
+class Spelling(ABC):
+    """How the tensors of a new adapter are named and laid out, which all of its layers together may decide.
 
-    @property
-    def form(self) -> Format:
-        """The format that it is of."""
+    Nothing but factors and lengths of rows has a place by default, as in most formats: all else is refused.
+    """
 
-    @property
-    def kinds(self) -> Mapping[str, Kind]:
-        """Its layers by target."""
+    reader: str  # what reads it, for messages
+    form: Format  # that it is of
+    kinds: Mapping[str, Kind]  # its layers by target
+    flattens = False  # whether names of modules have no dots, so that targets need none either
+    scales_biases = False  # whether its reader multiplies what B adds to the output by the scale of the layer
 
+    @abstractmethod
     def factors(self, target: str) -> tuple[str, str]:
         """The names of A and B."""
 
+    @abstractmethod
     def shapes(self, form: Form) -> tuple[Shape, Shape]:
         """The shapes in which A and B of a layer are stored, at its largest rank."""
 
+    @abstractmethod
     def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
         """A and B of a product, as they are stored."""
 
-    def keeps(self, form: Form) -> bool:
+    def keeps(self, form: Form) -> bool:  # noqa: ARG002 (as in most)
         """Whether A and B of a layer are stored row by row, as (rank, in) and (out, rank), so that bytes can be copied."""
+        return False
 
     def bias(self, target: str) -> str:
         """The name of what B adds to the output, for the target of the weight."""
-
-    @property
-    def scales_biases(self) -> bool:
-        """Whether its reader multiplies these by the scale of their layer."""
+        raise FitError(f"{printable(target)}: {self.reader} reads no factor biases")
 
     def magnitude(self, target: str) -> str:
         """The name of the lengths of rows that DoRA trains."""
+        raise FitError(f"{printable(target)}: {self.reader} reads no DoRA")
 
     def lengths(self, form: Form, columns: int = 0) -> Shape:
         """The shape in which those of a layer's rows are stored, or of so many `columns`."""
-
-    def whole(self, target: str, inside: bool) -> str:
-        """The name of a tensor that is saved whole; `inside` a layer that is adapted too."""
-
-    def rows(self, target: str) -> str:
-        """The name of the trained rows of an embedding."""
-
-    def widened(self, target: str) -> str:
-        """The name of the shape that a weight is filled up to with zeros before; empty where its reader sees that itself."""
-
-    def change(self, target: str, norm: bool = False) -> str:
-        """The name of a change that is stored in full, of a norm or of any other layer."""
-
-    def read_as(self, target: str) -> Callable[[int], str] | None:
-        """What its reader calls each expert of a layer of all, by its number; None where it reads one layer."""
-
-    def second_copies(
-        self, adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor | Tensor]
-    ) -> dict[str, StoredTensor | Tensor]:
-        """What its reader asks for once more, of the tensors of these adapters that are carried over."""
-
-    def times(self, target: str) -> float:
-        """How often its reader applies the update of a target, whose factors hold that much less."""
-
-    @property
-    def flattens(self) -> bool:
-        """Whether names of modules have no dots, so that targets need none either."""
-
-    def of_one_rank(self) -> Sequence[tuple[str, ...]]:
-        """Groups of targets to which it gives one rank."""
-
-    def scales(self, wanted: Mapping[str, float]) -> Mapping[str, float]:
-        """What its files can say that the factors of each target are multiplied by; the factors take the rest."""
-
-    def strengths(self, parts: Parts) -> Mapping[str, float]:
-        """The numbers that say it, each a tensor of its own, as float32; none where something else says it."""
-
-    def header(self, sources: Sequence[Adapter], parts: Parts) -> Mapping[str, str]:
-        """What the header of the file of tensors says besides."""
-
-    def describe(self, sources: Sequence[Adapter], parts: Parts) -> Config:
-        """The config of an adapter that is made of others."""
-
-    def describe_new(self, training: Training, parts: Parts) -> Config:
-        """The config of an adapter that is made of none."""
-
-
-class FactorsOnly:
-    """A spelling of nothing but factors and lengths of rows, as most formats have it: all it has no place for is refused."""
-
-    reader: str  # what reads it, for messages
-    flattens = False
-    scales_biases = False
-    kinds: Mapping[str, Kind]
-
-    def keeps(self, form: Form) -> bool:  # noqa: ARG002 (as above)
-        return False
-
-    def lengths(self, form: Form, columns: int = 0) -> Shape:
         if columns:
             raise FitError(f"{self.reader} reads no DoRA of input columns")
         return (form.rows,)
 
-    def bias(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: {self.reader} reads no factor biases")
-
-    def magnitude(self, target: str) -> str:
-        raise FitError(f"{printable(target)}: {self.reader} reads no DoRA")
-
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
+        """The name of a tensor that is saved whole; `inside` a layer that is adapted too."""
         raise FitError(f"{printable(target)}: {self.reader} reads no tensors that are saved whole")
 
-    def change(self, target: str, norm: bool = False) -> str:  # noqa: ARG002 (none has a place)
-        raise FitError(f"{printable(target)}: {self.reader} reads no change of a weight that is stored in full")
-
     def rows(self, target: str) -> str:
+        """The name of the trained rows of an embedding."""
         raise FitError(f"{printable(target)}: {self.reader} reads no token rows")
 
     def widened(self, target: str) -> str:  # noqa: ARG002 (none has a place)
+        """The name of the shape that a weight is filled up to with zeros before; empty where its reader sees that itself."""
         return ""
 
+    def change(self, target: str, norm: bool = False) -> str:  # noqa: ARG002 (none has a place)
+        """The name of a change that is stored in full, of a norm or of any other layer."""
+        raise FitError(f"{printable(target)}: {self.reader} reads no change of a weight that is stored in full")
+
     def read_as(self, target: str) -> Callable[[int], str] | None:  # noqa: ARG002 (as it is)
+        """What its reader calls each expert of a layer of all, by its number; None where it reads one layer."""
         return None
 
     def second_copies(
@@ -216,29 +160,35 @@ class FactorsOnly:
         adapters: Iterable[Adapter],  # noqa: ARG002 (none is asked for)
         tensors: Mapping[str, StoredTensor | Tensor],  # noqa: ARG002
     ) -> dict[str, StoredTensor | Tensor]:
+        """What its reader asks for once more, of the tensors of these adapters that are carried over."""
         return {}
 
     def times(self, target: str) -> float:  # noqa: ARG002 (all are applied once)
+        """How often its reader applies the update of a target, whose factors hold that much less."""
         return 1.0
 
-    def of_one_rank(self) -> list[tuple[str, ...]]:
-        """All layers, as one config or header is for all."""
+    def of_one_rank(self) -> Sequence[tuple[str, ...]]:
+        """Groups of targets to which it gives one rank: all layers, where one config or header is for all."""
         return [tuple(self.kinds)]
 
-    def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
-        """One for all layers, for the same reason."""
+    def scales(self, wanted: Mapping[str, float]) -> Mapping[str, float]:
+        """What its files can say that the factors of each target are multiplied by; the factors take the rest."""
         return dict.fromkeys(wanted, most_common(wanted.values()))
 
-    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the config or header says it)
+    def strengths(self, parts: Parts) -> Mapping[str, float]:  # noqa: ARG002 (the config or header says it)
+        """The numbers that say it, each a tensor of its own, as float32; none where something else says it."""
         return {}
 
-    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
+    def header(self, sources: Sequence[Adapter], parts: Parts) -> Mapping[str, str]:  # noqa: ARG002 (nothing)
+        """What the header of the file of tensors says besides."""
         return {}
 
-    def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
+    def describe(self, sources: Sequence[Adapter], parts: Parts) -> Config:
+        """The config of an adapter that is made of others."""
         return self.describe_new(sources[0].training, parts)
 
-    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:  # noqa: ARG002 (it has no config)
+    def describe_new(self, training: Training, parts: Parts) -> Config:  # noqa: ARG002 (it has no config)
+        """The config of an adapter that is made of none."""
         return {}
 
 

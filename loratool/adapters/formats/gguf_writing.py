@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common, targets_by
+from loratool.adapters.formats.format import Parts, Shape, Spelling, most_common, targets_by
 from loratool.adapters.gguf_names import ALPHA, HUB, REPOSITORY, A, B, in_model, order_of
 from loratool.adapters.layers import Form, Kind, expert_place
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
@@ -85,7 +85,7 @@ class Model:
         return {**fixed, ALPHA: float(metadata.get(ALPHA, 0.0)), **base, **texts}
 
 
-class GgufNames(FactorsOnly):
+class GgufNames(Spelling):
     """Names and layouts of an adapter that is written for llama.cpp; `FitError` for what it cannot load."""
 
     reader = "llama.cpp"

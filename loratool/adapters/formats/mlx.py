@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor, is_scale
-from loratool.adapters.formats.format import Config, FactorsOnly, Format, Parts, most_common, targets_by, uneven_dora
+from loratool.adapters.formats.format import Config, Format, Parts, Spelling, most_common, targets_by, uneven_dora
 from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import MlxFiles
 from loratool.adapters.formats.rows import entry_of
@@ -370,7 +370,7 @@ def unspeakable(update: Update) -> str | None:
 MLX = Mlx()
 
 
-class MlxNames(FactorsOnly):
+class MlxNames(Spelling):
     """Names and layouts of an adapter that is written for mlx-lm; `FitError` for what it has no place for."""
 
     reader = "mlx-lm"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool.adapters.formats.format import FactorsOnly, Parts, Shape, most_common
+from loratool.adapters.formats.format import Parts, Shape, Spelling, most_common
 from loratool.adapters.layers import Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
@@ -54,7 +54,7 @@ def ordered_file(
         yield OrderedFile(file.path, file.descriptor, file.reserved, file.metadata, heads=heads)
 
 
-class TorchtuneNames(FactorsOnly):
+class TorchtuneNames(Spelling):
     """Names of an adapter that is written for torchtune; `FitError` for what it has no module for."""
 
     reader = "torchtune"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
-from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import weight_files
@@ -24,7 +23,7 @@ from loratool.files.safefile import SafeFile, read_safefile
 if TYPE_CHECKING:
     from loratool.adapters.formats.named.dialects import ModuleSpelling
     from loratool.adapters.formats.named.header import Header
-    from loratool.adapters.formats.named.reading import Reader
+    from loratool.adapters.formats.named.reading import Configs, Reader
     from loratool.adapters.formats.named.writing import NamedNames
     from loratool.adapters.layers import Contents, Kind
     from loratool.notes import Note
@@ -45,17 +44,21 @@ class Named(Format):
     weights_name = WEIGHTS
     dialects = ("diffusers", "kohya", "comfy", "lycoris")
 
+    def __init__(self, configs: Configs) -> None:
+        """`configs` reads what diffusers puts into headers; a file of its own in the same folder comes before the names."""
+        self.configs = configs
+
     def recognises(self, path: Path) -> bool:
         if path.suffix == ".safetensors":
             return path.is_file() and not NUMBERED.match(path.name)
-        if not path.is_dir() or any((path / name).is_file() for name in (*OF_MODELS, PEFT.config_name)):
+        if not path.is_dir() or any((path / name).is_file() for name in (*OF_MODELS, self.configs.config_name)):
             return False
         return (path / WEIGHTS).is_file() or any(self.adapters_in(path))
 
     def claims(self, file: HasNames) -> frozenset[str]:
         from loratool.adapters.formats.named import header, refused
 
-        beside = (file.path.parent / PEFT.config_name).is_file()  # which comes before the names
+        beside = (file.path.parent / self.configs.config_name).is_file()
         sure = not beside or header.CONFIGS in file.metadata
         found, rest = set[str](), list[str]()
         for name in kinds_of(file).values():
@@ -98,7 +101,7 @@ class Named(Format):
         """What the header of a file says of the training; of several configs in it the denoiser's."""
         configs = found.configs([])
         config = next((configs[word] for word in ("unet", "transformer", "prior", "") if word in configs), None)
-        training = PEFT.training_of(config) if config is not None else Training()
+        training = self.configs.training_of(config) if config is not None else Training()
         return replace(training, base=training.base or found.base, rank=training.rank or found.rank)
 
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
@@ -108,7 +111,7 @@ class Named(Format):
         from loratool.adapters.formats.named.reading import Reader
 
         file = self.file_at(path)
-        found = Reader(file, reading)
+        found = Reader(file, reading, configs=self.configs)
         found.read()
         folder, alone = file.path.parent, path.is_file()
         if not (found.updates or found.problems or found.unsupported):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Protocol
 
 from loratool.adapters.adapter import Flattened, StoredTensor, derived
 from loratool.adapters.formats.found import MISSING_PARTNER, Found
@@ -13,9 +14,9 @@ from loratool.adapters.formats.named.dialects import ModuleSpelling, replaced_by
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.numbered import layers_of
 from loratool.adapters.formats.named.refused import EMBEDDINGS, refused
-from loratool.adapters.formats.peft import PEFT
 from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped, methods_of
 from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, UP, canonical
+from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.formulas import part_of_rows
@@ -23,6 +24,7 @@ from loratool.algebra.updates.replacing import Replace
 from loratool.errors import Problem, printable
 from loratool.files.containers import taken_apart
 from loratool.files.open_sources import OpenSources
+from loratool.files.safefile import SafeFile
 from loratool.notes import Note
 from loratool.results.repairs import some
 
@@ -37,6 +39,22 @@ SPLIT = Note(
     "factors of fused layers were trained apart (split_qkv) and keep the alpha of one part, so the file's scaling of "
     "them is a third of training's, or a quarter; it is applied as it is, as by tools that merge such files",
 )
+
+
+class Configs(Protocol):
+    """The format of the configs that diffusers writes into headers."""
+
+    @property
+    def config_name(self) -> str:
+        """What such a config is called where it is a file."""
+
+    def scales(
+        self, file: SafeFile, config: Mapping[str, Any], ranks: Mapping[str, int], where: str
+    ) -> tuple[Mapping[str, float], list[Note], list[Problem]]:
+        """The scaling of each module, by the ranks that their tensors have; `where` the config is, for messages."""
+
+    def training_of(self, config: Mapping[str, Any]) -> Training:
+        """What a config says of the training."""
 
 
 @dataclass
@@ -91,6 +109,7 @@ class Group:
 class Reader(Found):
     """One file on its way to an adapter."""
 
+    configs: Configs = field(kw_only=True)
     dialects: dict[str, None] = field(default_factory=dict)
     assumed: Counter[Note] = field(default_factory=Counter)  # of how many modules
     unscaled: dict[str, list[int]] = field(default_factory=dict)  # rule of a dialect → ranks of modules without alpha
@@ -160,7 +179,7 @@ class Reader(Found):
             own = {g.path: g for g in groups if g.rank and component in ("", g.component)}
             where = f"{CONFIGS} in the header" + (f", {component}" if component else "")
             ranks = {path: group.rank for path, group in own.items()}
-            scales, notes, problems = PEFT.scales(self.file, config, ranks, where)
+            scales, notes, problems = self.configs.scales(self.file, config, ranks, where)
             self.notes += notes
             self.problems += problems
             found |= {own[path].name: scale for path, scale in scales.items()}

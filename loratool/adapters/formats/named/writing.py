@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import FactorsOnly, Format, Parts, Shape, targets_by
+from loratool.adapters.formats.format import Format, Parts, Shape, Spelling, targets_by
 from loratool.adapters.formats.named.card import common
 from loratool.adapters.formats.named.dialects import NORMS, ORIGINAL_NORMS
 from loratool.adapters.formats.roles.names import RESHAPE, of_factors
@@ -97,7 +97,7 @@ OF_ONE_FILE = frozenset(
 OWN_WORDS = ("te_", "te1_", "te2_", "te3_", "unet_", "prior_")  # of components, which `lora_` comes before
 
 
-class NamedNames(FactorsOnly):
+class NamedNames(Spelling):
     """Names and layouts of an adapter that is written in one of these dialects."""
 
     def __init__(self, form: Format, kinds: Mapping[str, Kind], dialect: str) -> None:

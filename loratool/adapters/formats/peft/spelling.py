@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Format, Parts, most_common
+from loratool.adapters.formats.format import Format, Parts, Spelling, most_common
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.describing import config_of, describe
 from loratool.adapters.formats.peft.experts import stacked_by_peft
@@ -17,16 +17,16 @@ from loratool.adapters.formats.peft.parameters import REGISTERED
 from loratool.adapters.layers import ATTENTION, Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
-from loratool.errors import FitError, printable
 from loratool.grouping import by_key
 from loratool.lazy import Tensor
 
 PREFIX = "base_model.model."
 
 
-class Names:
+class Names(Spelling):
     """The tensors of each adapted weight, as all adapted weights together determine them."""
 
+    reader = "PEFT"
     scales_biases = True
 
     def __init__(self, form: Format, kinds: Mapping[str, Kind], release: str = "") -> None:
@@ -71,18 +71,10 @@ class Names:
         experts = stacked_by_peft(self.kinds)
         return [*self.attention_pairs(), *([experts] if experts else [])]
 
-    flattens = False
-
     def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
         """α/r of every module; what PEFT gives one α is the most frequent of those that it should have."""
         one = {target: most_common(wanted[t] for t in group) for group in self.of_one_rank() for target in group}
         return {**wanted, **one}
-
-    def strengths(self, parts: Parts) -> dict[str, float]:  # noqa: ARG002 (the config says it)
-        return {}
-
-    def header(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, str]:  # noqa: ARG002 (nothing)
-        return {}
 
     def path(self, target: str) -> str:
         """The module that PEFT saves the factors of a target under."""
@@ -95,7 +87,6 @@ class Names:
         return module
 
     def factors(self, target: str) -> tuple[str, str]:
-        """The names of A and B."""
         if self.kinds[target] is Kind.EMBEDDING:
             start = f"{PREFIX}{self.path(target)}.lora_embedding_"
             return f"{start}A", f"{start}B"
@@ -103,7 +94,6 @@ class Names:
         return f"{start}A.weight", f"{start}B.weight"
 
     def bias(self, target: str) -> str:
-        """The name of lora_B's bias, for the target of the weight."""
         return f"{PREFIX}{self.path(target)}.lora_B.bias"
 
     def whole(self, target: str, inside: bool) -> str:
@@ -116,7 +106,6 @@ class Names:
         return saved_whole(target, inside and module in self.nested)
 
     def magnitude(self, target: str) -> str:
-        """The name of the lengths of rows that DoRA trains."""
         return f"{PREFIX}{self.path(target)}.lora_magnitude_vector"
 
     def lengths(self, form: Form, columns: int = 0) -> tuple[int, ...]:  # noqa: ARG002 (the kind tells)
@@ -125,18 +114,10 @@ class Names:
             return (1, form.rows, *(1 for _ in form.kernel))
         return (form.columns if form.kind is Kind.EMBEDDING else form.rows,)
 
-    def change(self, target: str, norm: bool = False) -> str:  # noqa: ARG002 (none has a place)
-        raise FitError(f"{printable(target)}: this dialect cannot store a change of a weight in full")
-
-    def widened(self, target: str) -> str:  # noqa: ARG002 (its model is made so)
-        return ""
-
     def rows(self, target: str) -> str:
-        """The name of the trained rows of an embedding."""
         return f"{PREFIX}{target.rpartition('.')[0]}.token_adapter.{keys.TOKENS}"
 
     def shapes(self, form: Form) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes in which A and B of a layer are stored, at its largest rank."""
         rank, rows, columns = form.rank, form.rows, form.columns
         match form.kind:
             case Kind.EMBEDDING:
@@ -149,7 +130,6 @@ class Names:
         return (rank, columns), (rows, rank)
 
     def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:
-        """A and B of a product, as they are stored."""
         up, down = found.up, found.down
         match form.kind:
             case Kind.EMBEDDING:
@@ -169,18 +149,13 @@ class Names:
         return form.kind in (Kind.LINEAR, Kind.CONVOLUTION)
 
     def describe(self, sources: Sequence[Adapter], parts: Parts) -> dict[str, Any]:
-        """The config of an adapter that is made of others."""
         own = [s.config if s.format == self.form.name else config_of(s.training) for s in sources]
         return describe(self.kinds, self.inside, own, parts)
 
     def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:
-        """The config of an adapter that is made of none."""
         return dict(
             sorted({"task_type": None, **describe(self.kinds, self.inside, [config_of(training)], parts)}.items())
         )
-
-    def read_as(self, target: str) -> Callable[[int], str] | None:  # noqa: ARG002 (a parameter is one layer)
-        return None
 
     def second_copies(
         self, adapters: Iterable[Adapter], tensors: Mapping[str, StoredTensor | Tensor]
