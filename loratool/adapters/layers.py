@@ -38,14 +38,8 @@ EXPERT_LAYERS = {
     "down_proj": "w2",
     "up_proj": "w3",
 }  # of one expert, as most models and Mixtral call them
-EXPERTS = re.compile(
-    "|".join(
-        rf"(?:.*\.)?{re.escape(part).replace(re.escape('#'), '[0-9]+')}"
-        for fusion in FUSIONS
-        if fusion.of_experts
-        for part in fusion.parts
-    )
-)
+EXPERTS = {part for fusion in FUSIONS if fusion.of_experts for part in fusion.parts}  # experts.#.gate_proj.weight
+NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 
 class Kind(Enum):
@@ -341,7 +335,8 @@ def why_not(update: Update, verb: str) -> str:
 
 def is_expert(target: str) -> bool:
     """Whether a target is the weight of one expert, such as `….experts.3.w1.weight`."""
-    return EXPERTS.fullmatch(target) is not None
+    _, dot, rest = f".{target}".rpartition(".experts.")
+    return bool(dot) and NUMBER.sub("#", f"experts.{rest}") in EXPERTS
 
 
 def expert_place(target: str) -> tuple[str, int, str] | None:

@@ -19,7 +19,6 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import DTYPE_BITS, FLOAT_NAMES
 from loratool.files.untrusted import read_json
 from loratool.layouts.architectures import PACKED_WEIGHTS
-from loratool.layouts.presets import PRESETS
 from loratool.layouts.ties import TIED_BY_DEFAULT
 from loratool.notes import Note
 from loratool.templates import first_few
@@ -142,12 +141,6 @@ def base_of_config(path: Path) -> Base:
     if any(form.format.is_config(config) for form in FORMATS):
         raise InputError(f"{shown}: this is an adapter's config; BASE must be the model it was trained on")
     return base_of_sizes(shown, config, Note("config-alone", "from the config alone"))
-
-
-def base_of_preset(name: str) -> Base:
-    """The shapes of a model in the table of known ones."""
-    preset = PRESETS[name]
-    return base_of_sizes(name, preset.config, Note("preset", f"sizes as in the config.json of {preset.source}"))
 
 
 def base_of_sizes(shown: str, config: Mapping[str, Any], note: Note) -> Base:

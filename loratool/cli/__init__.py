@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -31,7 +32,6 @@ from loratool.files.process import (
     on_stop,
     prepare_streams,
     silence_stdout,
-    without_collections,
 )
 from loratool.files.system import lacking
 
@@ -74,6 +74,7 @@ COMMANDS = {  # name, which is its module's too → what the list of commands sa
 
 
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+FEW_COLLECTIONS = 20_000  # new objects after which Python looks for garbage: nearly all of a command's stay to its end
 EXTRA = re.compile(r"unexpected extra arguments? \((.+)\)")  # Click's words
 MODULES = {"run": "manifest"}  # of commands whose module has another name
 
@@ -81,9 +82,7 @@ MODULES = {"run": "manifest"}  # of commands whose module has another name
 @cache
 def command(name: str) -> click.Command:
     """A command by its name."""
-    with without_collections():
-        module = import_module(f"loratool.cli.{MODULES.get(name, name)}")
-    found: click.Command = getattr(module, name)
+    found: click.Command = getattr(import_module(f"loratool.cli.{MODULES.get(name, name)}"), name)
     found.context_settings = {**HELP, **found.context_settings}  # Click keeps what the first context had
     return forgiving(found)
 
@@ -181,6 +180,7 @@ def stop(terminated: bool) -> NoReturn:
 
 def main() -> None:
     """Run the command line and end the process with the contract's exit code."""
+    gc.set_threshold(FEW_COLLECTIONS)
     prepare_streams()
     multiply_on_own_threads()
     warnings.showwarning = show_warning

@@ -10,7 +10,7 @@ from loratool.cli.options import LibraryCommand
 from loratool.demo import DemoResult
 from loratool.results.abort import AbortReport
 from loratool.results.extract import ExtractReport
-from loratool.results.facts import InspectTable
+from loratool.results.fleet import InspectTable
 from loratool.results.lesson import Lesson
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import OutputsTable

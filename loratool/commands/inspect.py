@@ -11,19 +11,20 @@ from loratool.errors import UsageError
 from loratool.inspecting import inspect as inspecting
 from loratool.inspecting.options import InspectOptions
 from loratool.options.described import made_of
-from loratool.results.facts import Facts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from loratool.arguments import PathLike, Progress
     from loratool.commands.keywords import InspectKeywords
+    from loratool.results.facts import OneFacts
+    from loratool.results.fleet import FleetFacts
 
 
 @library_function(InspectOptions)
 def inspect(
     path: PathLike | Sequence[PathLike], *, progress: Progress | None = None, **keywords: Unpack[InspectKeywords]
-) -> Facts:
+) -> OneFacts | FleetFacts:
     """Describe the adapter or checkpoint at `path`. Tensors are read only with `values` or `check`.
 
     With `check`, malformed inputs are reported as findings instead of raising. `loratool.measuring.modules` describes

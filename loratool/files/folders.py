@@ -24,11 +24,11 @@ NUMBERED = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safeten
 
 # Weights in another form than the shards that are merged: stale after a merge, so left out of it.
 TWIN_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", "mlx", "metal", "tflite", "flax")
-TWIN_FILES = (
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.ot"),
-    *("*.tflite", "*.mlmodel", "*.mlpackage", "*.pkl", "*.pickle", "*.npz", "*.nemo", "*.bin.index.json"),
-    *("consolidated*", "flax_model*", "tf_model*", "rust_model*", "params.json"),
+TWIN_ENDS = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".ot", ".tflite"),
+    *(".mlmodel", ".mlpackage", ".pkl", ".pickle", ".npz", ".nemo", ".bin.index.json"),
 )
+TWIN_STARTS = ("consolidated", "flax_model", "tf_model", "rust_model")
 # What training and tools leave beside a model, never part of it.
 TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "logs", "__pycache__")
 TRAINING_STATES = (
@@ -169,7 +169,7 @@ def why_left_out(root: Path, path: PurePosixPath, homes: Set[str] = frozenset())
 
 
 def is_twin(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in TWIN_FILES)
+    return name.endswith(TWIN_ENDS) or name.startswith(TWIN_STARTS) or name == "params.json"
 
 
 def holds_weights(path: Path) -> bool:

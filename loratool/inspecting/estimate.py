@@ -16,7 +16,7 @@ from typing import Any
 from loratool.arguments import PathLike
 from loratool.bases.codecs import decoded
 from loratool.bases.opening import open_checkpoint
-from loratool.bases.shapes import DTYPES, Base, Shape, base_of_preset, is_matrix, read_base
+from loratool.bases.shapes import DTYPES, Base, Shape, base_of_sizes, is_matrix, read_base
 from loratool.errors import FitError, LoratoolError, UsageError, printable
 from loratool.fetching import headers
 from loratool.files.folders import holds_weights
@@ -95,6 +95,12 @@ def estimate(base: PathLike | None, options: EstimateOptions) -> Estimate:
     shapes = base_of_preset(options.preset) if options.preset else base_at(base)
     found = estimate_base(shapes, ranks, targets, options.dtype)
     return replace(found, cost=Cost.since(started))
+
+
+def base_of_preset(name: str) -> Base:
+    """The shapes of a model in the table of known ones."""
+    preset = PRESETS[name]
+    return base_of_sizes(name, preset.config, Note("preset", f"sizes as in the config.json of {preset.source}"))
 
 
 def base_at(base: Any) -> Base:

@@ -48,14 +48,14 @@ from loratool.results.facts import (
 )
 from loratool.results.findings import NOT_AS_WRITTEN
 from loratool.results.text import counts
-from loratool.results.values import Values
 from loratool.templates import listed as in_one_line
 
 if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit  # which loads all about bases
     from loratool.fetching.outline import Role
+    from loratool.results.values import Values
 
-Measuring = Callable[[Adapter, "Fit | None", str, Progress | None], Values]
+    Measuring = Callable[[Adapter, Fit | None, str, Progress | None], Values]
 OF_BLOCK = re.compile(r".*(?:^|_)(?:[a-z]*blocks?|layers?|attentions|resnets)(?:_[0-9]+)+_")  # of a name without dots
 
 

@@ -36,7 +36,6 @@ Own = TypeVar("Own", bound="Options")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
 class Kind:
     """What values an option takes. This one takes any text."""
 
@@ -223,7 +222,6 @@ class Number(Kind):
         return repr(value).removesuffix(".0")
 
 
-@dataclass(frozen=True)
 class Flag(Kind):
     """On or off; where the default is None, either may be said."""
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
-from loratool.results.fleet import FleetFacts
 from loratool.results.history import Ancestor, history_text
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
 from loratool.results.text import COLUMNS, ENDLESS, aligned, counted, fill, plural, shortened, spread, table
@@ -287,13 +286,6 @@ class UnreadableFacts(Result):
 
 
 OneFacts = AdapterFacts | CheckpointFacts | UnreadableFacts  # of one path
-Facts = OneFacts | FleetFacts
-
-
-class InspectTable(TypedDict):
-    """One result per path, in order."""
-
-    results: list[Facts]
 
 
 def low_rank_rows(facts: AdapterFacts) -> Iterable[tuple[str, object]]:

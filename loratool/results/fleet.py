@@ -6,10 +6,11 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from loratool.grouping import by_key
 from loratool.results.base import Result
+from loratool.results.facts import OneFacts
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
@@ -209,3 +210,9 @@ def csv_row(row: FleetRow) -> list[object]:
         else value
         for value in values
     ]
+
+
+class InspectTable(TypedDict):
+    """One result per path, in order."""
+
+    results: list[OneFacts | FleetFacts]
