@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from loratool.adapters.formats import OUTPUT_FILES, WRITTEN
@@ -15,11 +16,11 @@ from loratool.adapters.training import Training
 from loratool.algebra.rounding import round_once
 from loratool.errors import StorageError, UsageError, VerificationError, printable
 from loratool.files.outputs import check_local, replaceable_files, stage_of
-from loratool.files.system import shell_line
 from loratool.lazy import Tensor, torch
 from loratool.merging.merge import merge
 from loratool.merging.merge_options import MergeOptions
-from loratool.results.base import Result
+from loratool.results.base import Cost
+from loratool.results.demo import DemoResult
 from loratool.results.merge import MergeReport
 
 HIDDEN, MLP, LAYERS, VOCABULARY, HEADS = 256, 688, 6, 2048, 4
@@ -38,29 +39,6 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True, repr=False)
-class DemoResult(Result):
-    """What the demo made and what the check found."""
-
-    folder: Path
-    merge: MergeReport
-    elements: int  # of edited weights
-    equal: int  # that are the float64 formula rounded once
-    one_step: int  # that are its neighbour
-    copied: int  # tensors compared byte for byte
-
-    def __str__(self) -> str:
-        share = 100 * self.equal / self.elements
-        checked = (
-            f"{'checked':<20}{self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n{'':<20}"
-            f"{share:.4f} % equal, {self.one_step} differ in the last bit, none by more; {self.copied} other tensors "
-            "equal byte for byte"
-        )
-        base, adapter, out = (f"{self.folder}/{name}" for name in ("base", "adapter", "again"))
-        again = shell_line(["loratool", "merge", base, adapter, "-o", out])
-        return f"{self.merge}\n{checked}\n{'by hand':<20}{again}"
-
-
 def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> DemoResult:
     """Make `folder` with `base/`, `adapter/` and `merged/` in it.
 
@@ -69,6 +47,7 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
         VerificationError: the merged model is not what the formula says.
         StorageError: a disk or file-system error.
     """
+    started = time.monotonic()
     home = Path(folder)
     with made_in(home, overwrite):
         base, adapter = home / "base", home / "adapter"
@@ -77,7 +56,8 @@ def demo(folder: Path | str = "loratool-demo", *, overwrite: bool = False) -> De
         make_base(base)
         make_adapter(adapter)
         report = merge(base, [adapter], home / "merged", MergeOptions())
-        return check(home, report)
+        checked = check(home, report)
+    return replace(checked, cost=Cost.since(started, report.cost.device, report.cost.startup_seconds))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from loratool import lesson as work
 from loratool.cli import cli
 from loratool.demo import LAYERS
 from loratool.errors import VerificationError
+from loratool.results.base import Cost
 from loratool.results.lesson import Latency, Lesson, Nearness, Played, Step, latency_text, nearness_text
 
 Words = tuple[str, ...]
@@ -81,6 +83,7 @@ def play(home: Path, overwrite: bool, show: Callable[[Step], None]) -> Lesson:
         UsageError: `home` exists and may not be replaced.
         VerificationError: a command of the lesson did not do what the lesson says.
     """
+    started = time.monotonic()
     work.prepare(home, overwrite)
     latency: dict[str, Latency] = {}
     near: list[Nearness] = []
@@ -101,7 +104,7 @@ def play(home: Path, overwrite: bool, show: Callable[[Step], None]) -> Lesson:
         after = scene.after if isinstance(scene.after, str) else scene.after()
         steps.append(Step(number, scene.title, scene.before, played, after))
         show(steps[-1])
-    return Lesson(home, tuple(steps), latency, near[0])
+    return Lesson(home, tuple(steps), latency, near[0], cost=Cost.since(started))
 
 
 def first_scenes(home: Path) -> list[Scene]:

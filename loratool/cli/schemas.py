@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from loratool.cli.options import LibraryCommand
-from loratool.demo import DemoResult
 from loratool.results.abort import AbortReport
+from loratool.results.demo import DemoResult
 from loratool.results.extract import ExtractReport
 from loratool.results.fleet import InspectTable
 from loratool.results.lesson import Lesson

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from loratool.lineage.documents import FORMATS, document
 from loratool.lineage.locating import here
 from loratool.notes import Note, as_records
 from loratool.options.described import Choice, Options, option
+from loratool.results.base import Cost
 from loratool.results.record import Record
 from loratool.templates import some
 
@@ -29,11 +31,12 @@ class RecordOptions(Options):
 
 def record(out: PathLike, options: RecordOptions) -> Record:
     """The bill of an output; `loratool.commands.record` says all of it."""
+    started = time.monotonic()
     bill = bill_of(here(Path(out)))
     notes = tuple(remarks(bill))
     written = document(bill, options.format)
     own = {"notes": as_records(notes)} if options.format == "json" else {}
-    return Record(options.format, {**written, **own}, notes)
+    return Record(options.format, {**written, **own}, notes, cost=Cost.since(started))
 
 
 def remarks(bill: Part) -> Iterator[Note]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from loratool.merging.one_file import as_one_file
 from loratool.merging.parted_merge import checked_place
 from loratool.merging.plan import MergePlan
 from loratool.merging.simulating import Rates, SimulationOptions, simulate
+from loratool.results.base import Cost
 from loratool.stores.names import is_in_store
 
 
@@ -30,6 +32,7 @@ def dry_run(
     base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike | None, options: MergeOptions
 ) -> MergePlan:
     """What a merge would do; with `simulate`, from headers alone. Raises as `merge` does, and writes nothing."""
+    started = time.monotonic()
     simulated = options if isinstance(options, DryRunOptions) else DryRunOptions()
     rates = Rates.of(simulated)
     if rates != Rates() and not simulated.simulate:
@@ -47,4 +50,4 @@ def dry_run(
         else:
             found = with_forecast(plan)
         assert found.bytes_written >= 0, "counted now: files from the Hub are gone when the plan is printed"
-    return found
+    return dataclasses.replace(found, cost=Cost.since(started))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -178,6 +179,7 @@ def merge_status(
         running=tuple(Running(str(each), each.share, each.doing, each.seconds, each.alive) for each in running),
         bytes_done=merge.size if published else sum(p.size for p in merge.parts if p.name in records),
         bytes_all=merge.size,
+        cost=Cost.since(merge.started),
     )
 
 
@@ -304,6 +306,7 @@ def put_together(merge: PartedMerge, stage: Stage, records: Mapping[str, PartRec
 
 def abort(out: PathLike) -> AbortReport:
     """Remove what an unfinished output left; `loratool.abort_merge` says all of it."""
+    started = time.monotonic()
     output = unfinished(out)
     if alive := [worker for worker in output.workers() if worker.alive]:
         raise UsageError(
@@ -312,4 +315,5 @@ def abort(out: PathLike) -> AbortReport:
         )
     published = output.is_published()
     uploads, removed = output.abort()
-    return AbortReport(output.out, output.command, output.plan, published, tuple(uploads), tuple(removed))
+    cost = Cost.since(started)
+    return AbortReport(output.out, output.command, output.plan, published, tuple(uploads), tuple(removed), cost=cost)

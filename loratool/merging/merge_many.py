@@ -144,9 +144,11 @@ def opened_in_stores(
 
 def plan_many(base: PathLike, outputs: Outputs, options: MergeOptions) -> ResultsOfOutputs[MergePlan]:
     """The plans of several outputs, and what is wrong with those that have none; nothing is written."""
+    started = time.monotonic()
     errors: dict[str, LoratoolError] = {}
     ready = prepare_many(base, wanted_outputs(outputs, options), errors)
-    return ResultsOfOutputs({each.wanted.key: with_forecast(each.plan) for each in ready}, errors)
+    plans = {each.wanted.key: with_forecast(each.plan) for each in ready}
+    return ResultsOfOutputs(plans, errors, cost=Cost.since(started))
 
 
 def wanted_outputs(outputs: Outputs, options: MergeOptions) -> list[Wanted]:

@@ -243,5 +243,6 @@ def plan_data(plan: MergePlan) -> dict[str, Any]:
         "left_out": list(plan.left_out),
         "simulations": plain(plan.simulations),
         "notes": plain(plan.notes),
+        "cost": plain(plan.cost),
     }
     return {"schema": SCHEMA, **table}

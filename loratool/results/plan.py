@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from loratool.notes import Note
+from loratool.results.base import Cost
 from loratool.results.simulation import Simulation
 
 
@@ -46,6 +47,7 @@ class PlanTable(TypedDict):
     left_out: list[str]
     simulations: list[Simulation]  # as many as numbers of workers were asked for
     notes: list[Note]
+    cost: Cost  # of planning
 
 
 class PlannedOutput(PlanTable):

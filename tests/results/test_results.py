@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from headers import adapter_of, base_of
 from malformed import write_adapter, write_base
+from paths import PACKAGE
 
 import loratool
 from loratool import cli
@@ -103,7 +105,40 @@ CALLS: dict[str, Callable[[], Any]] = {
     "push": lambda: loratool.push("adapter", "me/adapter", dry_run=True),
     "stream": lambda: loratool.stream("base", "adapter", "me/merged", dry_run=True, device="cpu"),
     "demo": lambda: demo("demo"),
+    "plan": lambda: loratool.plan("base", "adapter", simulate=[1, 2], device="cpu"),
+    "merge many": lambda: loratool.merge_many("base", {"one": ["adapter"], "two": ["second"]}, device="cpu"),
+    "merge a part": lambda: loratool.merge_part("base", "adapter", "out", "1/2", device="cpu"),
+    "the status of parts": lambda: loratool.merge_status("base", "adapter", parts("out"), device="cpu"),
+    "abort a merge": lambda: loratool.abort_merge(parts("out")),
+    "finish a merge": lambda: loratool.finish_merge("base", "adapter", parts("out", "2/2"), device="cpu"),
+    "verify a part": lambda: loratool.verify_part("tuned", "base", "second", part="1/1", into="into", device="cpu"),
+    "convert": lambda: loratool.convert("adapter", "out", to="mlx"),
+    "compress": lambda: loratool.compress(["adapter", "second"], "out", rank=1),
+    "expand": lambda: loratool.expand(fleet("out"), "second", "expanded"),
+    "rebase": lambda: loratool.rebase("adapter", "out", base="base", onto="tuned", force=True, device="cpu"),
+    "index": lambda: loratool.index(["adapter", "second"], "out"),
+    "inspect many": lambda: loratool.inspect(["adapter", "second"], where="rank>0"),
+    "record": lambda: loratool.record("tuned"),
+    "reproduce": lambda: loratool.reproduce("tuned", "out"),
+    "run": lambda: loratool.run(manifest("steps.yaml")),
 }
+
+
+def parts(out: str, *numbers: str) -> str:
+    """An output of which the first part is there, and those that are named."""
+    for number in ("1/2", *numbers):
+        loratool.merge_part("base", "adapter", out, number, device="cpu")
+    return out
+
+
+def fleet(out: str) -> str:
+    loratool.compress(["adapter", "second"], out, rank=1)
+    return out
+
+
+def manifest(path: str) -> str:
+    Path(path).write_text("steps:\n- rescale: {adapter: adapter, scale: 2, output: made}\n")
+    return path
 
 
 @pytest.fixture
@@ -129,9 +164,21 @@ def test_every_result_is_short_in_a_notebook_prints_itself_and_says_what_it_took
     assert next(iter(table)) == "schema"
     assert table["schema"] == 1
     assert isinstance(result.cost, Cost)
-    if name != "demo":
-        assert table["cost"]["seconds"] > 0
-        assert table["cost"]["peak_memory"] > 10_000_000
+    assert table["cost"]["seconds"] > 0
+    assert table["cost"]["peak_memory"] > 10_000_000
+
+
+def test_every_result_is_a_frozen_dataclass_of_the_package_of_results() -> None:
+    """A plan alone is not: it is what a merge works by, of which the packages before know nothing."""
+    elsewhere = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "Result" in text and (path.parent.name == "results" or "loratool.results.base" in text):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ClassDef) and {"Result", "Written"} & {ast.unparse(b) for b in node.bases}:
+                    assert any("frozen=True" in ast.unparse(each) for each in node.decorator_list), node.name
+                    elsewhere |= {node.name} if path.parent.name != "results" else set()
+    assert elsewhere == {"MergePlan"}
 
 
 @pytest.mark.usefixtures("here")
