@@ -340,7 +340,7 @@ def test_streamed_modules_are_compressed_alike(fleet: Path, compressed: Compress
         (
             ["FLEET", "--rank", "2"],
             2,
-            "no output, so nothing was written; pass -o OUT, or --into SHARED hint: loratool compress",
+            "Missing option '-o' / '--output', or --into SHARED, so nothing was written hint: loratool compress",
         ),
         (["FLEET", "-o", "OUT", "--into", "FLEET"], 2, "-o and --into are mutually exclusive"),
         (["FLEET", "--into", "FLEET"], 3, "no shared.safetensors"),

@@ -361,6 +361,20 @@ def test_a_server_refuses_by_name_what_it_does_not_take(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_server_that_nobody_has_seen_serve_image_models_gets_an_adapter_of_one_with_a_note(tmp_path: Path) -> None:
+    """What vLLM makes of LoRA on Flux is not recorded, so it is neither refused nor promised."""
+    layer = {"transformer_blocks.0.attn.to_q": (4, 4, 2)}
+    ours = peft_adapter(tmp_path / "flux-peft", layer | {"single_transformer_blocks.0.proj_mlp": (16, 4, 2)})
+    theirs = in_diffusers(FLUX, tmp_path / "flux.safetensors")
+    for number, (adapter, server) in enumerate([(ours, "vllm"), (ours, "sglang"), (theirs, "vllm")]):
+        notes = loratool.convert(adapter, tmp_path / f"out-{number}", server=server).notes
+        (said,) = (note.text for note in notes if note.code == "server-support-unknown")
+        assert said.endswith("whether it serves flux is not known")
+    language = loratool.convert(peft_adapter(tmp_path / "llama", OF_LLAMA), tmp_path / "llama-out", server="vllm")
+    images = loratool.convert(ours, tmp_path / "comfy.safetensors", server="comfyui")
+    assert "server-support-unknown" not in {note.code for report in (language, images) for note in report.notes}
+
+
 # ---- round trips ----
 
 WAYS = ("peft-fused", "peft-split", "mlx", "torchtune", "gguf", "diffusers", "comfy", "kohya", "lycoris")

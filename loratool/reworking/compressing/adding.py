@@ -56,7 +56,7 @@ def add_to(
     """Add adapters to a folder that `compress` made; `loratool.commands.compress` says all of it."""
     started = time.monotonic()
     if options.into is None:
-        raise UsageError("no output, so nothing was written; pass -o OUT, or --into SHARED", hint=ANOTHER_OUT)
+        raise UsageError("Missing option '-o' / '--output', or --into SHARED, so nothing was written", hint=ANOTHER_OUT)
     if out is not None:
         raise UsageError("-o and --into are mutually exclusive")
     if place_of(options.into) is not None:

@@ -49,7 +49,7 @@ from loratool.reworking.converting.carrying import carried
 from loratool.reworking.converting.copying import copies, may_be_copied, only_low_rank
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept, others_in, whole
-from loratool.reworking.converting.losing import lengths_lost, without_losses
+from loratool.reworking.converting.losing import doubts, lengths_lost, without_losses
 from loratool.reworking.converting.naming import LAYOUTS, Wanted, hint_of, respelled, with_experts_apart
 from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
@@ -314,6 +314,7 @@ class Converter(Maker[str, str]):
         if self.most != self.options.rank:
             text = f"rank {self.options.rank} was raised to {self.most}, the next that {self.goal.server} takes"
             yield Note("rank-raised", text)
+        yield from doubts(self.goal.server, self.targets)
         yield from self.goal.form.rank_notes(self.own, self.ranks)
         yield from told_beside(self.contents)
 

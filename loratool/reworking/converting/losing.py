@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
@@ -12,6 +12,7 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import FitError, printable
 from loratool.notes import Note
 from loratool.results.repairs import some
+from loratool.reworking.converting.naming import image_architecture
 from loratool.reworking.converting.servers import Server
 
 REFUSED = "server-refuses"  # the code of a note
@@ -22,6 +23,15 @@ def losses_of(adapter: Adapter, form: Format, dialect: str, server: Server | Non
     refused = targets_by(adapter, lambda _, update: server.refused(update) if server is not None else "")
     notes = (Note(REFUSED, f"{server} does not take {what}: {some(t)}") for what, t in refused.items())
     return (*form.losses(adapter, dialect), *notes)
+
+
+def doubts(server: Server | None, targets: Collection[str]) -> Iterator[Note]:
+    """A note on layers of an image model, where nobody has seen whether a server serves such models."""
+    if server is not None and not server.images and (architecture := image_architecture(targets)):
+        yield Note(
+            "server-support-unknown",
+            f"{server} takes LoRA on linear layers of the models that it serves; whether it serves {architecture} is not known",
+        )
 
 
 def lengths_lost(adapter: Adapter, form: Format, dialect: str, server: Server | None) -> tuple[str, ...]:

@@ -56,20 +56,9 @@ class Known:
     part: int  # of the row's parts that its name is; −1 where it is the original
 
 
-@dataclass(frozen=True)
-class Names:
-    """The modules of one architecture by their names without dots, in one layout for each."""
-
-    original: Mapping[str, Known]
-    diffusers: Mapping[str, Known]
-
-    def side(self, layout: str) -> Mapping[str, Known]:
-        return self.original if layout == ORIGINAL else self.diffusers
-
-
 @cache
-def names_of(architecture: str, component: str) -> Names:
-    """The modules of a component of an architecture."""
+def names_of(architecture: str, component: str) -> Mapping[str, Mapping[str, Known]]:
+    """The modules of a component of an architecture, by layout and by their names without dots."""
     rows = links(architecture if component == DENOISING else component)
     rows = rows[::-1] if architecture in LAST else rows
     original: dict[str, Known] = {}
@@ -83,7 +72,7 @@ def names_of(architecture: str, component: str) -> Names:
             diffusers.setdefault(flat(module), known)
             if module.startswith(TEXT_MODEL):  # which transformers 5 leaves out
                 diffusers.setdefault(flat(module.removeprefix(TEXT_MODEL)), known)
-    return Names(original, diffusers)
+    return {ORIGINAL: original, DIFFUSERS: diffusers}
 
 
 def flat(module: str) -> str:
@@ -128,17 +117,21 @@ def names_component(target: str) -> bool:
     return isinstance(target, Flattened) or target.partition(".")[0] in WORDS
 
 
-def may_be_of_image(target: str) -> bool:
-    """Whether a target may be of an image model, also of one that an adapter of PEFT's is for."""
-    return names_component(target) or spelling_of(f"base_model.model.{target.rpartition('.')[0]}") is not None
+def image_architecture(targets: Collection[str]) -> str:
+    """The first known architecture of image models that has all of some targets; empty where none has.
+
+    Targets may be those of PEFT's adapters, which name no component. Names of language models are not looked up.
+    """
+    may_be = any(names_component(t) or spelling_of(f"base_model.model.{t.rpartition('.')[0]}") for t in targets)
+    return next((reading.architecture for reading in readings(targets)), "") if may_be else ""
 
 
 def refuse_image_modules(targets: Collection[str], dialect: str) -> None:
     """Raise `InputError` for modules of an image model where a dialect is one of language models."""
-    if dialect not in LAYOUTS and any(map(may_be_of_image, targets)) and (image := readings(targets)):
+    if dialect not in LAYOUTS and (architecture := image_architecture(targets)):
         raise InputError(
-            f"{dialect} is for language models, and these are modules of {image[0].architecture}; --to peft writes "
-            "adapters of image models for PEFT"
+            f"{dialect} is for language models, and these are modules of {architecture}; --to peft writes adapters of "
+            "image models for PEFT"
         )
 
 
@@ -147,8 +140,8 @@ def found_in(target: str, architecture: str, layout: str) -> Known | None:
     for word, module in candidates(target):
         components = (component_of(word, architecture),) if word else (DENOISING,)
         for component in filter(None, components):
-            side = DIFFUSERS if component != DENOISING else layout
-            if known := names_of(architecture, component).side(side).get(module):
+            own_layout = layout if component == DENOISING else DIFFUSERS
+            if known := names_of(architecture, component)[own_layout].get(module):
                 return known
     return None
 

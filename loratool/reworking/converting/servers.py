@@ -39,6 +39,7 @@ class Server:
     ranks: tuple[int, ...] = ()  # that can be asked of it; any where there are none
     refuses: tuple[type[Update], ...] = ()
     convolutions: bool = True  # whether it takes LoRA of them
+    images: bool = False  # whether it is known to serve image models
     apart: bool = False  # whether it reads LoRA on experts one by one
     fused: frozenset[str] = frozenset()  # model types whose experts it reads in one parameter all the same
     why: str = ""  # what it makes of adapters that are written otherwise
@@ -131,6 +132,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             "2026-11",
             "comfy",
             refuses=(Magnitude, ReplaceRows),
+            images=True,
             why="it reads alpha from tensors only, and divides by the norm of W where DoRA divides by that of W + ΔW",
         ),
     ),
@@ -141,6 +143,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             "2026-11",
             "diffusers",
             refuses=(ReplaceRows,),
+            images=True,
             why="without alpha in the file every module has the scale 1; of new values it takes those of Flux's norms",
         ),
         Server(
@@ -150,6 +153,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             "diffusers",
             uniform=True,
             refuses=(ReplaceRows,),
+            images=True,
             why="before 0.42 adapters of several ranks get one wrong alpha for all modules",
         ),
     ),
