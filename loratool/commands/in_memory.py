@@ -47,8 +47,7 @@ def iter_merged(
             changed.
         FitError: an adapter does not fit, or, while iterating, values overflow the dtype.
     """
-    options = made_of(InMemoryOptions, keywords, "iter_merged")
-    return in_memory.open_merged(base, adapters, options).every(progress)
+    return in_memory.open_merged(base, adapters, made_of(InMemoryOptions, keywords, "iter_merged")).every(progress)
 
 
 @library_function(InMemoryOptions, "merge")

@@ -113,8 +113,7 @@ def operands_in(name: str, value: Any) -> Iterator[Operand]:
     """The paths and names that an argument holds."""
     from loratool.fetching.operands import Operand
 
-    one = isinstance(value, (str, os.PathLike))
-    for each in [value] if one else value if isinstance(value, (list, tuple)) else []:
+    for each in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(each, (str, os.PathLike)):
             yield Operand(os.fspath(each), ROLES.get(name, "any"), name)
 

@@ -93,8 +93,7 @@ def estimate(base: PathLike | None, options: EstimateOptions) -> Estimate:
     if (base is None) == (options.preset is None):
         raise UsageError("pass either BASE or --preset NAME, such as --preset llama-2-7b")
     shapes = base_of_preset(options.preset) if options.preset else base_at(base)
-    found = estimate_base(shapes, ranks, targets, options.dtype)
-    return replace(found, cost=Cost.since(started))
+    return replace(estimate_base(shapes, ranks, targets, options.dtype), cost=Cost.since(started))
 
 
 def base_of_preset(name: str) -> Base:
@@ -108,8 +107,7 @@ def base_at(base: Any) -> Base:
     if os.fspath(base) in PRESETS and not os.path.lexists(base):
         raise UsageError(f"{printable(base)}: no such file or folder; for the known model, pass --preset {base}")
     with headers(base) as location:
-        checkpoint = decoded(open_checkpoint(location)) if holds_weights(location) else None
-        found = read_base(location, checkpoint)
+        found = read_base(location, decoded(open_checkpoint(location)) if holds_weights(location) else None)
     return replace(found, path=found.path.replace(printable(location), printable(base)))
 
 

@@ -59,8 +59,7 @@ def inspect_part(
         with session(device, ()) as at_work:
 
             def work(unit: int) -> tuple[Mapping[str, Any], bytes]:
-                looks = looked_at(layers, units[unit], fit, at_work)
-                return {"modules": [told(look) for look in looks]}, b""
+                return {"modules": [told(look) for look in looked_at(layers, units[unit], fit, at_work)]}, b""
 
             counts.extend((*do_share(partials, share, work, progress or (lambda _done, _all: None)), len(units)))
         raise MeasuredError
@@ -68,8 +67,7 @@ def inspect_part(
     try:
         inspect(path, with_values(options), None, None, measured)
     except MeasuredError:
-        cost = Cost.since(started)
-        return PartialReport(Path(into), str(share), *counts, cost=cost)
+        return PartialReport(Path(into), str(share), *counts, cost=Cost.since(started))
     raise UsageError(f"{printable(path)}: not an adapter, whose values --part measures")
 
 
@@ -82,8 +80,7 @@ def finish_inspect(path: PathLike, options: InspectOptions, into: PathLike) -> O
         names = list(layers_in(adapter)[0])
         units, partials = units_of(adapter, names, fit, options, into)
         looks = [look_of(each) for table, _ in partials.every() for each in table["modules"]]
-        order = [target for unit in units for target in unit]
-        found = dict(zip(order, looks, strict=True))
+        found = dict(zip([target for unit in units for target in unit], looks, strict=True))
         return measure(adapter, fit, device, None, {target: found[target] for target in names})
 
     return inspect(path, with_values(options), None, None, measured)

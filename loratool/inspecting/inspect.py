@@ -354,7 +354,6 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
 
     seen, packing = unpacked(checkpoint)
     classes = checkpoint.architectures or (checkpoint.model_type,)
-    groups = by_key(((leaf(name), info.shape), info.elements) for name, info in seen.tensors.items())
     return CheckpointFacts(
         kind="checkpoint",
         path=printable(path),
@@ -365,7 +364,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
         parameters=sum(t.elements for t in seen.tensors.values()),
         bytes=sum(t.nbytes for t in checkpoint.tensors.values()),
         dtypes=counts(t.dtype for t in checkpoint.tensors.values()),
-        weights=weight_facts(groups),
+        weights=weight_facts(by_key(((leaf(name), info.shape), info.elements) for name, info in seen.tensors.items())),
         files={name_in(checkpoint, shard.path): itself(shard).layout.size for shard in checkpoint.shards},
         side_files=tuple(map(printable, checkpoint.side_files)),
         left_out=tuple(map(str, checkpoint.left_out)),

@@ -145,8 +145,7 @@ def nearest(index: Index, sketch: Sketch, most: int) -> tuple[tuple[Neighbour, .
 
 
 def neighbour(entry: Entry, sketch: Sketch, distance: float) -> Neighbour:
-    facts = entry.facts()
-    same = is_same(facts, sketch.facts, distance)
+    same = is_same(entry.facts(), sketch.facts, distance)
     larger = max(entry.norm, sketch.norm)
     return Neighbour(
         name=printable(entry.name),

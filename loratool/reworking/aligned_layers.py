@@ -279,8 +279,7 @@ class Beside:
             for target, rows in source.rows.items():
                 stored = unloaded(rows.values)
                 dtypes.setdefault(target, stored)
-                values = self.loaded(stored)
-                for row, value in zip(rows.index, values, strict=True):
+                for row, value in zip(rows.index, self.loaded(stored), strict=True):
                     everything.setdefault(target, {}).setdefault(row, []).append((at, value))
         for target, by_row in everything.items():
             kept: dict[int, Tensor] = {}

@@ -160,8 +160,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         self.beside_notes: Sequence[Note] = ()
 
     def draft(self) -> Draft:
-        kinds = {t: found[0].layer.kind for t, found in self.layers.items()}
-        names = self.manner.spelling(kinds, self.sources[0])
+        names = self.manner.spelling({t: found[0].layer.kind for t, found in self.layers.items()}, self.sources[0])
         mean = self.combination.setting.normalize and METHODS[self.combination.method].family == GRAM
         beside = Beside(self.sources, self.weights, names, self.options.saved, self.factor, mean)
         carried = beside.collect()
@@ -204,16 +203,15 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             tokens=draft.carried.tokens,
         )
         asked = self.options.rank if METHODS[self.combination.method].family != FACTORWISE else None
-        notes = (
-            *remarks(self.sources, self.layers, self.modules, self.beside_notes),
-            *told_of_cuts(asked, {t: found[0].layer.most for t, found in self.layers.items()}, self.layers),
-            *self.manner.form.rank_notes(self.own, self.ranks),
-            *self.manner.notes,
-        )
         return Rest(
             config=draft.names.describe([source.adapter for source in self.sources], parts),
             facts={"adapters": list(self.at_work.origins), **told(self.combination, self.weights, self.blocks)},
-            notes=notes,
+            notes=(
+                *remarks(self.sources, self.layers, self.modules, self.beside_notes),
+                *told_of_cuts(asked, {t: found[0].layer.most for t, found in self.layers.items()}, self.layers),
+                *self.manner.form.rank_notes(self.own, self.ranks),
+                *self.manner.notes,
+            ),
             files=common_files(self.sources),
             folders=[source.adapter.folder for source in self.sources],
             totals=self.totals(self.modules, self.dtype),
@@ -264,8 +262,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             if found[0].layer.kind is not Kind.EMBEDDING:
                 return mix_factors(ups, downs, strengths, combination)
             mixture = mix_factors([d.mT for d in downs], [u.mT for u in ups], strengths, combination)  # its A is `up`
-            turned = Product(mixture.product.down.mT, mixture.product.up.mT)
-            return dataclasses.replace(mixture, product=turned)
+            return dataclasses.replace(mixture, product=Product(mixture.product.down.mT, mixture.product.up.mT))
         return mix(shared, [aligned.weight for aligned in found], combination)
 
     def measure(
@@ -283,24 +280,22 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         sizes = [math.sqrt(max(0.0, float(table[i, i]))) for i in range(len(found))]
         names = [self.sources[aligned.adapter].name for aligned in found]
         reached = length(stored)
-        parts = {
-            name: Part(
-                weight=aligned.weight,
-                norm=own,
-                energy_kept=kept(product, left, right, own) if not whole.cancels or not own else 0.0,
-                norm_ratio=reached / (abs(aligned.weight) * own) if aligned.weight * own else None,
-            )
-            for name, aligned, product, own in zip(names, found, shared.products, sizes, strict=True)
-        }
-        error = math.hypot(whole.lost, rounding * size / whole.whole) if whole.whole else 0.0
         return CombinedLayer(
             rank=whole.product.rank,
             norm=reached,
             whole=whole.whole,
             truncated=whole.lost,
             stored=rounding,
-            error=error,
-            parts=parts,
+            error=math.hypot(whole.lost, rounding * size / whole.whole) if whole.whole else 0.0,
+            parts={
+                name: Part(
+                    weight=aligned.weight,
+                    norm=own,
+                    energy_kept=kept(product, left, right, own) if not whole.cancels or not own else 0.0,
+                    norm_ratio=reached / (abs(aligned.weight) * own) if aligned.weight * own else None,
+                )
+                for name, aligned, product, own in zip(names, found, shared.products, sizes, strict=True)
+            },
             meetings=meetings(names, shared),
             cancels=whole.cancels,
         )
@@ -375,8 +370,7 @@ def stacked(every: Sequence[Mixture]) -> Mixture:
     product = Product(torch.stack([p.up for p in even]), torch.stack([p.down for p in even]))
     total = math.fsum(m.whole**2 for m in every)
     lost = math.fsum((m.whole * m.lost) ** 2 for m in every)
-    cancels = max(m.cancels for m in every)
-    return Mixture(product, math.sqrt(lost / total) if total else 0.0, math.sqrt(total), cancels)
+    return Mixture(product, math.sqrt(lost / total) if total else 0.0, math.sqrt(total), max(m.cancels for m in every))
 
 
 def kept(product: Product, left: torch.Tensor, right: torch.Tensor, size: float) -> float | None:

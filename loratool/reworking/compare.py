@@ -239,8 +239,7 @@ def related(one: Product, other: Product, first: Decomposition, second: Decompos
     for field in fields(Relation):
         values = [getattr(relation, field.name) for relation in every]
         if field.name.startswith("angles"):
-            shortest = min(map(len, values))
-            found[field.name] = tuple(statistics.fmean(v[k] for v in values) for k in range(shortest))
+            found[field.name] = tuple(statistics.fmean(v[k] for v in values) for k in range(min(map(len, values))))
         else:
             found[field.name] = mean_of(values)
     return Relation(**found)

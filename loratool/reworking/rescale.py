@@ -391,8 +391,7 @@ class Baker(Maker[str, None]):
 
     def work(self, output: Output, task: str) -> list[Made[None]]:
         found = self.contents.load(task, self.at_work.device, self.at_work.dtype)
-        scaled = found.scaled(self.remaining(task))
-        rounded = output.rounded(task, padded(scaled, output.forms[task].rank))
+        rounded = output.rounded(task, padded(found.scaled(self.remaining(task)), output.forms[task].rank))
         if bool(found.up.any()) and not bool(rounded.factors.up.any()):
             raise FitError(f"{printable(task)}: all of B would be zero in {output.dtype}")
         return [Made((rounded,), None)]

@@ -211,17 +211,16 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
         # of ΔW itself, which energies are not under a calibration
         lost = sum(length(contents.load(t, self.at_work.device, self.at_work.dtype)) ** 2 for t in self.dropped)
         asked = None if self.options.uniform else self.options.rank
-        notes = (
-            *remarks(contents, self.modules, self.dropped),
-            *several_ranks(self.modules, self.manner),
-            *told_of_cuts(asked, {t: contents.layers[t].most for t in ranks}, ranks),
-            *self.manner.form.rank_notes(self.own, ranks),
-            *self.manner.notes,
-        )
         return Rest(
             config=draft.names.describe([contents.adapter], parts),
             facts={"adapter": self.at_work.origins[0], "rule": self.rule.told},
-            notes=notes,
+            notes=(
+                *remarks(contents, self.modules, self.dropped),
+                *several_ranks(self.modules, self.manner),
+                *told_of_cuts(asked, {t: contents.layers[t].most for t in ranks}, ranks),
+                *self.manner.form.rank_notes(self.own, ranks),
+                *self.manner.notes,
+            ),
             files=files_beside(contents),
             folders=[contents.adapter.folder],
             totals=total(contents, self.modules, lost, self.dtype.itemsize),
@@ -295,13 +294,12 @@ def measure(layer: Layer, before: Product, found: Resized, stored: Product, cali
     # ‖ΔW − ΔW'‖² = ‖tail‖² + ‖rounding‖² − 2⟨tail, rounding⟩
     rounding = change(found.product, stored.to(before.up.dtype))
     between = summed(before, rounding) - summed(found.product, rounding)
-    achieved = predicted**2 + (summed(rounding, rounding) - 2 * between) / squared
     return ResizedLayer(
         layer.rank,
         found.rank,
         size,
         predicted,
-        math.sqrt(max(0.0, achieved)),
+        math.sqrt(max(0.0, predicted**2 + (summed(rounding, rounding) - 2 * between) / squared)),
         found.lost if calibrated else None,
         floor,
     )

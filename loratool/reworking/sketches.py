@@ -71,8 +71,7 @@ def sketch_of(adapter: Adapter, base: Checkpoint | None = None) -> Sketch:
                     raise not_finite(adapter)
                 for part in parts.get(target, ()):
                     if (part.rows.expert or 0) == number:
-                        own = up[part.rows.first : part.rows.first + part.rows.count]
-                        sketcher.add(part.name, own, down, part.at)
+                        sketcher.add(part.name, up[part.rows.first : part.rows.first + part.rows.count], down, part.at)
         saved = digest_of(contents, names, sources)
     values = sketcher.sketch()
     if len(values) and np.abs(values).max() > LARGEST:

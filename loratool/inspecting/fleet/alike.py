@@ -64,8 +64,7 @@ def look_at(path: Path, digest: hashlib.blake2b) -> bool:
         length = int.from_bytes(stream.read(PREFIX), "little")
         if not 0 < length <= LARGEST_HEADER or PREFIX + length > size:
             return False
-        raw = stream.read(length)
-        tensors = without_metadata(raw, digest)
+        tensors = without_metadata(stream.read(length), digest)
         if tensors.count(ENTRY) != tensors.count(USUAL) or any(mark in tensors for mark in INDICES):
             return False
         digest.update(b"%d\0" % size + tensors)

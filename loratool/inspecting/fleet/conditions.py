@@ -169,8 +169,7 @@ def field_named(word: str, flag: str, with_values: bool) -> str:
 def sorted_by(rows: Iterable[FleetRow], order: str, with_values: bool) -> list[FleetRow]:
     """Rows in the order of some fields, separated by commas; `-` before one has the largest first. Rows without one come last."""
     found = list(rows)
-    keys = [word.strip() for word in order.split(",")]
-    for word in reversed(keys):
+    for word in reversed([word.strip() for word in order.split(",")]):
         falling = word.startswith("-")
         name = field_named(word.removeprefix("-"), "--sort", with_values)
         known = [row for row in found if values_of(row, name)]

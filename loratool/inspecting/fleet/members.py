@@ -132,9 +132,7 @@ def walk(folder: Path, seen: frozenset[str] = frozenset()) -> Iterator[Path]:
         here = os.path.realpath(folder)
     except OSError:
         return
-    names = frozenset(entry.name for entry in entries)
-    files = list(lone(folder, names))
-    yield from files
+    yield from lone(folder, frozenset(entry.name for entry in entries))
     for name in inside:
         path = folder / name
         within = names_in(path)

@@ -116,19 +116,15 @@ class Reader:
     def failed(self, member: Member, error: LoratoolError) -> tuple[FleetRow, None]:
         """The row of an adapter that cannot be read."""
         texts = [text for text, _ in folded(error.problems)]
-        reason = error.message + (f" {texts[0]}" if texts else "")
-        code = next((code_of(problem, "") for problem in error.problems), "") or "unreadable"
-        findings = tell_unreadable(error, member.path) if self.options.check else None
-        row = FleetRow(
+        return FleetRow(
             printable(member.name),
             printable(member.path),
-            health=code,
-            reason=without_path(reason, member.path),
+            health=next((code_of(problem, "") for problem in error.problems), "") or "unreadable",
+            reason=without_path(error.message + (f" {texts[0]}" if texts else ""), member.path),
             exit_code=error.exit_code,
             date=date_of(member.path),
-            findings=findings,
-        )
-        return row, None
+            findings=tell_unreadable(error, member.path) if self.options.check else None,
+        ), None
 
 
 def without_path(reason: str, path: Path) -> str:

@@ -73,10 +73,9 @@ def value_of(bits: int, dtype: str) -> float:
 
 def scan_all(adapter: Adapter) -> dict[str, Scan]:
     """Every tensor of floats of the file, by name."""
-    tensors = adapter.file.tensors.items()
     return {
         name: scan(StoredTensor(home := adapter.file.home(name), home.tensors[name]))
-        for name, info in tensors
+        for name, info in adapter.file.tensors.items()
         if info.dtype in EXPONENT and info.elements
     }
 

@@ -104,8 +104,7 @@ class Served:
     @cached_property
     def modules(self) -> list[str]:
         """The adapted layers, each by its whole path."""
-        updates = self.adapter.updates.items()
-        changed = [t for t, u in updates if isinstance(innermost(u), (LowRank, ExpertFactors))]
+        changed = [t for t, u in self.adapter.updates.items() if isinstance(innermost(u), (LowRank, ExpertFactors))]
         return [target.removesuffix(".weight") for target in changed]
 
     @property
@@ -156,10 +155,9 @@ def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[F
         yield Finding("note", "format", text, command("rescale", path, "--bake"))
         return
     if adapter.training.method != "LORA":
-        kind = printable(adapter.training.method)
         yield note(
             "vllm-type",
-            f"and {CONVERTER} read LoRA adapters only; this one is {kind}",
+            f"and {CONVERTER} read LoRA adapters only; this one is {printable(adapter.training.method)}",
             "" if adapter.unsupported else f"loratool merge BASE {quoted(path)} -o OUT",
         )
         return

@@ -116,8 +116,7 @@ class Stated:
 
 def check(sources: Sequence[Contents], bases: Opened, folder: Path, options: CompressOptions) -> None:
     """Raise for adapters that cannot be added."""
-    names = file_names(sources)
-    there = [name for name in names if os.path.lexists(folder / f"{name}{ENDING}")]
+    there = [name for name in file_names(sources) if os.path.lexists(folder / f"{name}{ENDING}")]
     if there and not (options.overwrite or options.dry_run):
         raise UsageError(
             f"{printable(folder)} has these adapters already; pass --overwrite to replace them:", map(printable, there)
@@ -307,25 +306,23 @@ def reported(
             errors[worst],
         )
     count = len(adapters)
-    totals = CompressedTotals(
-        bytes_before=sum(one.bytes_before for one in adapters.values()),
-        bytes_shared=0,
-        bytes=sum(one.bytes for one in adapters.values()),
-        error=math.sqrt(math.fsum(one.error**2 for one in adapters.values()) / count),
-        truncated=math.sqrt(math.fsum(one.truncated**2 for one in adapters.values()) / count),
-        pays=any(layer.cluster for newcomer in newcomers for layer in newcomer.layers.values()),
-        price=newcomers[0].stated.price,
-    )
-    notes = [*told([newcomer.member(manner) for newcomer in newcomers]), *strangers(newcomers)]
     return CompressReport(
         out=Path(os.path.realpath(folder)),
         written=not options.dry_run,
         rule=options.rule,
-        totals=totals,
+        totals=CompressedTotals(
+            bytes_before=sum(one.bytes_before for one in adapters.values()),
+            bytes_shared=0,
+            bytes=sum(one.bytes for one in adapters.values()),
+            error=math.sqrt(math.fsum(one.error**2 for one in adapters.values()) / count),
+            truncated=math.sqrt(math.fsum(one.truncated**2 for one in adapters.values()) / count),
+            pays=any(layer.cluster for newcomer in newcomers for layer in newcomer.layers.values()),
+            price=newcomers[0].stated.price,
+        ),
         adapters=adapters,
         modules=dict(sorted(modules.items())),
         dtype=str(newcomers[0].stated.dtype).removeprefix("torch."),
-        notes=(*notes, *manner.notes),
+        notes=(*told([each.member(manner) for each in newcomers]), *strangers(newcomers), *manner.notes),
         **cost,
     )
 

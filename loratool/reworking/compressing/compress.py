@@ -72,8 +72,7 @@ def compress(
         compressor = Compressor(fleet, before, manner, options, progress)
         compressor.prepare()
         facts = {**as_typed(adapters, options), "adapters": list(at_work.origins)}
-        record = record_of("compress", paths, options, facts, compressor.notes)
-        compressor.write(target, record)
+        compressor.write(target, record_of("compress", paths, options, facts, compressor.notes))
         return compressor.report(target, at_work.told(started))
 
 
@@ -142,11 +141,9 @@ class Compressor:
         """Decide what every module gets, and what every small file says."""
         fleet, options = self.fleet, self.options
         self.dtype = kept_dtype(fleet.sources, options.dtype)
-        size = self.dtype.itemsize
-        prices = Prices(size, CORE) if options.budget is None or options.limit[1] else Prices(1, 1)
+        prices = Prices(self.dtype.itemsize, CORE) if options.budget is None or options.limit[1] else Prices(1, 1)
         fixed = sum(a.layer.parameters * a.layer.rank for t in fleet.kept for a in fleet.layers[t])
-        modules = self.looked_at(prices)
-        self.plan: Plan = plan(modules, options, fixed * prices.factor)
+        self.plan: Plan = plan(self.looked_at(prices), options, fixed * prices.factor)
         ranks = self.ranks()
         for source, before, own in zip(fleet.sources, self.before, ranks, strict=True):
             self.members.append(Member.of(source, before, self.manner, own, self.dtype))
@@ -238,14 +235,12 @@ class Compressor:
         for number, (cluster, count) in enumerate(self.plan.clusters(target)):
             place = f"{target}/{number}"
             if count and len(cluster) > 1:
-                within = frame([products[a] for a in cluster], [weights[a] for a in cluster], count)
-                bases = shared_bases(within, count)
+                bases = shared_bases(frame([products[a] for a in cluster], [weights[a] for a in cluster], count), count)
                 u, v = self.stored(target, bases.left), self.stored(target, bases.right)
                 shared += [(f"{place}/U", u), (f"{place}/V", v)]
                 fitter = Fitter.of(u, v)
                 for at in cluster:
-                    core = fitter.core(products[at])
-                    parts, read_back = stored_core(core)
+                    parts, read_back = stored_core(fitter.core(products[at]))
                     own += [(layers[at].adapter, (f"{place}/{part}", tensor)) for part, tensor in parts.items()]
                     tell(at, Product(u.double() @ read_back.up, read_back.down @ v.double()))
                 continue
@@ -326,11 +321,10 @@ class Compressor:
             for target, found in self.fleet.layers.items()
         }
         bytes_each = self.options.budget is None or self.options.limit[1]
-        price = self.plan.price if bytes_each else self.plan.price / self.dtype.itemsize
         table = {
             "dialect": self.manner.dialect,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "price": price,
+            "price": self.plan.price if bytes_each else self.plan.price / self.dtype.itemsize,
             "rule": self.options.rule,
             "layers": layers,
         }
@@ -365,8 +359,7 @@ def finish(stage: Stage, names: Sequence[str], record: Mapping[str, Any]) -> Non
     for name in names:
         stage.add(name)
     stage.expect([PROVENANCE])
-    table = {**record, "versions": versions(), "files": recorded(stage.files)}
-    stage.write(PROVENANCE, as_json(table))
+    stage.write(PROVENANCE, as_json({**record, "versions": versions(), "files": recorded(stage.files)}))
 
 
 def stored_core(core: Product) -> tuple[dict[str, Tensor], Product]:

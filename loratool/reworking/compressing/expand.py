@@ -70,8 +70,7 @@ def expand(
             output.carry(carried)
             output.complete(config)
             facts = {"shared": shared_input(folder, (bases, member))}
-            record = record_of("expand", [folder, name], options, facts, ())
-            output.finish(config, record, {}, [])
+            output.finish(config, record_of("expand", [folder, name], options, facts, ()), {}, [])
         cost = at_work.told(started)
     return ExpandReport(
         out=target,

@@ -49,8 +49,7 @@ class Opened:
         return "/".join(parts) in self.file.tensors
 
     def load(self, *parts: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        name = "/".join(parts)
-        return StoredTensor(self.file, self.file.tensors[name]).load(device, dtype)
+        return StoredTensor(self.file, self.file.tensors["/".join(parts)]).load(device, dtype)
 
     @cached_property
     def clusters(self) -> dict[str, tuple[str, ...]]:

@@ -100,8 +100,8 @@ def told(members: Sequence[Member]) -> Iterator[Note]:
         yield note.under(names[0]) if len(names) == 1 else Note(note.code, f"{len(names)} adapters: {note.text}")
     if dropped := [(member.source.name, target) for member in members for target in member.dropped]:
         (name, target), count = dropped[0], len({of for of, _ in dropped})
-        text = (
+        yield Note(
+            "layers-left-out",
             f"{plural(len(dropped), 'layer')} of {plural(count, 'adapter')} {'gets' if len(dropped) == 1 else 'get'} no "
-            f"directions and {'is' if len(dropped) == 1 else 'are'} left out, such as {printable(target)} of {name}"
+            f"directions and {'is' if len(dropped) == 1 else 'are'} left out, such as {printable(target)} of {name}",
         )
-        yield Note("layers-left-out", text)

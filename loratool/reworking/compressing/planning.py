@@ -172,8 +172,7 @@ def plan(modules: Mapping[str, Module], options: CompressOptions, fixed: float) 
         choices, price = spend(offers, options.limit[0] - fixed)
     if not any(any(choice.ranks) for choice in choices):
         raise UsageError(f"{options.rule} is too small: not one direction of any module fits")
-    alone = [modules[target].alone for target in targets]
-    truncated, _ = spend(alone, cost_of(offers, choices))
+    truncated, _ = spend([modules[target].alone for target in targets], cost_of(offers, choices))
     return Plan(modules, dict(zip(targets, choices, strict=True)), dict(zip(targets, truncated, strict=True)), price)
 
 

@@ -32,7 +32,7 @@ def baked(adapter: Adapter, shortened: bool, kernels: Mapping[str, tuple[int, ..
     kinds: dict[str, str] = {}
     problems: list[str] = []
     for target, update in adapter.updates.items():
-        inner = update.inner if isinstance(update, Magnitude) else update
+        inner = innermost(update)
         plain = as_lora(inner)
         if plain is None:
             continue

@@ -43,8 +43,7 @@ def carried(
             )
         if widens(contents, target) and (called := names.widened(name)):
             found.tensors[called] = torch.tensor([forms[name].rows, forms[name].columns])
-        scale = scales.get(name, 1.0) if names.scales_biases else 1.0
-        if (bias := biases(contents, target, scale)) is not None:
+        if (bias := biases(contents, target, scales.get(name, 1.0) if names.scales_biases else 1.0)) is not None:
             found.tensors[names.bias(name)] = bias
     carry_whole(contents, names, found, beside)
     if contents.biases:

@@ -140,8 +140,7 @@ def convert(
     path = local(adapter, "adapter")
     home = local(options.base, "model") if options.base is not None else None
     options = replace(options, base=os.fspath(home) if home else None)  # a record names its commit
-    inputs = [path, *([home] if home else [])]
-    target = check_adapter_target(out, inputs, options, goal.form)
+    target = check_adapter_target(out, [path, *([home] if home else [])], options, goal.form)
     base = open_checkpoint(home) if home else None
     config = base.config if base is not None else {}
     read = read_adapter(path, way)
@@ -260,8 +259,7 @@ class Converter(Maker[str, str]):
     def drafted(self) -> Draft:
         layers, form = self.contents.layers, self.goal.form
         release = self.contents.training.release if form is format_of(self.contents.adapter) else ""
-        kinds = {name: target.kind for name, target in self.targets.items()}
-        names = form.spelling(kinds, release, self.goal.dialect)
+        names = form.spelling({name: target.kind for name, target in self.targets.items()}, release, self.goal.dialect)
         self.as_read = read_back(self.targets, names)
         scales = self.scales(names)
         self.choose_ranks(names)
@@ -309,8 +307,7 @@ class Converter(Maker[str, str]):
         for kind in dict.fromkeys(self.kinds.values()):
             count = sum(each == kind for each in self.kinds.values())
             yield Note("written-as-lora", f"{count} layer{'s' * (count != 1)} of {kind} written as LoRA")
-        updates = {target: self.contents.layers[target].update for target in self.kinds}
-        yield from kind_unknown(updates, self.kernels)
+        yield from kind_unknown({target: self.contents.layers[target].update for target in self.kinds}, self.kernels)
         if self.most != self.options.rank:
             text = f"rank {self.options.rank} was raised to {self.most}, the next that {self.goal.server} takes"
             yield Note("rank-raised", text)
@@ -336,8 +333,7 @@ class Converter(Maker[str, str]):
 
     def energies(self, name: str) -> list[float]:
         """Squares of the singular values of a layer of the output."""
-        product = self.targets[name].product(self.load, self.factors[name], self.own[name])
-        values = singular_values(product)
+        values = singular_values(self.targets[name].product(self.load, self.factors[name], self.own[name]))
         values = values * (values > negligible(values) * values[..., :1])
         squares = values.square()
         found: list[float] = (squares if squares.dim() == 1 else squares.sum(0)).tolist()

@@ -114,8 +114,7 @@ def moved_by(adapter: Adapter, targets: Iterable[str], base: Checkpoint) -> tupl
 
     fit = fit_of(adapter, base.root, base)
     fit.require()
-    found = {target: moved(target, adapter.updates[target], fit) for target in targets}
-    return found, fit.notes
+    return {target: moved(target, adapter.updates[target], fit) for target in targets}, fit.notes
 
 
 def moved(target: str, update: Update, fit: Fit) -> Moved:

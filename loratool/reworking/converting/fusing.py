@@ -94,8 +94,7 @@ def sizes_of(target: str, layer: Layer, fusion: Fusion, config: Mapping[str, Any
     count = len(fusion.parts)
     heads = attention_heads(config) if "q" in fusion.sizes else None
     if heads is not None:
-        every = heads.queries + 2 * heads.keys
-        each, rest = divmod(layer.rows, every)
+        each, rest = divmod(layer.rows, heads.queries + 2 * heads.keys)
         if not rest:
             return [each * heads.queries, each * heads.keys, each * heads.keys]
     if layer.rows % count or ("q" in fusion.sizes and layer.rows != count * layer.columns):

@@ -60,9 +60,9 @@ def whole(targets: Mapping[str, Target], others: Mapping[str, Update]) -> dict[s
         if source not in others:
             continue
         if more or len(parts) > 1 or parts[0].first or parts[0].count != rows_of(others[source]):
-            kind = type(others[source]).__name__
             raise FitError(
-                f"{printable(source)}: its update ({kind}) cannot be divided as the dialect divides its layer"
+                f"{printable(source)}: its update ({type(others[source]).__name__}) cannot be divided as the dialect "
+                "divides its layer"
             )
         found[name] = source
     return found

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import UNEVEN, Format, targets_by
+from loratool.adapters.layers import innermost
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import FitError, printable
@@ -72,12 +73,11 @@ def without_losses(
         )
     kept: dict[str, Update] = {}
     for target, update in adapter.updates.items():
-        plain = update.inner if isinstance(update, Magnitude) else update
-        for each in (update, plain):
+        for each in (update, innermost(update)):
             if not losses_of(replace(adapter, updates={target: each}, bases={}), form, dialect, server):
                 kept[target] = each
                 break
     if losses_of(replace(adapter, updates=kept, bases={}), form, dialect, server):  # DoRA of some of the layers
-        kept = {target: u.inner if isinstance(u, Magnitude) else u for target, u in kept.items()}
+        kept = {target: innermost(update) for target, update in kept.items()}
     training = replace(adapter.training, dora=any(isinstance(update, Magnitude) for update in kept.values()))
     return replace(adapter, updates=kept, bases={}, training=training), lost

@@ -138,11 +138,10 @@ def refuse_image_modules(targets: Collection[str], dialect: str) -> None:
 def found_in(target: str, architecture: str, layout: str) -> Known | None:
     """The module of an architecture that a target is, with the denoiser's names in a layout."""
     for word, module in candidates(target):
-        components = (component_of(word, architecture),) if word else (DENOISING,)
-        for component in filter(None, components):
-            own_layout = layout if component == DENOISING else DIFFUSERS
-            if known := names_of(architecture, component)[own_layout].get(module):
-                return known
+        if component := component_of(word, architecture) if word else DENOISING:
+            modules = names_of(architecture, component)[layout if component == DENOISING else DIFFUSERS]
+            if module in modules:
+                return modules[module]
     return None
 
 

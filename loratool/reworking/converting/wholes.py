@@ -103,8 +103,7 @@ class Sum:
 
     def __call__(self, change: Tensor) -> Tensor:
         with OpenSources() as sources:
-            room = Room(sources)
-            own = self.weight.rows(0, self.weight.shape[0], change.device, change.dtype, room)
+            own = self.weight.rows(0, self.weight.shape[0], change.device, change.dtype, Room(sources))
         return own.reshape(change.shape) + self.scale * change
 
 
@@ -130,8 +129,7 @@ def added_up(adapter: Adapter, dialect: str) -> Adapter:
     if not found:
         return adapter
     text = f"{plural(len(found), 'weight')} changed by factors and in full, written as one change in full"
-    notes = (*adapter.notes, Note("written-in-full", text))
-    return replace(adapter, updates={**adapter.updates, **found}, notes=notes)
+    return replace(adapter, updates={**adapter.updates, **found}, notes=(*adapter.notes, Note("written-in-full", text)))
 
 
 def with_values(adapter: Adapter, base: Checkpoint) -> Adapter:

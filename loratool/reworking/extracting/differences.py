@@ -116,8 +116,7 @@ class Difference:
     @property
     def dtype(self) -> torch.dtype:
         """That of the difference, whose own rounding has to be far below that of the stored values."""
-        pair = self.base.exact, self.tuned.exact
-        return torch.float64 if "F64" in pair or self.coarser == "F32" else torch.float32
+        return torch.float64 if "F64" in (self.base.exact, self.tuned.exact) or self.coarser == "F32" else torch.float32
 
     def read(self, place: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The tiles, from the files: one after the other into `place`, or one over the other where that is smaller."""
@@ -239,8 +238,7 @@ def in_full(matrix: Rows) -> tuple[Decomposition, float]:
         _, values, right = torch.linalg.svd(triangle, full_matrices=False)
         there = values > negligible(values) * values[:1]  # of a null direction, left vectors would be rounding
         across = (right * (there / torch.where(there, values, 1.0))[:, None]).T
-        left = torch.cat([tile.double() @ across for _, tile in matrix.tiles()])
-        found = Decomposition(left, values, right)
+        found = Decomposition(torch.cat([tile.double() @ across for _, tile in matrix.tiles()]), values, right)
     return found, float(found.values.square().sum())
 
 

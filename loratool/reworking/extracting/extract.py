@@ -222,8 +222,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     def draft(self) -> Draft:
         self.find_stacked_rank()
         forms = self.forms()
-        kinds = {t: form.kind for t, form in forms.items()}
-        names = self.names(kinds, self.release(forms))
+        names = self.names({t: form.kind for t, form in forms.items()}, self.release(forms))
         carried = self.pairing.carried(self.manner.form, self.manner.dialect)
         return Draft(forms, names, called(self.dtype), carried, architecture=self.manner.architecture)
 

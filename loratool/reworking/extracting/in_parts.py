@@ -114,10 +114,9 @@ def units_of(extractor: Extractor, options: ExtractOptions, into: PathLike) -> t
     units = [[task] for task in extractor.large_tasks()]
     units += [small[at : at + TOGETHER] for at in range(0, len(small), TOGETHER)]
     pairing = extractor.pairing
-    shards = [[sampled(shard) for shard in model.shards] for model in (pairing.base, pairing.tuned)]
     facts = [
         __version__,
-        *shards,
+        *([sampled(shard) for shard in model.shards] for model in (pairing.base, pairing.tuned)),
         dataclasses.replace(options, device="auto").words(),
         [change.target for unit in units for task in unit for change in task],
     ]

@@ -125,11 +125,11 @@ class Pairing:
         """A note on square matrices of which only the others tell how they are stored."""
         for way in (False, True):
             if mine := [name for name, turned in self.guessed.items() if turned == way and name in self.changes]:
-                text = (
+                yield Note(
+                    "orientation-guessed",
                     f"{len(mine)} square weights assumed to be stored {stored(way)}, like those with biases: "
-                    f"{listed(mine)}"
+                    f"{listed(mine)}",
                 )
-                yield Note("orientation-guessed", text)
 
     def carried(self, form: Format, dialect: str) -> Carried:
         """What is written beside the factors."""

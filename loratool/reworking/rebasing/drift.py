@@ -104,8 +104,7 @@ def drift_at(
     old, new = (rows_at(p, weight_of(base, p.tensor)) for p, base in zip(pair, bases, strict=True))
     rooms = Room(sources, held=Held()), Room(sources, held=Held())
     width = old.whole.shape[1]
-    update = low_rank(place.update) or place.update
-    loaded = load_update(update, device, torch.float64)
+    loaded = load_update(low_rank(place.update) or place.update, device, torch.float64)
     basis = directions(place, width, device)
     parts: list[Drift] = []
     core = torch.zeros((), dtype=torch.float64)

@@ -98,8 +98,7 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
             "measured": {"c": differing.c, "z": differing.z, "cosine": total.cosine, "factor": factor},
         }
         record = record_of("rebase", [path], options, facts, notes)
-        scaled = Plain(contents, factors, base_name(bases[1]))
-        scaled.write(target, record, options)
+        Plain(contents, factors, base_name(bases[1])).write(target, record, options)
         cost = at_work.told(started)
     return RebaseReport(
         out=target,
