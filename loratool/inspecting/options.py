@@ -57,5 +57,7 @@ def unused_of_model(options: InspectOptions) -> Iterator[Note]:
         yield Note("values-not-measured", "values of a model are not measured; --values is for adapters")
     every = described_by(InspectOptions)
     if idle := [every[name][0].flag for name in OF_ADAPTERS if options.is_given(name)]:
-        text = f"{' and '.join(idle)} {'are' if len(idle) > 1 else 'is'} for adapters, and ignored for a model"
-        yield Note("options-for-adapters", text)
+        yield Note(
+            "options-for-adapters",
+            f"{' and '.join(idle)} {'are' if len(idle) > 1 else 'is'} for adapters, and ignored for a model",
+        )

@@ -428,8 +428,10 @@ def remarks(
     ):
         if which := [t for t, m in modules.items() if m.cancels == became and (became or not m.norm)]:
             why = ": the updates cancel, and the rest is no larger than the rounding of the stored factors"
-            text = f"{len(which)} of {len(modules)} layers {said}, such as {printable(which[0])}{why if became else ''}"
-            yield Note(code, text)
+            yield Note(
+                code,
+                f"{len(which)} of {len(modules)} layers {said}, such as {printable(which[0])}{why if became else ''}",
+            )
     if partial := [t for t, every in layers.items() if len(every) < len(sources)]:
         yield Note(
             "layers-partial",

@@ -85,9 +85,9 @@ def not_finite(adapter: Adapter) -> InputError:
         adapter.check_values()
     except InputError as error:
         return InputError(error.message, (Problem(problem, NOT_FINITE) for problem in error.problems))
-    shown = printable(adapter.file.path)
     return InputError(
-        f"{shown}: cannot sketch this adapter:", [Problem("factors times their scaling overflow", NOT_FINITE)]
+        f"{printable(adapter.file.path)}: cannot sketch this adapter:",
+        [Problem("factors times their scaling overflow", NOT_FINITE)],
     )
 
 

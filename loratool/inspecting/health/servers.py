@@ -148,11 +148,13 @@ def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[F
     if adapter.dialects:  # of an image model, which none of them serves
         return
     if form is not WRITTEN:
-        text = (
+        yield Finding(
+            "note",
+            "format",
             f"vLLM, SGLang and llama.cpp's converter read adapters as PEFT saves them; this one is in the {form.name} "
-            "layout"
+            "layout",
+            command("rescale", path, "--bake"),
         )
-        yield Finding("note", "format", text, command("rescale", path, "--bake"))
         return
     if adapter.training.method != "LORA":
         yield note(

@@ -10,7 +10,6 @@ from loratool.adapters.adapter import Adapter, load_update
 from loratool.adapters.as_lora import as_lora, as_product
 from loratool.adapters.layers import innermost, layer_of
 from loratool.algebra.updates.base import Update
-from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.products import Hadamard, Kronecker
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.checkpoint import Checkpoint

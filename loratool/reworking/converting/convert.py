@@ -309,8 +309,10 @@ class Converter(Maker[str, str]):
             yield Note("written-as-lora", f"{count} layer{'s' * (count != 1)} of {kind} written as LoRA")
         yield from kind_unknown({target: self.contents.layers[target].update for target in self.kinds}, self.kernels)
         if self.most != self.options.rank:
-            text = f"rank {self.options.rank} was raised to {self.most}, the next that {self.goal.server} takes"
-            yield Note("rank-raised", text)
+            yield Note(
+                "rank-raised",
+                f"rank {self.options.rank} was raised to {self.most}, the next that {self.goal.server} takes",
+            )
         yield from doubts(self.goal.server, self.targets)
         yield from self.goal.form.rank_notes(self.own, self.ranks)
         yield from told_beside(self.contents)

@@ -29,8 +29,10 @@ def changed_beside(old: Checkpoint, new: Checkpoint) -> Iterator[Note]:
     for pattern, code, what in ((NORMS, "norms-changed", "norms"), (EMBEDDINGS, "embeddings-changed", "embeddings")):
         mine = {name: info for name, info in old.stored.items() if pattern.search(name)}
         if differing := [name for name, info in mine.items() if not same(old, new, name, info, new.stored)]:
-            text = f"{len(differing)} of {len(mine)} {what} differ between the bases, such as {listed(differing[:1])}"
-            yield Note(code, text)
+            yield Note(
+                code,
+                f"{len(differing)} of {len(mine)} {what} differ between the bases, such as {listed(differing[:1])}",
+            )
 
 
 def same_files(old: Checkpoint, new: Checkpoint, name: str) -> bool:
