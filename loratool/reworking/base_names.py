@@ -84,9 +84,6 @@ def base_names(contents: Contents, base: Checkpoint | None) -> BaseNames:
 def parts_of(targets: Mapping[str, Target]) -> Iterator[Part]:
     """The rows of layers; a matrix of several experts has the number of the expert in its name."""
     for name, target in targets.items():
-        for expert, every in enumerate(target.experts):
-            at = 0
-            for rows in every:
-                if rows.target:
-                    yield Part(f"{name}#{expert}" if target.kind is Kind.PARAMETER else name, at, rows)
-                at += rows.count
+        for expert, at, rows in target.places:
+            if rows.target:
+                yield Part(f"{name}#{expert}" if target.kind is Kind.PARAMETER else name, at, rows)

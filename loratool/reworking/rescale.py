@@ -400,9 +400,6 @@ class Baker(Maker[str, None]):
         """What the factors of a layer, the scale in them, are multiplied by, where the output says a scale of its own."""
         return (self.modules[task].factor or 1.0) / (self.said.get(task) or 1.0)
 
-    def take(self, made: Made[None]) -> None:
-        """Nothing is measured of a layer."""
-
     def rest(self, draft: Draft) -> Rest:
         parts = Parts(
             ranks_of(self.contents, self.manner),

@@ -91,7 +91,6 @@ class Maker(ABC, Generic[Task, Told]):
     def work(self, output: Output, task: Task) -> list[Made[Told]]:
         """Load, transform and round the layers of a task; on any thread."""
 
-    @abstractmethod
     def take(self, made: Made[Told]) -> None:
         """Account for a layer; one call at a time, in the order of the tasks."""
 

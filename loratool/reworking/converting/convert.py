@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,12 +50,19 @@ from loratool.reworking.converting.copying import copies, may_be_copied, only_lo
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
 from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept, others_in, whole
 from loratool.reworking.converting.losing import doubts, lengths_lost, without_losses
-from loratool.reworking.converting.naming import LAYOUTS, Wanted, hint_of, respelled, with_experts_apart
+from loratool.reworking.converting.naming import (
+    LAYOUTS,
+    Wanted,
+    hint_of,
+    refuse_image_modules,
+    respelled,
+    with_experts_apart,
+)
 from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed, settled
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
-from loratool.reworking.converting.strangers import check_has_names, check_of_language
+from loratool.reworking.converting.strangers import check_has_names
 from loratool.reworking.converting.wholes import (
     added_up,
     check_norms,
@@ -144,7 +151,7 @@ def convert(
     base = open_checkpoint(home) if home else None
     config = base.config if base is not None else {}
     read = read_adapter(path, way)
-    check_of_language(read, goal.dialect)
+    refuse_image_modules(read.updates, goal.dialect)  # before a dialect asks for a config, which image models have not
     goal = replace(goal, form=goal.form.for_model(config))
     given = added_up(on_model(read, config), goal.dialect)
     check_has_names(given, goal.dialect)
@@ -294,12 +301,6 @@ class Converter(Maker[str, str]):
             if not named and isinstance(every[target.sources[0]], Replace)
         )
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a record says of it."""
-        server = {"for": str(self.goal.server)} if self.goal.server else {}
-        return {"adapter": self.at_work.origins[0], "to": self.goal.dialect, **server}
-
     def remarks(self) -> Iterator[Note]:
         """What a user of the output should know."""
         yield from self.wanted.notes
@@ -376,13 +377,11 @@ class Converter(Maker[str, str]):
         """The factors of a layer of the input, in float64: what is made of them is rounded once."""
         return self.contents.layers[target].load_factors(torch.device("cpu"), torch.float64)
 
-    def take(self, made: Made[str]) -> None:
-        """Nothing is measured of a layer before all are written."""
-
     def rest(self, draft: Draft) -> Rest:  # noqa: ARG002 (known before)
+        server = {"for": str(self.goal.server)} if self.goal.server else {}
         return Rest(
             config=self.config,
-            facts=self.facts,
+            facts={"adapter": self.at_work.origins[0], "to": self.goal.dialect, **server},
             notes=(*self.lost, *self.notes),
             files=files_beside(self.contents),
             folders=[self.contents.adapter.folder],
@@ -396,7 +395,8 @@ class Converter(Maker[str, str]):
         ]
         others = {target: update for target, update in found.updates.items() if target not in same}
         written = contents_of(replace(found, updates=others), "convert")
-        self.check_layers({*written.layers, *same})
+        if odd := sorted({*written.layers, *same} ^ {*self.as_read, *self.kept}):
+            raise LoratoolError("this is a bug in loratool: these layers are not read back:", map(printable, odd))
         places = places_of(self.as_read)
         comparison = Comparison(self.contents, written, places, self.dtype, self.moved, self.wanted.beside, self.copied)
 
@@ -433,11 +433,6 @@ class Converter(Maker[str, str]):
             if name in self.cut
         }
         return cut | {target: f"DoRA → rank {self.contents.layers[target].rank}" for target in self.moved}
-
-    def check_layers(self, found: Set[str]) -> None:
-        """Raise `LoratoolError` where other layers were read back than were written."""
-        if odd := sorted(found ^ {*self.as_read, *self.kept}):
-            raise LoratoolError("this is a bug in loratool: these layers are not read back:", map(printable, odd))
 
     def report(self, out: Path, rest: Rest, told: Mapping[str, Any]) -> ConvertReport:
         """What was done."""

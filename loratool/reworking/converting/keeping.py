@@ -59,17 +59,13 @@ def whole(targets: Mapping[str, Target], others: Mapping[str, Update]) -> dict[s
         (source, *more), parts = target.sources, target.experts[0]
         if source not in others:
             continue
-        if more or len(parts) > 1 or parts[0].first or parts[0].count != rows_of(others[source]):
+        if more or len(parts) > 1 or parts[0].first or parts[0].count != others[source].shape[0]:
             raise FitError(
                 f"{printable(source)}: its update ({type(others[source]).__name__}) cannot be divided as the dialect "
                 "divides its layer"
             )
         found[name] = source
     return found
-
-
-def rows_of(update: Update) -> int:
-    return update.shape[0]
 
 
 def role_of(name: str) -> str:

@@ -24,6 +24,7 @@ from loratool.layouts.diffusion.known import ARCHITECTURES, links
 from loratool.layouts.diffusion.rows import Row
 from loratool.layouts.diffusion.words import DENOISER, SECOND_DENOISERS, TEXT_WORDS
 from loratool.notes import Note
+from loratool.results.text import plural
 from loratool.reworking.converting.fusing import fused, split, stacked
 from loratool.reworking.converting.rows import Rows, Sized, Target
 from loratool.templates import grouped
@@ -247,9 +248,9 @@ def respelled(
     if not found and (architecture or hint) and not own:
         found = readings(both)
         if found and architecture:
-            fitting = " or ".join(dict.fromkeys(reading.architecture for reading in found))
+            fitting = dict.fromkeys(reading.architecture for reading in found)
             raise InputError(
-                f"these are not modules of {architecture}, but of {fitting}",
+                f"these are not modules of {architecture}, but of {' or '.join(fitting)}",
                 hint=f"--architecture {found[0].architecture}",
             )
     if not found:
@@ -277,8 +278,7 @@ def with_experts_apart(wanted: Wanted, layers: Mapping[str, Layer], config: Mapp
     if not cut:
         return wanted
     others = {name: target for name, target in wanted.targets.items() if name not in fused}
-    count = f"{len(cut)} parameter{'s' * (len(cut) != 1)} of experts"
-    text = f"{count} cut into a layer for each: {server} misreads them in one"
+    text = f"{plural(len(cut), 'parameter')} of experts cut into a layer for each: {server} misreads them in one"
     if not model_types(config):
         text += ", except in a few models; pass --base to be sure"
     return replace(wanted, targets={**others, **apart}, notes=(*wanted.notes, *told, Note("experts-cut", text)))
@@ -298,15 +298,14 @@ HINTS = {
 
 def hint_of(contents: Contents) -> str:
     """The architecture that the header of an adapter names; empty for none."""
-    told = contents.adapter.file.layout.metadata or {}
-    said = told.get("ss_base_model_version", "")
+    said = contents.adapter.file.metadata.get("ss_base_model_version", "")
     return next((name for start, name in HINTS.items() if said.startswith(start)), "")
 
 
 def dotted(base: Checkpoint | None) -> dict[str, str]:
     """The names of a base's weights by what they are without dots, also without a prefix that all of them have."""
-    names = list(base.tensors) if base is not None else []
-    return {Flattened.of(name.removeprefix(start)): name for start in ("model.diffusion_model.", "") for name in names}
+    starts, names = ("model.diffusion_model.", ""), base.tensors if base is not None else ()
+    return {Flattened.of(name.removeprefix(start)): name for start in starts for name in names}
 
 
 def unknown(layers: Mapping[str, Sized], dialect: str, names: Mapping[str, str]) -> dict[str, Target]:
@@ -415,7 +414,6 @@ class Divided:
         """The weight or bias of a module as the dialect's reader has it."""
         module = f"{module.removesuffix('.weight').removesuffix('.scale')}.{leaf}"
         architecture = ARCHITECTURES[self.reading.architecture]
-        is_unet = architecture.family.name == "unet"
         texts = architecture.texts
         match self.dialect:
             case "kohya" | "lycoris":
@@ -426,7 +424,7 @@ class Divided:
             case "peft":
                 return module
         if component == DENOISING:
-            return f"{'unet' if is_unet else 'transformer'}.{module}"
+            return f"{'unet' if architecture.family.name == 'unet' else 'transformer'}.{module}"
         number = texts.index(component) + 1
         return f"text_encoder{f'_{number}' if number > 1 else ''}.{module}"
 
@@ -447,14 +445,12 @@ class Divided:
                 f"{printable(layer.target)}: which of its rows go where is not known without its weight, which the "
                 f"adapter does not change; {self.dialect} has them in another order or in several biases"
             )
+        other = self.name(known.component, row.parts[0] if known.part < 0 else row.original, leaf)
         if row.swapped and layer.rows == 2 * layer.columns:
             half = layer.rows // 2
-            parts = (Rows(layer.target, half, half), Rows(layer.target, 0, half))
-            other = row.parts[0] if known.part < 0 else row.original
-            return {self.name(known.component, other, leaf): Target(layer.kind, (parts,))}
+            return {other: Target(layer.kind, ((Rows(layer.target, half, half), Rows(layer.target, 0, half)),))}
         if len(row.parts) == 1:
-            other = row.parts[0] if known.part < 0 else row.original
-            return {self.name(known.component, other, leaf): Target.same(layer)}
+            return {other: Target.same(layer)}
         found: dict[str, Target] = {}
         at = 0
         for part, size in zip(row.parts, sizes_of(row, layer.rows, layer.columns, layer.target), strict=True):

@@ -18,6 +18,7 @@ from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length, length_near
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.grouping import by_key
 from loratool.lazy import Tensor, torch
 from loratool.reworking.converting import wholes
 from loratool.reworking.converting.dora import Moved
@@ -49,14 +50,11 @@ class Compared:
 
 def places_of(targets: Mapping[str, Target]) -> dict[str, list[Held]]:
     """Layer that was read → where its rows went; those of "" are zeros."""
-    found: dict[str, list[Held]] = {}
-    for name, target in targets.items():
-        for expert, parts in enumerate(target.experts):
-            at = 0
-            for rows in parts:
-                found.setdefault(rows.target, []).append(Held(name, expert, at, rows))
-                at += rows.count
-    return found
+    return by_key(
+        (rows.target, Held(name, expert, at, rows))
+        for name, target in targets.items()
+        for expert, at, rows in target.places
+    )
 
 
 def read_back(targets: Mapping[str, Target], names: Spelling) -> dict[str, Target]:
@@ -84,26 +82,18 @@ class Comparison:
     full: Mapping[str, Target]  # where what is stored in full was written
     copied: Collection[str] = ()  # layers of the output whose factors must be bytes of the input
 
-    @property
-    def before(self) -> Mapping[str, Layer]:
-        return self.given.layers
-
-    @property
-    def after(self) -> Mapping[str, Layer]:
-        return self.found.layers
-
     def compare(self, target: str) -> Compared:
         """One layer of the input with what was written of it, its lengths of rows included."""
         found = self.compare_products(target)
         lost = self.lengths_lost(target)
         if not lost:
             return found
-        return Compared(found.norm or length(loaded(self.before[target])), max(lost, found.error), found.limit)
+        return Compared(found.norm or length(loaded(self.given.layers[target])), max(lost, found.error), found.limit)
 
     def lengths_lost(self, target: str) -> float:
         """The relative error of the lengths of rows that DoRA gives a layer; infinite where one side alone has any."""
-        own, places = self.before[target].magnitude, self.places.get(target, [])
-        others = [self.after[place.target].magnitude for place in places]
+        own, places = self.given.layers[target].magnitude, self.places.get(target, [])
+        others = [self.found.layers[place.target].magnitude for place in places]
         if own is None or None in others:
             return 0.0 if own is None and not any(others) else math.inf
         if any(other.by_column != own.by_column for other in others if other):
@@ -159,12 +149,12 @@ class Comparison:
 
     def compare_products(self, target: str) -> Compared:
         """ΔW of one layer of the input with what was written of it."""
-        layer, places = self.before[target], self.places.get(target, [])
+        layer, places = self.given.layers[target], self.places.get(target, [])
         if target in self.moved:
             norm, lost = self.moved[target].apart(self.written(places))
             return Compared(norm, lost / norm if norm else lost, 0.0)
         if self.is_as_it_was(layer, places):
-            after = self.after[places[0].target]
+            after = self.found.layers[places[0].target]
             error = abs(1 - after.scale / layer.scale) if layer.scale else abs(after.scale)
             if error <= EXACT:  # else the same bytes are the same update only where they are zeros
                 return Compared(None, error, EXACT)
@@ -183,7 +173,7 @@ class Comparison:
     def written(self, places: list[Held]) -> Iterator[tuple[int, Product]]:
         """Rows of a layer as they were written, each with the number of the first."""
         for place in places:
-            whole = loaded(self.after[place.target])
+            whole = loaded(self.found.layers[place.target])
             yield place.rows.first, Rows(place.target, place.first, place.rows.count).cut(whole)
 
     def pairs(self, whole: Product, places: list[Held]) -> Iterator[tuple[Product, Product]]:
@@ -191,7 +181,7 @@ class Comparison:
         opened: dict[str, Product] = {}
         for place in places:
             if place.target not in opened:
-                opened[place.target] = loaded(self.after[place.target])
+                opened[place.target] = loaded(self.found.layers[place.target])
             other = opened[place.target]
             other = other if other.up.dim() == 2 else other[place.expert]
             there = Rows(place.target, place.first, place.rows.count)
@@ -214,7 +204,7 @@ class Comparison:
         """Whether a layer is one of the output, with the same factors byte for byte."""
         if len({place.target for place in places}) != 1:
             return False
-        after = self.after[places[0].target]
+        after = self.found.layers[places[0].target]
         if (after.kind, after.experts, after.rows, after.columns, after.rank) != (
             layer.kind,
             layer.experts,
@@ -232,7 +222,7 @@ class Comparison:
         """The largest norm of rows that no layer of the input has."""
         sizes = [0.0]
         for place in self.places.get("", ()):
-            product = loaded(self.after[place.target])
+            product = loaded(self.found.layers[place.target])
             product = product if product.up.dim() == 2 else product[place.expert]
             sizes.append(length(Product(product.up[place.first : place.first + place.rows.count], product.down)))
         return max(sizes)

@@ -10,8 +10,9 @@ together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 from loratool.adapters.adapter import StoredTensor, same_values
@@ -80,6 +81,13 @@ class Target:
     def parts(self) -> Iterable[Rows]:
         """All of its rows that are not zeros."""
         return (part for parts in self.experts for part in parts if part.target)
+
+    @property
+    def places(self) -> Iterator[tuple[int, int, Rows]]:
+        """All of its rows, zeros too: the expert, the row there, and what lies from it on."""
+        for expert, parts in enumerate(self.experts):
+            starts = accumulate((part.count for part in parts), initial=0)
+            yield from ((expert, at, part) for at, part in zip(starts, parts, strict=False))
 
     @property
     def sources(self) -> tuple[str, ...]:

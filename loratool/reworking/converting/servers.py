@@ -49,12 +49,9 @@ class Server:
 
     def rank(self, largest: int) -> int:
         """The rank of its that holds the largest one. Raises `UsageError` where there is none."""
-        if not self.ranks:
-            return largest
-        fitting = [rank for rank in self.ranks if rank >= largest]
-        if not fitting:
+        if self.ranks and largest > self.ranks[-1]:
             raise UsageError(f"{self} takes ranks up to {self.ranks[-1]}, and this adapter has {largest}; pass --rank")
-        return fitting[0]
+        return self.raised(largest)
 
     def raised(self, rank: int) -> int:
         """The smallest rank of its that holds this one; the same where any can be asked for, or none is as large."""

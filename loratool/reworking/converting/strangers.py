@@ -11,7 +11,6 @@ from loratool.reworking.converting.naming import (
     LAYOUTS,
     ORIGINAL,
     found_in,
-    refuse_image_modules,
     same_layout,
 )
 from loratool.templates import grouped
@@ -35,14 +34,6 @@ def check_has_names(adapter: Adapter, dialect: str) -> None:
         grouped(map(printable, targets)),
         hint="loratool help dialects",
     )
-
-
-def check_of_language(adapter: Adapter, dialect: str) -> None:
-    """Raise `InputError` where a dialect of language models is to be written of an adapter of an image model.
-
-    It comes before such a dialect asks for the config of a model, which image models do not have.
-    """
-    refuse_image_modules(adapter.updates, dialect)
 
 
 def is_known(target: str, dialect: str) -> bool:

@@ -209,8 +209,7 @@ def lost(given: Contents, found: Contents, beside: Mapping[str, Target]) -> dict
     errors = dict.fromkeys((name for name in after if name not in beside), math.inf)
     distances: dict[str, float] = {}
     for name, target in beside.items():
-        at = 0
-        for part in target.experts[0]:
+        for _, at, part in target.places:
             there = rows_of(after.get(name), at, part.count)
             if part.target:
                 apart = distance(rows_of(before[part.target], part.first, part.count), there)
@@ -218,7 +217,6 @@ def lost(given: Contents, found: Contents, beside: Mapping[str, Target]) -> dict
                 distances[part.target] = math.hypot(distances.get(part.target, 0.0), apart if same else math.inf)
             elif there is None or bool(there.any()):
                 errors[name] = math.inf
-            at += part.count
     sizes = {name: float(value_of(before[name]).norm()) for name in distances}
     relative = {name: apart / sizes[name] if sizes[name] else apart for name, apart in distances.items()}
     return errors | relative | dict.fromkeys(before.keys() - distances.keys(), math.inf)
