@@ -327,8 +327,7 @@ class Sums:
 
 def added(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of vectors of several lengths, the shorter ones as if zeros followed."""
-    found: torch.Tensor = torch.nn.utils.rnn.pad_sequence([*rows]).sum(1)
-    return found
+    return torch.nn.utils.rnn.pad_sequence([*rows]).sum(1)
 
 
 def tree(matrix: Matrix) -> tuple[Join, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, StoredTensor
+from loratool.adapters.adapter import Adapter, StoredTensor, unloaded
 from loratool.adapters.layers import Contents, Kind, Layer, contents_of
 from loratool.adapters.unsettled import settled
 from loratool.algebra.lowrank.products import ROUNDING
@@ -156,5 +156,4 @@ def numbers_of(tensor: Any, sources: OpenSources) -> NDArray[Any]:
     """The values of a tensor on disk, also of one that is computed or whole numbers."""
     if isinstance(tensor, StoredTensor) and tensor.info.dtype in FLOAT_NAMES:
         return values_of(tensor, sources)
-    found: NDArray[Any] = tensor.load(torch.device("cpu"), torch.float64).numpy()
-    return found
+    return unloaded(tensor).load(torch.device("cpu"), torch.float64).numpy()

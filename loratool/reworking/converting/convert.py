@@ -339,8 +339,7 @@ class Converter(Maker[str, str]):
         values = singular_values(self.targets[name].product(self.load, self.factors[name], self.own[name]))
         values = values * (values > negligible(values) * values[..., :1])
         squares = values.square()
-        found: list[float] = (squares if squares.dim() == 1 else squares.sum(0)).tolist()
-        return found
+        return (squares if squares.dim() == 1 else squares.sum(0)).tolist()
 
     def scales(self, names: Spelling) -> dict[str, float]:
         """What the output says that its layers are multiplied by; the rest of each scale goes into its rows."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.adapters.adapter import Derived, StoredTensor, same_values, stored_tensors
+from loratool.adapters.adapter import Derived, StoredTensor, same_values, stored_tensors, unloaded
 from loratool.adapters.formats.format import Spelling
 from loratool.adapters.layers import Contents, Kind, Layer
 from loratool.algebra.lowrank.products import Product, difference, inner, length, length_near
@@ -230,8 +230,7 @@ class Comparison:
 
 def values_of(stored: Any) -> Tensor:
     """The values of a tensor on disk, in float64."""
-    found: Tensor = stored.load(torch.device("cpu"), torch.float64)
-    return found
+    return unloaded(stored).load(torch.device("cpu"), torch.float64)
 
 
 def relative(lost: float, size: float) -> float:

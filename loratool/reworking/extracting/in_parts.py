@@ -162,8 +162,7 @@ def outcome_of(change: Change, table: Mapping[str, Any], content: bytes) -> Outc
     def tensor(entry: Mapping[str, Any]) -> torch.Tensor:
         start, stop = entry["bytes"]
         dtype: torch.dtype = getattr(torch, entry["dtype"])
-        found: torch.Tensor = torch.frombuffer(bytearray(content[start:stop]), dtype=dtype).reshape(entry["shape"])
-        return found
+        return torch.frombuffer(bytearray(content[start:stop]), dtype=dtype).reshape(entry["shape"])
 
     factors = []
     for each in table["factors"]:
