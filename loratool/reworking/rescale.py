@@ -78,16 +78,22 @@ class RescaleOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, 
         super().__post_init__()
         self.check_needed("each", "frobenius", "spectral")
 
+    @property
+    def asked(self) -> dict[str, float]:
+        """The strengths that are given, by the names of their options."""
+        every = {name: getattr(self, name) for name in ("scale", "alpha", "frobenius", "spectral")}
+        return {name: value for name, value in every.items() if value is not None}
+
 
 def rescale(
     adapter: PathLike, out: PathLike, options: RescaleOptions, progress: Progress | None = None
 ) -> RescaleReport:
     """Write the adapter at another strength; `loratool.commands.rescale` says all of it."""
     started = time.monotonic()
-    alpha, frobenius, spectral = options.alpha, options.frobenius, options.spectral
-    asked = {"scale": options.scale, "alpha": alpha, "frobenius": frobenius, "spectral": spectral}
-    factors, blocks = read_factors(options.match), BlockWeights.of(options.block_weights)
-    check(asked, {**factors, **blocks.factors}, options.bake)
+    alpha, frobenius = options.alpha, options.frobenius
+    factors = {name: float(number) for name, _, number in (pair.rpartition("=") for pair in options.match)}
+    blocks = BlockWeights.of(options.block_weights)
+    check(options, factors, blocks)
     path = local(adapter, "adapter")
     contents, manner, in_place = opened(path, options)
     target = check_adapter_target(out, [path], options, manner.form)
@@ -99,14 +105,14 @@ def rescale(
     with session("cpu", [contents]) as at_work:
         norm: float | None = None
         rounded: list[str] = []
-        if frobenius is not None or spectral is not None:
-            sizes, noise = measured(contents, at_work, spectral is not None, progress)
-            wanted = factors_to(contents, sizes, noise, frobenius, spectral, options.each)
+        if frobenius is not None or options.spectral is not None:
+            sizes, noise = measured(contents, at_work, frobenius is None, progress)
+            wanted = factors_to(contents, sizes, noise, options)
             rounded = [t for t in contents.layers if options.each and sizes[t] <= noise[t]]
+        elif alpha is not None:
+            wanted = {t: alpha / format_of(contents.adapter).alpha_of(contents, t) for t in contents.layers}
         else:
-            wanted = {
-                t: to_alpha(contents, t, alpha) if alpha is not None else options.scale or 1.0 for t in contents.layers
-            }
+            wanted = dict.fromkeys(contents.layers, options.scale or 1.0)
         matched = by_name(factors, blocks, contents.layers)
         modules = {
             t: RescaledLayer(layer.scale, layer.scale * f, f)
@@ -119,15 +125,11 @@ def rescale(
         if frobenius is not None:
             norm = math.sqrt(math.fsum((sizes[t] * m.after / m.before) ** 2 for t, m in modules.items() if m.before))
         told = {t: RescaledLayer(0.0, m.after, None) if t in asleep else m for t, m in modules.items()}
-        notes = (
-            *rounding_only(rounded, modules),
-            *remarks(contents, told, bake, len(changes) * (options.scale is None)),
-            *manner.notes,
-        )
+        notes = (*remarks(contents, told, bake, rounded, len(changes) * (options.scale is None)), *manner.notes)
         if bake:
             own = {t: layer.rank for t, layer in contents.layers.items()}
             notes += (*manner.form.rank_notes(own, ranks_of(contents, manner)),)
-        facts = {"adapter": at_work.origins[0], **facts_of(asked, factors, bake)}
+        facts = {"adapter": at_work.origins[0], "asked": options.asked, "match": factors, "bake": bake}
         if bake:
             run(Baker(contents, manner, modules, at_work, options, facts, notes, changes), target, [path], options)
         else:
@@ -149,20 +151,16 @@ def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]
     """An adapter, how it is written, and whether its tensors stay but for those that hold its strength."""
     (way,) = options.readings(1)
     base = options.model()
-    idle = (BASE_UNUSED,) if base is not None else ()  # where tensors stay as they are
     read = read_adapter(path, way)
+    as_it_is = Manner(format_of(read), "", notes=(BASE_UNUSED,) if base is not None else ())
     if restates(read, options):
-        return contents_of(as_stored(read), "rescale"), Manner(format_of(read), "", notes=idle), True
+        return contents_of(as_stored(read), "rescale"), as_it_is, True
     given = settled(read, base.config if base else {})
     contents = contents_of(given, "rescale", as_products=bool(given.dialects))
-    if format_of(given).rescales_tensors and not options.bake and options.to is None:
-        return (
-            replace(contents, adapter=given),
-            Manner(format_of(given), "", notes=idle),
-            True,
-        )  # LoHa and LoKr stay what they are
+    if as_it_is.form.rescales_tensors and not options.bake and options.to is None:
+        return replace(contents, adapter=given), as_it_is, True  # LoHa and LoKr stay what they are
     if is_copied(contents, options):
-        return contents, Manner(format_of(given), "", notes=idle), False
+        return contents, as_it_is, False
     (contents,), manner = in_manner([contents], options.to, base)
     return contents, manner, False
 
@@ -185,23 +183,11 @@ def is_copied(contents: Contents, options: RescaleOptions) -> bool:
     )
 
 
-def facts_of(asked: Mapping[str, float | None], factors: Mapping[str, float], bake: bool) -> dict[str, Any]:
-    """What a record says of the strength that was asked for."""
-    given = {name: value for name, value in asked.items() if value is not None}
-    return {"asked": given, "match": factors, "bake": bake}
-
-
-def read_factors(match: Sequence[str]) -> dict[str, float]:
-    """Pattern → factor."""
-    return {pattern: float(number) for pattern, _, number in (pair.rpartition("=") for pair in match)}
-
-
-def check(asked: Mapping[str, float | None], factors: Mapping[str, float], bake: bool) -> None:
+def check(options: RescaleOptions, factors: Mapping[str, float], blocks: BlockWeights) -> None:
     """Raise `UsageError` where the arguments do not mean one thing."""
-    given = {name: value for name, value in asked.items() if value is not None}
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(f'--{name}' for name in given)} are mutually exclusive")
-    if not given and not factors and not bake:
+    if len(options.asked) > 1:
+        raise UsageError(f"{' and '.join(f'--{name}' for name in options.asked)} are mutually exclusive")
+    if not (options.asked or factors or blocks.factors or options.bake):
         raise UsageError(
             "nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match, --block-weights or --bake"
         )
@@ -250,48 +236,34 @@ def measured(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The Frobenius norm of each update, or its largest singular value, and what of it may be rounding; experts together."""
 
-    def work(target: str) -> list[tuple[str, float, float]]:
+    def work(target: str) -> list[tuple[str, tuple[float, float]]]:
         found = contents.load(target, at_work.device, at_work.dtype)
         values, rounding = singular_values(found), floor_of(found)
         if spectral:
-            return [(target, float(values.max()), float(rounding.max()))]
-        return [(target, float(values.square().sum().sqrt()), float(rounding.square().sum().sqrt()))]
+            return [(target, (float(values.max()), float(rounding.max())))]
+        return [(target, (float(values.square().sum().sqrt()), float(rounding.square().sum().sqrt())))]
 
-    sizes: dict[str, float] = {}
-    noise: dict[str, float] = {}
-    for target, size, rounding in at_work.through(work, contents.layers, len(contents.layers), progress):
-        sizes[target], noise[target] = size, rounding
-    return sizes, noise
+    found = dict(at_work.through(work, contents.layers, len(contents.layers), progress))
+    return {target: size for target, (size, _) in found.items()}, {t: rounding for t, (_, rounding) in found.items()}
 
 
 def factors_to(
-    contents: Contents,
-    sizes: Mapping[str, float],
-    noise: Mapping[str, float],
-    frobenius: float | None,
-    spectral: float | None,
-    each: bool,
+    contents: Contents, sizes: Mapping[str, float], noise: Mapping[str, float], options: RescaleOptions
 ) -> dict[str, float]:
     """The factor of each layer that brings the norms to what was asked for: 1 where an update is zero, or rounding."""
-    wanted = frobenius if frobenius is not None else spectral
-    assert wanted is not None, "one of them is given"
+    ((kind, wanted),) = options.asked.items()
 
     def whole(parts: Mapping[str, float]) -> float:
-        return math.hypot(*parts.values()) if frobenius is not None else max(parts.values())
+        return math.hypot(*parts.values()) if kind == "frobenius" else max(parts.values())
 
     if whole(sizes) <= whole(noise):
         raise FitError(
             f"cannot scale it to a norm: every update is zero (an untrained adapter has B = 0) or {ROUNDING_ONLY}; if "
             "only alpha is 0, pass --alpha"
         )
-    if each:
+    if options.each:
         return {target: wanted / size if size > noise[target] else 1.0 for target, size in sizes.items()}
     return dict.fromkeys(contents.layers, wanted / whole(sizes))
-
-
-def to_alpha(contents: Contents, target: str, alpha: float) -> float:
-    """The factor that brings a layer to an α."""
-    return alpha / format_of(contents.adapter).alpha_of(contents, target)
 
 
 def awakened(contents: Contents, alpha: float) -> tuple[Contents, frozenset[str]]:
@@ -326,7 +298,8 @@ def write_alphas(
 ) -> None:
     """The same tensors under another α; one α for all gives up the patterns that there were."""
     factors = {target: layer.factor for target, layer in modules.items()}
-    if (form := format_of(contents.adapter)).rescales_tensors:
+    form = format_of(contents.adapter)
+    if form.rescales_tensors:
         strengths = {**{t: f if f is not None else 1.0 for t, f in factors.items()}, **changes}
         scaled = form.scaled(contents, strengths, {t: m.after for t, m in modules.items()})
         scaled_output(out, contents, scaled, provenance, options)
@@ -334,7 +307,7 @@ def write_alphas(
     if restates(contents.adapter, options):
         restated_output(out, contents, with_one_alpha(contents, factors), provenance, options)
         return
-    config = format_of(contents.adapter).rescaled(contents, factors, options.alpha is not None)
+    config = form.rescaled(contents, factors, options.alpha is not None)
     if options.dry_run:
         contents.adapter.check_values()
     else:
@@ -413,17 +386,16 @@ class Baker(Maker[str, None]):
         return Rest(config, self.facts, self.notes, files_beside(self.contents), [adapter.folder])
 
 
-def rounding_only(rounded: Sequence[str], modules: Mapping[str, RescaledLayer]) -> Iterator[Note]:
-    """What is to be told of layers that got no norm of their own."""
+def remarks(
+    contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool, rounded: Sequence[str], unscaled: int
+) -> Iterator[Note]:
+    """What a user of the result should know; layers that are `rounded` got no norm of their own."""
     if rounded:
-        text = (
+        yield Note(
+            "update-is-rounding",
             f"{len(rounded)} of {len(modules)} updates keep their strength, such as {printable(rounded[0])}: each is "
+            f"zero, or {ROUNDING_ONLY}, which scaling it to a norm would amplify",
         )
-        yield Note("update-is-rounding", f"{text}zero, or {ROUNDING_ONLY}, which scaling it to a norm would amplify")
-
-
-def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: bool, unscaled: int = 0) -> Iterator[Note]:
-    """What a user of the result should know."""
     if contents.adapter.packing:
         yield Note(
             "factors-repacked",
@@ -432,12 +404,10 @@ def remarks(contents: Contents, modules: Mapping[str, RescaledLayer], baked: boo
         )
     changed = any(m.factor != 1 for m in modules.values())
     if contents.dora and changed:
-        yield (
-            Note(
-                "dora-direction-only",
-                "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale changes the direction of each row but not its length "
-                "m, and the effect is not proportional. For a proportional change use `loratool merge -w`",
-            )
+        yield Note(
+            "dora-direction-only",
+            "DoRA: W' = m ⊙ (W + sBA)/‖W + sBA‖, so a scale changes the direction of each row but not its length m, and "
+            "the effect is not proportional. For a proportional change use `loratool merge -w`",
         )
     whole = len(contents.saved) + len(contents.bases) + len(contents.rows) + unscaled
     if whole and changed:
