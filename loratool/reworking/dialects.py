@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +64,15 @@ class Manner:
         """What is written of layers whose scale is in their factors."""
         adapters = [source.adapter for source in sources]
         return Draft(forms, names, called(dtype), carried, sources=adapters, architecture=self.architecture)
+
+    def told_of_ranks(self, ranks: Collection[int], way: str) -> Iterator[Note]:
+        """What servers of language models make of several ranks, and the way to one; files of image models have several."""
+        if self.form is WRITTEN and len(set(ranks)) > 1:
+            yield Note(
+                "ranks-differ",
+                "ranks differ between layers (rank_pattern); for servers that support a single rank, "
+                f"{way}, which pads every layer to rank {max(ranks)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

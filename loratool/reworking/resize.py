@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.adapters.formats import WRITTEN, read_adapter
+from loratool.adapters.formats import read_adapter
 from loratool.adapters.formats.format import Parts
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer, contents_of
 from loratool.adapters.ranks import RULES, Amount, RankRule, evened, told_of_cuts
@@ -216,7 +216,7 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
             facts={"adapter": self.at_work.origins[0], "rule": self.rule.told},
             notes=(
                 *remarks(contents, self.modules, self.dropped),
-                *several_ranks(self.modules, self.manner),
+                *self.manner.told_of_ranks([m.rank for m in self.modules.values()], "pass --uniform"),
                 *told_of_cuts(asked, {t: contents.layers[t].most for t in ranks}, ranks),
                 *self.manner.form.rank_notes(self.own, ranks),
                 *self.manner.notes,
@@ -359,40 +359,29 @@ def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
     }
 
 
-def several_ranks(modules: Mapping[str, ResizedLayer], manner: Manner) -> Iterator[Note]:
-    """What servers of language models make of several ranks; files of image models have one for each module."""
-    if manner.form is WRITTEN and len({m.rank for m in modules.values()}) > 1:
-        yield Note(
-            "ranks-differ",
-            "ranks differ between layers (rank_pattern); for servers that support a single rank, pass --uniform, "
-            f"which pads every layer to rank {max(m.rank for m in modules.values())}",
-        )
-
-
 def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str]) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from contents.remarks
     yield from told_beside(contents)
     if contents.dora:
-        yield (
-            Note(
-                "dora-error-unbounded",
-                "DoRA: ΔW is truncated and the magnitudes are kept. Because the rows are normalised, the error of ΔW "
-                "does not bound the error of the merged weight",
-            )
+        yield Note(
+            "dora-error-unbounded",
+            "DoRA: ΔW is truncated and the magnitudes are kept. Because the rows are normalised, the error of ΔW does not "
+            "bound the error of the merged weight",
         )
     if zero := [t for t, m in modules.items() if not m.norm]:
         yield Note("modules-without-effect", f"{len(zero)} of {len(modules)} updates are zero: {listed(zero)}")
     if noise := [t for t, m in modules.items() if 0 < m.norm <= m.floor]:
-        text = (
+        yield Note(
+            "update-is-rounding",
             f"ranks and errors of {len(noise)} of {len(modules)} updates are meaningless, such as "
-            f"{printable(noise[0])}: each is {ROUNDING_ONLY}"
+            f"{printable(noise[0])}: each is {ROUNDING_ONLY}",
         )
-        yield Note("update-is-rounding", text)
     if modules and all(m.rank > m.rank_before for m in modules.values()):
-        text = "every layer has a higher rank than before, which changes no update and makes the file larger"
-        yield Note("rank-not-needed", text)
+        yield Note(
+            "rank-not-needed",
+            "every layer has a higher rank than before, which changes no update and makes the file larger",
+        )
     for target in dropped:
         if f"{target.removesuffix('weight')}bias" in contents.biases:
-            text = f"{printable(target)} is left out, including its lora_B bias"
-            yield Note("bias-left-out", text)
+            yield Note("bias-left-out", f"{printable(target)} is left out, including its lora_B bias")

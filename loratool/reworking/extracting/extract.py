@@ -443,12 +443,10 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
     yield from extractor.manner.notes
     yield from (*not_compared(found.base, found.tuned), *found.told_guesses(), *found.doubts, *of_packing(found))
     if extractor.noise:
-        yield (
-            Note(
-                "below-rounding",
-                f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can explain and are "
-                "left out; pass --rank with a number to include them",
-            )
+        yield Note(
+            "below-rounding",
+            f"{len(extractor.noise)} layers differ by no more than rounding to their dtype can explain and are left out; "
+            "pass --rank with a number to include them",
         )
     full = [t for t, layer in extractor.layers.items() if layer.rank == layer.above_noise == rule.most]
     if rule.noise and full:
@@ -461,14 +459,7 @@ def remarks(found: Pairing, extractor: Extractor, rule: Rule) -> Iterator[Note]:
             "tied-weight-changed",
             f"tied to its embedding and changed with it: {', '.join(map(printable, extractor.mirrored))}",
         )
-    if extractor.manner.form is WRITTEN and len(set(extractor.ranks.values())) > 1:
-        yield (
-            Note(
-                "ranks-differ",
-                "ranks differ between layers (rank_pattern); for servers that support a single rank, run loratool "
-                f"resize --uniform, which pads every layer to rank {max(extractor.ranks.values())}",
-            )
-        )
+    yield from extractor.manner.told_of_ranks(extractor.ranks.values(), "run loratool resize --uniform")
     limits = {target: min(change.shape) for target, change in found.changes.items()}
     yield from told_of_cuts(None if rule.by_value else rule.most, limits, extractor.layers)
     yield from extractor.manner.form.rank_notes(
