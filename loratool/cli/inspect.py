@@ -97,7 +97,7 @@ def inspect_shared(paths: Sequence[Path], options: InspectWords, screen: Screen,
     facts = finish_inspect(paths[0], options, into)
     screen.show({"results": [facts]}, facts)
     pictures.write([facts])
-    if code := exit_code_of(facts):
+    if code := exit_code_of(facts.findings or ()):
         tell_problems(paths[0], facts, screen)
         raise click.exceptions.Exit(code)
 
@@ -189,7 +189,7 @@ def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen,
         try:
             with screen.bar("measuring", **LAYERS) as progress:
                 facts.append(inspect(path, options, progress, way))
-            codes.append(exit_code_of(facts[-1]))
+            codes.append(exit_code_of(facts[-1].findings or ()))
             checked += [len(facts) - 1] if codes[-1] else []
         except LoratoolError as error:
             if len(paths) == 1:

@@ -29,7 +29,7 @@ from loratool.files.pipelines import itself
 from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.grouping import by_key
-from loratool.inspecting.health import examine, examine_model, tell_unreadable
+from loratool.inspecting.health import examine, examine_model, tell_unreadable, with_record
 from loratool.inspecting.metadata import shortened_metadata
 from loratool.inspecting.options import InspectOptions, unused_of_model
 from loratool.notes import Note
@@ -46,7 +46,7 @@ from loratool.results.facts import (
     UnreadableFacts,
     WeightFacts,
 )
-from loratool.results.findings import NOT_AS_WRITTEN
+from loratool.results.findings import NOT_AS_WRITTEN, Finding
 from loratool.results.text import counts
 from loratool.templates import listed as in_one_line
 
@@ -92,9 +92,7 @@ def inspect(
             against = stack.enter_context(headers(options.base_config))
         facts = look_at(location, path, against, options, progress, way, measured)
         if options.check:
-            from loratool.inspecting.written import with_record  # with all that hashes files
-
-            facts = with_record(facts, location)
+            facts = replace(facts, findings=with_record(facts.findings or (), location))
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
         return replace(facts, cost=Cost.since(started, device))
 
@@ -189,12 +187,12 @@ def with_sketch(facts: AdapterFacts, adapter: Adapter, fit: Fit | None, options:
     return replace(facts, near=near, notes=(*facts.notes, *notes))
 
 
-def exit_code_of(facts: OneFacts) -> int:
+def exit_code_of(findings: Iterable[Finding]) -> int:
     """What a check comes to: 0 where it found notes alone, 5 where a file is not what was written, 3 for any other problem.
 
     A file that was damaged may be malformed as well, and that it was damaged says more.
     """
-    codes = {finding.code for finding in facts.findings or () if finding.level == "problem"}
+    codes = {finding.code for finding in findings if finding.level == "problem"}
     return VerificationError.exit_code if NOT_AS_WRITTEN in codes else InputError.exit_code if codes else 0
 
 

@@ -1,4 +1,4 @@
-"""Sketches of many adapters in one file, and the nearest of them to another adapter.
+"""Sketches of many adapters in one file, the nearest of them to another adapter, and those that are the same update.
 
 The file is a safetensors file: a tensor `sketches`, float32, a row of 1024 numbers for each adapter; its metadata say what the
 rows are. Adapters are compared by the file alone.
@@ -7,18 +7,17 @@ rows are. Adapters are compared by the file alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.algebra.sketching import SIZE, VERSION, spread
+from loratool.algebra.sketching import SIZE, VERSION, spread, tolerance
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.outputs import check_file, check_local, write_file
 from loratool.files.safefile import Layout, read_safefile
 from loratool.files.untrusted import json_value
-from loratool.inspecting.twins import is_same
 from loratool.lazy import NDArray, numpy as np
 from loratool.notes import Note
 from loratool.results.sketch import Neighbour, SketchFacts
@@ -155,3 +154,42 @@ def neighbour(entry: Entry, sketch: Sketch, distance: float) -> Neighbour:
         same="" if not same else "same update" if entry.saved == sketch.saved else "same update, other saved tensors",
         path=printable(entry.path),
     )
+
+
+BLOCK = 512  # adapters that are compared with all others at a time
+ROOM = 1e-6  # relative: how far a distance from inner products may be off before it is computed from the difference
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """A sketch that is kept to be compared."""
+
+    values: NDArray[Any]  # (m,), float32
+    facts: SketchFacts
+
+
+def is_same(one: SketchFacts, other: SketchFacts, distance: float) -> bool:
+    """Whether two updates at a distance are the same but for rounding; untrained ones, which are zero, are not."""
+    if one.names != other.names or not (one.norm and other.norm):
+        return False
+    return distance <= tolerance((one.norm, other.norm), (one.rounding, other.rounding))
+
+
+def twins(sketches: Sequence[Sketched]) -> Iterator[tuple[int, int]]:
+    """Every two that are the same update, the first before the second."""
+    if len(sketches) < 2:
+        return
+    values = np.stack([each.values for each in sketches]).astype(np.float64)
+    squares = (values * values).sum(1)
+    # No distance within tolerance is larger than this; what is near enough is measured again, from the difference.
+    most = np.array([tolerance([s.facts.norm], [s.facts.rounding] * 2) + ROOM * s.facts.norm for s in sketches])
+    for start in range(0, len(sketches), BLOCK):
+        stop = start + BLOCK
+        near = squares[start:stop, None] + squares - 2 * (values[start:stop] @ values.T)
+        limit = (most[start:stop, None] + most) ** 2
+        for i, j in zip(*np.nonzero(near <= limit), strict=True):
+            one = start + int(i)
+            if one < int(j):
+                distance = float(np.linalg.norm(values[one] - values[int(j)]))
+                if is_same(sketches[one].facts, sketches[int(j)].facts, distance):
+                    yield one, int(j)

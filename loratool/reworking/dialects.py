@@ -18,8 +18,8 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import torch
 from loratool.notes import Note
 from loratool.options.described import Choice, Options, PathKind, option
+from loratool.reworking.converting.losing import check_has_names
 from loratool.reworking.converting.naming import hint_of, respelled
-from loratool.reworking.converting.strangers import check_has_names
 from loratool.reworking.converting.wholes import outlines
 from loratool.reworking.renaming import dialect_of, named_alike, renamed
 from loratool.reworking.runner import Draft

@@ -17,7 +17,7 @@ import loratool
 from loratool.algebra import sketching
 from loratool.algebra.sketching import Sketcher, folded, tolerance
 from loratool.errors import FitError, InputError
-from loratool.inspecting.twins import Sketched, is_same, twins
+from loratool.inspecting.neighbours import Sketched, is_same, twins
 from loratool.results.sketch import SketchFacts
 from loratool.reworking.sketches import Sketch, sketch_of
 

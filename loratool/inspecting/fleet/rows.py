@@ -19,11 +19,9 @@ from loratool.files.containers import foreign_file
 from loratool.files.heads import read_head
 from loratool.inspecting.fleet.alike import likeness
 from loratool.inspecting.fleet.members import Member, is_model, names_in
-from loratool.inspecting.health import examine, tell_unreadable
+from loratool.inspecting.health import examine, tell_unreadable, with_record
 from loratool.inspecting.inspect import exit_code_of, layer_in, leaf, told_format
 from loratool.inspecting.options import InspectOptions
-from loratool.inspecting.written import with_record
-from loratool.results.facts import UnreadableFacts
 from loratool.results.findings import Finding
 from loratool.results.fleet import OK, FleetRow
 
@@ -190,10 +188,8 @@ def with_findings(row: FleetRow, findings: Iterable[Finding]) -> FleetRow:
 
 def checked(row: FleetRow, findings: tuple[Finding, ...], location: Path) -> FleetRow:
     """The row with all that a check found, and the files compared with what loratool wrote, where it did."""
-    facts = with_record(UnreadableFacts("unreadable", row.path, findings), location)
-    assert isinstance(facts, UnreadableFacts)
-    row = with_findings(row, facts.findings)
-    return replace(row, findings=facts.findings, exit_code=exit_code_of(facts) or row.exit_code)
+    findings = with_record(findings, location)
+    return replace(with_findings(row, findings), findings=findings, exit_code=exit_code_of(findings) or row.exit_code)
 
 
 def measured(row: FleetRow, adapter: Adapter, base: Checkpoint | None) -> tuple[FleetRow, Sketch | None]:

@@ -14,9 +14,8 @@ from loratool.fetching import check_there, headers, local
 from loratool.inspecting.fleet.conditions import conditions, sorted_by
 from loratool.inspecting.fleet.members import members
 from loratool.inspecting.fleet.rows import Reader
-from loratool.inspecting.neighbours import Index, nearest, read_index
+from loratool.inspecting.neighbours import Index, Sketched, is_same, nearest, read_index, twins
 from loratool.inspecting.options import InspectOptions
-from loratool.inspecting.twins import Sketched, is_same, twins
 from loratool.lazy import numpy as np
 from loratool.results.base import Cost
 from loratool.results.fleet import FleetFacts, FleetRow

@@ -14,8 +14,9 @@ from loratool.adapters.formats import format_at, format_of
 from loratool.adapters.formats.format import Format
 from loratool.errors import LoratoolError, code_of, folded, printable
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.folders import INDEX_SUFFIX
 from loratool.notes import Note
-from loratool.results.findings import Finding
+from loratool.results.findings import NOT_AS_WRITTEN, Finding
 from loratool.results.repairs import command, quoted, some
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 UNMERGED = "unmerged-model"  # the code of a model that was saved with its adapter unmerged
 
-__all__ = ["Finding", "examine", "examine_model", "tell_unreadable"]
+__all__ = ["Finding", "examine", "examine_model", "tell_unreadable", "with_record"]
 
 TOLD = ("ambiguous-alpha", "prefix-doubled", "adapter-name-in-names")  # codes of notes that are findings of their own
 
@@ -59,15 +60,14 @@ def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
     """Everything that is found in a checkpoint, problems first; `path` is what commands are told with."""
     from loratool.inspecting.health.scanning import look_at_model, look_at_packing
 
-    notes = [note for note in checkpoint.notes if note.code != UNMERGED]
     unmerged = [
         Finding("problem", UNMERGED, note.text, command("merge", path))
         for note in checkpoint.notes
         if note.code == UNMERGED
     ]
-    found = (*unmerged, *look_at_model(checkpoint), *look_at_packing(checkpoint))
-    found = tuple(sorted(found, key=is_note))
-    return (*found, *(Finding("note", note.code, note.text) for note in notes))
+    found = sorted([*unmerged, *look_at_model(checkpoint), *look_at_packing(checkpoint)], key=is_note)
+    notes = (Finding("note", note.code, note.text) for note in checkpoint.notes if note.code != UNMERGED)
+    return (*found, *notes)
 
 
 def is_note(finding: Finding) -> bool:
@@ -116,3 +116,14 @@ def look_at_fit(fit: Fit, path: Path) -> Iterator[Finding]:
             f"loratool merge {quoted(Path(fit.base.path))} {quoted(path)} -o OUT",
             tuple(map(printable, changed)),
         )
+
+
+def with_record(findings: Sequence[Finding], location: Path) -> tuple[Finding, ...]:
+    """What a check found, and whether the files are still those that loratool wrote, where it did."""
+    from loratool.provenance import record  # with all that hashes files
+
+    whole = location.is_dir() or location.name.endswith(INDEX_SUFFIX)
+    found = record.compare(location if location.is_dir() else location.parent, "" if whole else location.name)
+    problems = [Finding("problem", NOT_AS_WRITTEN, text, record.WAY_OUT) for text in found.problems]
+    notes = [Finding("note", note.code, note.text) for note in found.notes]
+    return (*problems, *findings, *notes)

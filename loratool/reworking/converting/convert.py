@@ -46,10 +46,19 @@ from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.convert import ConvertedLayer, ConvertReport
 from loratool.reworking.converting.baking import baked, check_baked, kernels_in
 from loratool.reworking.converting.carrying import carried
-from loratool.reworking.converting.copying import copies, may_be_copied, only_low_rank
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
-from loratool.reworking.converting.keeping import can_keep, carry, is_same, kept, others_in, whole
-from loratool.reworking.converting.losing import doubts, lengths_lost, without_losses
+from loratool.reworking.converting.keeping import (
+    can_keep,
+    carry,
+    copies,
+    is_same,
+    kept,
+    may_be_copied,
+    only_low_rank,
+    others_in,
+    whole,
+)
+from loratool.reworking.converting.losing import check_has_names, doubts, lengths_lost, without_losses
 from loratool.reworking.converting.naming import (
     LAYOUTS,
     Wanted,
@@ -62,7 +71,6 @@ from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed, settled
 from loratool.reworking.converting.servers import SERVERS, Server, server_for
-from loratool.reworking.converting.strangers import check_has_names
 from loratool.reworking.converting.wholes import (
     added_up,
     check_norms,

@@ -1,4 +1,4 @@
-"""What a dialect cannot say, or a server refuses: told by name, or left out where that is accepted."""
+"""What a dialect cannot say, or has no names for, or a server refuses: told by name, or left out where that is accepted."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats import DIALECTS, NAMED, WRITTEN, format_of
 from loratool.adapters.formats.format import UNEVEN, Format, targets_by
 from loratool.adapters.layers import innermost
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.errors import FitError, printable
+from loratool.errors import FitError, InputError, printable
+from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.notes import Note
 from loratool.results.repairs import some
-from loratool.reworking.converting.naming import image_architecture
+from loratool.reworking.converting.naming import DIFFUSERS, LAYOUTS, ORIGINAL, found_in, image_architecture, same_layout
 from loratool.reworking.converting.servers import Server
+from loratool.templates import grouped
 
 REFUSED = "server-refuses"  # the code of a note
 
@@ -81,3 +84,31 @@ def without_losses(
         kept = {target: innermost(update) for target, update in kept.items()}
     training = replace(adapter.training, dora=any(isinstance(update, Magnitude) for update in kept.values()))
     return replace(adapter, updates=kept, bases={}, training=training), lost
+
+
+def check_has_names(adapter: Adapter, dialect: str) -> None:
+    """Raise `InputError` where a dialect of image models has no name for any module of an adapter.
+
+    Files that tools for image models wrote are left to the tables of names, which say more.
+    """
+    if dialect not in LAYOUTS or DIALECTS[dialect] is WRITTEN or format_of(adapter) is NAMED:
+        return
+    targets = [*adapter.updates, *adapter.bases]
+    if not targets or any(is_known(target, dialect) for target in targets):
+        return
+    words = [word for word, form in DIALECTS.items() if form is not NAMED and word in form.dialects[:1]]
+    raise InputError(
+        f"{printable(adapter.file.path)}: {dialect} is a dialect of image and video models ({', '.join(ARCHITECTURES)}), "
+        f"and no module of this adapter is one of theirs. Adapters of language models are written with --to "
+        f"{', '.join(words[:-1])} or {words[-1]}. Its modules are:",
+        grouped(map(printable, targets)),
+        hint="loratool help dialects",
+    )
+
+
+def is_known(target: str, dialect: str) -> bool:
+    """Whether a module is one of a known architecture, or has the layout of a dialect anyway."""
+    layouts = (DIFFUSERS, ORIGINAL)
+    return same_layout(target, dialect) is not None or any(
+        found_in(target, architecture, layout) is not None for architecture in ARCHITECTURES for layout in layouts
+    )

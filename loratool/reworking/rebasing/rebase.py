@@ -34,8 +34,7 @@ from loratool.options.shared import DeviceOption, NamingOptions
 from loratool.options.writing import PublishOptions, WritingOptions
 from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.rebase import BasePair, RebasedBase, RebaseReport
-from loratool.reworking.rebasing.drift import Drift, drift_of
-from loratool.reworking.rebasing.surroundings import changed_beside
+from loratool.reworking.rebasing.drift import Drift, changed_beside, drift_of
 from loratool.reworking.runner import record_of
 
 # Figures at which something is said or refused. They come from toy models; no pair of released bases was tried.
