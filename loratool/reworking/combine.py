@@ -85,12 +85,17 @@ def refuse(
     """Raise for adapters that this cannot be done to."""
     if not layers:
         raise InputError("these adapters contain no low-rank update")
+    weighted = any(aligned.weight != 1 for found in layers.values() for aligned in found)
     if dora := [source.name for source in sources if source.dora]:
-        plain = combination.factor == 1 and combination.match == "none" and not combination.svc
-        alone = len(sources) == 1 and METHODS[combination.method].family == GRAM and plain
-        alone = alone and all(combination.rank is None or f[0].layer.rank <= combination.rank for f in layers.values())
-        alone = alone and all(blocks.factor(t) == 1 for t in layers)
-        if not alone or any(aligned.weight != 1 for found in layers.values() for aligned in found):
+        stays = (
+            len(sources) == 1
+            and METHODS[combination.method].family == GRAM
+            and (combination.factor, combination.match, combination.svc) == (1, "none", False)
+            and all(combination.rank is None or f[0].layer.rank <= combination.rank for f in layers.values())
+            and all(blocks.factor(t) == 1 for t in layers)
+            and not weighted
+        )
+        if not stays:
             raise FitError(
                 f"{', '.join(dora)}: DoRA divides by the norm of W + ΔW, so its update depends on the base and cannot "
                 "be summed. Instead, run `loratool merge` to apply several DoRA adapters to a base, and `loratool "
@@ -102,9 +107,7 @@ def refuse(
             "those; run `loratool merge` on the adapters instead:",
             whole,
         )
-    if combination.method == "model_stock" and any(
-        aligned.weight != 1 for found in layers.values() for aligned in found
-    ):
+    if combination.method == "model_stock" and weighted:
         raise UsageError("model_stock averages runs of one task and takes no weights")
     if combination.divides:
         sums = {t: cancel([aligned.weight for aligned in f]) for t, f in layers.items()}
@@ -112,17 +115,12 @@ def refuse(
             raise UsageError(
                 f"{combination.method} divides by the sum of the weights, which is 0 for:", map(printable, cancelling)
             )
-    if METHODS[combination.method].family == FACTORWISE:
-        uneven = [t for t, found in layers.items() if len({aligned.layer.rank for aligned in found}) > 1]
-        if uneven:
-            raise FitError(
-                f"{combination.method} adds A to A and B to B, which needs equal ranks; --method linear takes any "
-                "ranks:",
-                (
-                    f"{printable(t)}: ranks {', '.join(str(aligned.layer.rank) for aligned in layers[t])}"
-                    for t in uneven
-                ),
-            )
+    uneven = [t for t, found in layers.items() if len({aligned.layer.rank for aligned in found}) > 1]
+    if uneven and METHODS[combination.method].family == FACTORWISE:
+        raise FitError(
+            f"{combination.method} adds A to A and B to B, which needs equal ranks; --method linear takes any ranks:",
+            (f"{printable(t)}: ranks {', '.join(str(aligned.layer.rank) for aligned in layers[t])}" for t in uneven),
+        )
 
 
 class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
@@ -192,7 +190,8 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
     def take(self, made: Made[tuple[str, CombinedLayer, torch.Tensor]]) -> None:
         target, layer, table = made.told
         self.modules[target] = layer
-        self.note(target, table)
+        which = torch.tensor([aligned.adapter for aligned in self.layers[target]])
+        self.together[which[:, None], which] += table.to(self.together)
 
     def rest(self, draft: Draft) -> Rest:
         self.check()
@@ -237,11 +236,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         """The result for a layer, and the adapters' own updates."""
         found = self.layers[target]
         shared = joint([aligned.load(self.sources, self.at_work.device, self.at_work.dtype) for aligned in found])
-        combination = dataclasses.replace(
-            self.combination,
-            factor=self.factor(target),
-            setting=dataclasses.replace(self.combination.setting, key=f"{self.combination.setting.key}/{target}"),
-        )
+        combination = dataclasses.replace(keyed(self.combination, target), factor=self.factor(target))
         if METHODS[combination.method].family != FACTORWISE:
             combination = dataclasses.replace(combination, rank=self.cut(target))
         if len(found) < METHODS[combination.method].least:  # of those that have the layer
@@ -249,7 +244,7 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             combination = dataclasses.replace(combination, method="linear", setting=mean)
         if found[0].layer.kind is not Kind.PARAMETER:
             return self.one(combination, found, shared), shared
-        every = [self.one(expert(combination, at), found, shared[at]) for at in range(found[0].layer.experts)]
+        every = [self.one(keyed(combination, at), found, shared[at]) for at in range(found[0].layer.experts)]
         return stacked(every), shared
 
     def one(self, combination: Combination, found: Sequence[AlignedLayer], shared: Joint) -> Mixture:
@@ -300,13 +295,6 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
             cancels=whole.cancels,
         )
 
-    def note(self, target: str, table: torch.Tensor) -> None:
-        """Take up the inner products of a layer's updates."""
-        which = [aligned.adapter for aligned in self.layers[target]]
-        for i, one in enumerate(which):
-            for j, other in enumerate(which):
-                self.together[one, other] += table[i, j]
-
     def check(self) -> None:
         """What can be said only when all layers have been seen."""
         if not bool(self.together.diagonal().any()):
@@ -356,10 +344,10 @@ class Combiner(Maker[str, tuple[str, CombinedLayer, "torch.Tensor"]]):
         )
 
 
-def expert(combination: Combination, at: int) -> Combination:
-    """The same for one expert, whose random numbers are its own."""
+def keyed(combination: Combination, of: object) -> Combination:
+    """The same for one layer, or for one expert, whose random numbers are its own."""
     return dataclasses.replace(
-        combination, setting=dataclasses.replace(combination.setting, key=f"{combination.setting.key}/{at}")
+        combination, setting=dataclasses.replace(combination.setting, key=f"{combination.setting.key}/{of}")
     )
 
 

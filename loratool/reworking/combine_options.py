@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,25 +201,32 @@ def combination_of(options: CombineOptions, count: int) -> Combination:
 def refuse_at_odds(options: CombineOptions) -> None:
     """Raise `UsageError` for options that the method cannot go with, or that would change nothing."""
     method, row = options.combining, METHODS[options.combining]
-    if options.space and row.family != ELEMENTWISE:
-        raise UsageError(f"--space does not apply to {method}, only to elementwise methods")
-    if options.rank_policy == "ctm" and (
-        options.rank is None or row.family == FACTORWISE or options.space in ("dense", "knots")
+    by_factors, by_ctm = row.family == FACTORWISE, options.rank_policy == "ctm"
+    ctm_lacks = options.rank is None or by_factors or options.space in ("dense", "knots")
+    for is_wrong, why in (
+        (
+            options.space and row.family != ELEMENTWISE,
+            f"--space does not apply to {method}, only to elementwise methods",
+        ),
+        (by_ctm and ctm_lacks, "--rank-policy ctm needs --rank, and --space core if one is given"),
+        (
+            options.density is not None and row.density is None,
+            f"--density does not apply to {method}, which keeps all entries",
+        ),
+        *idle(options),
+        (by_factors and options.match_norm != "none", "--match-norm does not apply to methods on factors"),
+        (by_factors and options.svc, "--svc does not apply to methods on factors"),
     ):
-        raise UsageError("--rank-policy ctm needs --rank, and --space core if one is given")
-    if options.density is not None and row.density is None:
-        raise UsageError(f"--density does not apply to {method}, which keeps all entries")
-    refuse_idle(options)
-    if row.family == FACTORWISE and options.match_norm != "none":
-        raise UsageError("--match-norm does not apply to methods on factors")
-    if row.family == FACTORWISE and options.svc:
-        raise UsageError("--svc does not apply to methods on factors")
+        if is_wrong:
+            raise UsageError(why)
 
 
-def refuse_idle(options: CombineOptions) -> None:
-    """Raise `UsageError` for an option that was set and would change nothing."""
-    if options.rule != RULES[0] and options.method != PICO:
-        raise UsageError(f"--rule applies only to {PICO} (the method is {options.method})")
+def idle(options: CombineOptions) -> Iterator[tuple[bool, str]]:
+    """Whether an option was set that would change nothing, and the sentence for it, of each such option."""
+    yield (
+        options.rule != RULES[0] and options.method != PICO,
+        f"--rule applies only to {PICO} (the method is {options.method})",
+    )
     elected = [name for name in METHODS if name.startswith(("ties", "dare_ties", "della", "sce"))]
     divided = [name for name, row in METHODS.items() if row.family == ELEMENTWISE or name in WEIGHTED_SUMS]
     for flag, is_set, methods in (
@@ -231,19 +238,20 @@ def refuse_idle(options: CombineOptions) -> None:
         ("--row-wise", options.row_wise, ["nuslerp"]),
         ("--seed", options.seed != 0, [name for name in METHODS if name.startswith(RANDOM)]),
     ):
-        if is_set and options.combining not in methods:
-            raise UsageError(f"{flag} applies only to {', '.join(methods)} (the method is {options.combining})")
+        yield (
+            is_set and options.combining not in methods,
+            f"{flag} applies only to {', '.join(methods)} (the method is {options.combining})",
+        )
 
 
 def told(combination: Combination, weights: Sequence[Weight], blocks: BlockWeights) -> dict[str, Any]:
     """The settings, as the record and reports name them."""
-    table: dict[str, Any] = {"method": combination.name, "weights": list(weights)}
     method = METHODS[combination.method]
-    if method.family == ELEMENTWISE:
-        table["space"] = combination.space
-    if method.density is not None:
-        table["density"] = combination.setting.density
-    shown = {
+    table = {
+        "method": combination.name,
+        "weights": list(weights),
+        "space": combination.space if method.family == ELEMENTWISE else None,
+        "density": combination.setting.density if method.density is not None else None,
         "rule": combination.method if combination.pico else None,
         "rank": combination.rank,
         "rank_policy": "ctm" if combination.ctm else None,
@@ -259,4 +267,4 @@ def told(combination: Combination, weights: Sequence[Weight], blocks: BlockWeigh
         "block_weights": dict(blocks.factors) or None,
         "seed": combination.setting.key if combination.method.startswith(RANDOM) else None,
     }
-    return table | {name: value for name, value in shown.items() if value is not None}
+    return {name: value for name, value in table.items() if value is not None}

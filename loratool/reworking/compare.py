@@ -346,7 +346,7 @@ def tree(matrix: Matrix) -> tuple[Join, ...]:
 
 def notable(totals: Mapping[str, PairTotals]) -> tuple[Notable, ...]:
     """The pairs worth knowing about, by the first of the rules that fits, those with the largest figures first."""
-    found: list[tuple[int, float, Notable]] = []
+    found: list[tuple[int, Notable]] = []
     for pair, total in totals.items():
         cosine = total.cosine
         if cosine is None:
@@ -355,12 +355,11 @@ def notable(totals: Mapping[str, PairTotals]) -> tuple[Notable, ...]:
             ((total.overlap_out or 0.0), (total.random_out or 0.0)),
             ((total.overlap_in or 0.0), (total.random_in or 0.0)),
         )
-        if cosine >= SAME:
-            found.append((0, cosine, Notable(pair, "same", cosine)))
-        elif cosine <= OPPOSED:
-            found.append((1, -cosine, Notable(pair, "opposed", cosine)))
-        elif cosine >= ALIKE:
-            found.append((2, cosine, Notable(pair, "alike", cosine)))
-        elif overlap >= max(SHARED, TIMES_CHANCE * chance):
-            found.append((3, overlap, Notable(pair, "shared-directions", overlap)))
-    return tuple(entry for *_, entry in sorted(found, key=lambda item: (item[0], -item[1])))
+        rules = (
+            (cosine >= SAME, Notable(pair, "same", cosine)),
+            (cosine <= OPPOSED, Notable(pair, "opposed", cosine)),
+            (cosine >= ALIKE, Notable(pair, "alike", cosine)),
+            (overlap >= max(SHARED, TIMES_CHANCE * chance), Notable(pair, "shared-directions", overlap)),
+        )
+        found += [(number, entry) for number, (fits, entry) in enumerate(rules) if fits][:1]
+    return tuple(entry for _, entry in sorted(found, key=lambda item: (item[0], -abs(item[1].value))))

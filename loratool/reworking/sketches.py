@@ -63,9 +63,8 @@ def sketch_of(adapter: Adapter, base: Checkpoint | None = None) -> Sketch:
     sketcher, squares, roundings = Sketcher(), [0.0], [0.0]
     with OpenSources() as sources:
         for target, layer in contents.layers.items():
-            every = factors_of(layer, sources)
             roundings.append(max(layer.rounding, ROUNDING["float32"]))
-            for number, (up, down) in enumerate(every):
+            for number, (up, down) in enumerate(factors_of(layer, sources)):
                 squares.append(squared_norm(up, down))
                 if not math.isfinite(squares[-1]):
                     raise not_finite(adapter)

@@ -96,11 +96,8 @@ def drift_of(
     places: Sequence[tuple[Place, Place]], bases: tuple[Checkpoint, Checkpoint], device: torch.device
 ) -> Drift:
     """The sums of a module; each pair is where the two bases have the same part of it."""
-    found = Drift()
     with OpenSources() as sources:
-        for pair in places:
-            found = found + drift_at(pair, bases, device, sources)
-    return found
+        return sum((drift_at(pair, bases, device, sources) for pair in places), Drift())
 
 
 def drift_at(
@@ -176,8 +173,7 @@ def changed_beside(old: Checkpoint, new: Checkpoint) -> Iterator[Note]:
     """A note for each kind of thing that differs."""
     names = sorted(TOKENIZER_FILES | VOCABULARIES)
     both = [name for name in names if (old.root / name).is_file() or (new.root / name).is_file()]
-    files = [name for name in both if not same_files(old, new, name)]
-    if files:
+    if files := [name for name in both if not same_files(old, new, name)]:
         yield Note("tokenizer-changed", f"the bases have different tokenizers: {listed(files)}")
     for pattern, code, what in ((NORMS, "norms-changed", "norms"), (EMBEDDINGS, "embeddings-changed", "embeddings")):
         mine = {name: info for name, info in old.stored.items() if pattern.search(name)}

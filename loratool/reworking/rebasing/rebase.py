@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_of, read_adapter
-from loratool.adapters.formats.format import Config, Format, Scaled
+from loratool.adapters.formats.format import Config, Scaled
 from loratool.adapters.layers import Contents, contents_of
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.unsettled import settled
@@ -81,7 +81,8 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
 
         drifts = dict(at_work.through(work, pairs, len(pairs), progress))
         check_finite(drifts, bases)
-        total, differing = added(drifts.values()), added(d for d in drifts.values() if not d.equal)
+        total = sum(drifts.values(), Drift())
+        differing = sum((drift for drift in drifts.values() if not drift.equal), Drift())
         refuse(total, differing, options.force)
         factor = factor_of(differing)
         factors = {name: 1.0 if drift.equal else factor for name, drift in drifts.items()}
@@ -97,7 +98,7 @@ def rebase(adapter: PathLike, out: PathLike, options: RebaseOptions, progress: P
             "measured": {"c": differing.c, "z": differing.z, "cosine": total.cosine, "factor": factor},
         }
         record = record_of("rebase", [path], options, facts, notes)
-        Plain(contents, factors, base_name(bases[1])).write(target, record, options)
+        write(target, contents, factors, base_name(bases[1]), record, options)
         cost = at_work.told(started)
     return RebaseReport(
         out=target,
@@ -151,10 +152,6 @@ def paired(adapter: Adapter, fits: Sequence[Fit]) -> dict[str, list[tuple[Place,
     return found
 
 
-def added(drifts: Iterable[Drift]) -> Drift:
-    return sum(drifts, Drift())
-
-
 def factor_of(differing: Drift) -> float:
     """1 − c, c clipped to [0, 1]; 1 where c may be chance."""
     c, z = differing.c, differing.z
@@ -166,12 +163,11 @@ def factor_of(differing: Drift) -> float:
 def check_finite(drifts: Mapping[str, Drift], bases: tuple[Checkpoint, Checkpoint]) -> None:
     """Raise `InputError` naming weights of the bases that are not finite: no limit holds for what comes of them."""
     sizes = [(base, name, size) for name, each in drifts.items() for base, size in zip(bases, (each.old, each.new), strict=True)]  # fmt: skip
-    broken = [
+    if broken := [
         f"{printable(base_name(base))}: {printable(name)} contains NaN or infinite values"
         for base, name, size in sizes
         if not math.isfinite(size)
-    ]
-    if broken:
+    ]:
         raise InputError("the bases cannot be compared, as they have values that are not finite:", broken)
 
 
@@ -226,53 +222,53 @@ def recorded(base: Checkpoint, sha256: Mapping[str, str]) -> dict[str, Any]:
     return {**entry, "files": {**entry["files"], **whole}}
 
 
-@dataclass(frozen=True)
-class Plain:
-    """The adapter with its tensors as they are, under another strength and the name of another base."""
+def write(
+    out: Path,
+    contents: Contents,
+    factors: Mapping[str, float],
+    base: str,
+    record: Mapping[str, object],
+    options: RebaseOptions,
+) -> None:
+    """Write the adapter with its tensors as they are, under another strength and the name of another base.
 
-    contents: Contents
-    factors: Mapping[str, float]
-    base: str
+    After a dry run nothing is there.
+    """
+    adapter = contents.adapter
+    form = format_of(adapter)
+    every = {target: factors.get(target, 1.0) for target in contents.layers}
+    scaled = any(factor != 1 for factor in every.values())
+    if form.rescales_tensors:
+        after = {t: layer.scale * every[t] for t, layer in contents.layers.items()}
+        strengths = {**every, **dict.fromkeys(contents.changes, 1.0)}
+        made = form.scaled(contents, strengths, after) if scaled else Scaled({}, {}, dict(adapter.file.metadata))
+        scaled_output(out, contents, made, record, options)
+        return
+    if not form.config_name or adapter.packing:
+        raise InputError(
+            f"{printable(adapter.file.path)}: rebase writes only what has a config of its own",
+            hint="loratool convert ADAPTER -o ADAPTER-peft --to peft",
+        )
+    config = rescaled(contents, every) if scaled else adapter.config
+    if not options.dry_run:
+        copied_output(out, contents, dict(form.renamed_base(config, base)), record, options)
 
-    def write(self, out: Path, record: Mapping[str, object], options: RebaseOptions) -> None:
-        """Write it; after a dry run nothing is there."""
-        adapter = self.contents.adapter
-        form = format_of(adapter)
-        every = {target: self.factors.get(target, 1.0) for target in self.contents.layers}
-        scaled = any(factor != 1 for factor in every.values())
-        if form.rescales_tensors:
-            after = {t: layer.scale * every[t] for t, layer in self.contents.layers.items()}
-            strengths = {**every, **dict.fromkeys(self.contents.changes, 1.0)}
-            made = (
-                form.scaled(self.contents, strengths, after) if scaled else Scaled({}, {}, dict(adapter.file.metadata))
-            )
-            scaled_output(out, self.contents, made, record, options)
-            return
-        if not form.config_name or adapter.packing:
-            raise InputError(
-                f"{printable(adapter.file.path)}: rebase writes only what has a config of its own",
-                hint="loratool convert ADAPTER -o ADAPTER-peft --to peft",
-            )
-        config = self.rescaled(form, every) if scaled else adapter.config
-        config = dict(form.renamed_base(config, self.base))
-        if not options.dry_run:
-            copied_output(out, self.contents, config, record, options)
 
-    def rescaled(self, form: Format, factors: Mapping[str, float]) -> Config:
-        """The config with other strengths; raises `InputError` with a way on where none says that."""
-        try:
-            return form.rescaled(self.contents, factors, False)
-        except InputError as error:
-            if error.own_hint != BAKE:
-                raise
-            path = printable(self.contents.adapter.file.path)
-            numbers = " or ".join(f"{factor:.4g}" for factor in sorted(set(factors.values())))
-            raise InputError(
-                f"{path}: its update has to be multiplied by {numbers}, which no config of this kind can say; write it "
-                "as plain LoRA first, and rebase that",
-                error.problems,
-                hint=f"loratool rescale {shell_word(os.fspath(self.contents.adapter.folder))} -o LORA --bake",
-            ) from None
+def rescaled(contents: Contents, factors: Mapping[str, float]) -> Config:
+    """The config with other strengths; raises `InputError` with a way on where none says that."""
+    adapter = contents.adapter
+    try:
+        return format_of(adapter).rescaled(contents, factors, False)
+    except InputError as error:
+        if error.own_hint != BAKE:
+            raise
+        numbers = " or ".join(f"{factor:.4g}" for factor in sorted(set(factors.values())))
+        raise InputError(
+            f"{printable(adapter.file.path)}: its update has to be multiplied by {numbers}, which no config of this kind "
+            "can say; write it as plain LoRA first, and rebase that",
+            error.problems,
+            hint=f"loratool rescale {shell_word(os.fspath(adapter.folder))} -o LORA --bake",
+        ) from None
 
 
 def remarks(contents: Contents, fits: Sequence[Fit], total: Drift, differing: Drift, factor: float) -> Iterator[Note]:
