@@ -12,10 +12,10 @@ from typing import Any
 import click
 
 from loratool.cli.operands import Output, Place
-from loratool.cli.partial import PartialWords, is_shared
+from loratool.cli.partial import PartialWords, is_shared, shared_work
 from loratool.cli.pictures import Pictures
 from loratool.cli.screen import VERBOSITY, Screen
-from loratool.errors import UsageError
+from loratool.errors import UsageError, escaped, printable
 from loratool.options.described import Flag, Option, Options, PlaceKind, described_by
 from loratool.options.shared import PageOptions, PictureOptions
 
@@ -43,6 +43,7 @@ OUT = click.option(
 
 LAYERS = {"unit": " layers"}  # how a bar counts
 BYTES = {"unit": "B", "unit_scale": True}
+UNITS = {"unit": " units"}
 PUSHING = ("pushing", BYTES)
 
 
@@ -59,7 +60,8 @@ def library_command(
     help: str,
     name: str = "",
     pictures: bool = False,
-    shared: Callable[..., Any] | None = None,
+    shared: bool = False,
+    judged: str = "",
     **bars: tuple[str, Mapping[str, Any]],
 ) -> click.Command:
     """The command that calls a function of the library with its words, and shows the result.
@@ -70,23 +72,27 @@ def library_command(
         operands: what is on the command line besides options, as Click's decorators.
         help: the text for `--help`.
         name: of the command, where it is not that of the function.
-        shared: does the work where it is shared by several workers, as `PartialWords` say; it gets those and all others.
         pictures: whether the result has a page, which `--html` and `--svg` write.
+        shared: whether several workers may share it, as `PartialWords` say.
+        judged: the operand that the result is a verdict on; the command ends with its exit code.
         bars: keyword of the function that is called with progress → the word before its bar, and what the bar counts.
     """
 
     def run(as_json: bool, quiet: bool, pictures: Pictures | None = None, **words: Any) -> None:
         screen = Screen(as_json, quiet)
+        chosen = PartialWords(**given({name: words.pop(name) for name in described_by(PartialWords) if shared}))
+        work = shared_work(made.name or "", chosen, words) if is_shared(chosen) else function
+        looking = bars if chosen.part is None else {"progress": (f"{bars['progress'][0]} {chosen.part}", UNITS)}
         with ExitStack() as stack:
-            shown = {name: stack.enter_context(screen.bar(word, **looks)) for name, (word, looks) in bars.items()}
-            chosen = PartialWords(**given({name: words.pop(name) for name in described_by(PartialWords) if shared}))
-            if shared is not None and is_shared(chosen):
-                result = shared(chosen, **given(words), **shown)
-            else:
-                result = function(**given(words), **shown)
+            shown = {name: stack.enter_context(screen.bar(word, **looks)) for name, (word, looks) in looking.items()}
+            result = work(**given(words), **shown)
         screen.show(result)
         if pictures is not None and chosen.part is None:
             pictures.write(result)
+        if judged and chosen.part is None and result.exit_code:
+            subject = printable(words[judged])
+            click.echo(escaped(f"Error: {subject}: {result.sentence}"), err=True)
+            raise click.exceptions.Exit(result.exit_code)
 
     command = with_pictures(options)(output_options(run)) if pictures else output_options(run)
     more = (described_options(PartialWords),) if shared else ()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from loratool.errors import UsageError
 from loratool.options.described import FLAG, Options, PathKind, option
@@ -37,3 +40,17 @@ def is_shared(words: PartialWords) -> bool:
     if not asked and words.into is not None:
         raise UsageError("--into needs --part or --finish")
     return asked
+
+
+def shared_work(command: str, words: PartialWords, given: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function of the library that does a worker's share of a command, or that adds up what all of them found.
+
+    Raises `UsageError` where a share is to be pushed.
+    """
+    from loratool.commands import partial as shares
+
+    if words.part is None:
+        return partial(getattr(shares, f"finish_{command}"), into=words.into)
+    if given.get("push_to_hub") is not None:
+        raise UsageError("--part and --push-to-hub are mutually exclusive; pass --push-to-hub with --finish")
+    return partial(getattr(shares, f"{command}_part"), part=words.part, into=words.into)

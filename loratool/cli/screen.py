@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 
 from loratool.arguments import Progress
-from loratool.errors import escaped, printable
+from loratool.errors import escaped
 from loratool.notes import as_records
 
 NOTES = "loratool.notes"  # key of a context's `meta`: notes of operands that were not read as they were typed
@@ -77,13 +76,6 @@ class Screen:
         finally:
             for each in shown:
                 each.close()
-
-
-def end_with(subject: Path, result: Any) -> None:
-    """End the command with the exit code of a result, and say of what was looked at that it is not as it should be."""
-    if result.exit_code:
-        click.echo(escaped(f"Error: {printable(subject)}: {result.sentence}"), err=True)
-        raise click.exceptions.Exit(result.exit_code)
 
 
 def show_charts(results: Iterable[Any]) -> None:
