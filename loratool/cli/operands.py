@@ -163,24 +163,20 @@ def say(notes: Sequence[Note], quiet: bool) -> None:
 
 def read_operands(context: click.Context, words: dict[str, Any]) -> None:
     """Put the operands of a command into its words as they are meant; what was typed otherwise is said."""
+    given = [*places_given(context.command, words)]
     context.meta[OPERANDS], context.meta[NOTES] = [], []
-    if not any(isinstance(parameter.type, Place) for parameter in context.command.params):
-        return
-    if all(is_merged(each) for each in given_to(context.command, words)):  # which an index of formats adds nothing to
-        context.meta[OPERANDS] = None
+    if all(place.role_in(words) == "model" and all(map(is_merged, values)) for _, place, values in given):
+        context.meta[OPERANDS] = None  # which an index of formats adds nothing to
         return
     from loratool.fetching.operands import understood
 
     typed = operands_of(context.command, words)
     meant, notes = understood(typed)
     context.meta[OPERANDS], context.meta[NOTES] = meant, notes
-    for parameter in context.command.params:
-        if isinstance(parameter.type, Place) and words.get(str(parameter.name)) not in (None, ()):
-            own = [
-                found_path(old, new) for old, new in zip(typed, meant, strict=True) if old.parameter == parameter.name
-            ]
-            many = isinstance(words[str(parameter.name)], tuple)
-            words[str(parameter.name)] = tuple(own) if many else own[0]
+    for name, place, _ in given:
+        found = [new.word for old, new in zip(typed, meant, strict=True) if old.parameter == name]
+        own = found if place.role == "repository" else [*map(Path, found)]  # the name of a repository stays text
+        words[name] = tuple(own) if isinstance(words[name], tuple) else own[0]
     say(notes, bool(words.get("quiet")))
 
 
@@ -192,21 +188,19 @@ def meant_in(context: click.Context) -> Sequence[Operand]:
     return found
 
 
-def given_to(command: click.Command, words: Mapping[str, Any]) -> Iterator[tuple[str, Role]]:
-    """The operands of a command that were given, each with what it is read as."""
+def places_given(command: click.Command, words: Mapping[str, Any]) -> Iterator[tuple[str, Place, tuple[Any, ...]]]:
+    """Name, type and values of each parameter that is an operand, or several, and was given."""
     for parameter in command.params:
-        value = words.get(str(parameter.name))
+        name, value = str(parameter.name), words.get(str(parameter.name))
         if isinstance(parameter.type, Place) and value not in (None, ()):
-            role = parameter.type.role_in(words)
-            yield from ((str(each), role) for each in (value if isinstance(value, tuple) else (value,)))
+            yield name, parameter.type, value if isinstance(value, tuple) else (value,)
 
 
-def is_merged(operand: tuple[str, Role]) -> bool:
+def is_merged(word: str) -> bool:
     """Whether an operand is a model that loratool merged, by its record: nothing else can be meant."""
-    word, role = operand
     try:
         with open(os.path.join(word, "loratool.json"), "rb") as record:
-            return role == "model" and MERGED.match(record.read(64)) is not None
+            return MERGED.match(record.read(64)) is not None
     except (OSError, ValueError):
         return False
 
@@ -216,21 +210,12 @@ def operands_of(command: click.Command, words: Mapping[str, Any]) -> list[Operan
     from loratool.fetching.operands import Operand, expanded
 
     found: list[Operand] = []
-    for parameter in command.params:
-        name, kind = str(parameter.name), parameter.type
-        value = words.get(name)
-        if isinstance(kind, Place) and value not in (None, ()):
-            many = isinstance(value, tuple)
-            every = [slashed(each) for each in (value if many else (value,))]
-            if kind.role != "any" and (many or len(expanded(every[0])) == 1):  # of "any", a pattern means a table
-                every = [path for word in every for path in expanded(word)]
-            found += [Operand(word, kind.role_in(words), name) for word in every]
+    for name, place, values in places_given(command, words):
+        every = [slashed(each) for each in values]
+        if place.role != "any" and (isinstance(words[name], tuple) or len(expanded(every[0])) == 1):
+            every = [path for word in every for path in expanded(word)]  # of "any", a pattern means a table
+        found += [Operand(word, place.role_in(words), name) for word in every]
     return found
-
-
-def found_path(typed: Operand, meant: Operand) -> Path | str:
-    """A value of an operand's parameter; the name of a repository stays text."""
-    return meant.word if typed.role == "repository" else Path(meant.word)
 
 
 def check_output(context: click.Context, words: dict[str, Any]) -> None:
