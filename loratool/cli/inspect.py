@@ -64,7 +64,11 @@ def inspect(
     """
     if sum((as_csv, as_lines, screen.as_json)) > 1:
         raise UsageError("--json, --jsonl and --csv are mutually exclusive")
-    every: list[Path] = [*paths, *(named_in(from_file) if from_file is not None else ())]
+    every = [*paths]
+    if from_file is not None:
+        from loratool.inspecting.fleet.members import listed
+
+        every += map(Path, listed(str(from_file)))
     if not every:
         raise UsageError("nothing to inspect; pass a path, or --from-file LIST")
     if is_shared(options):
@@ -110,12 +114,6 @@ def tell_problems(path: Path, facts: OneFacts, screen: Screen) -> None:
     click.echo(f"Error: {whose}{problems[0]}{more}", err=True)
     if screen.quiet and not screen.as_json:
         click.echo(f"hint: {shell_line(['loratool', 'inspect', str(path), '--check'])}", err=True)
-
-
-def named_in(file: Path) -> list[Path]:
-    from loratool.inspecting.fleet.members import listed
-
-    return list(map(Path, listed(str(file))))
 
 
 def shown_as_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> bool:
@@ -179,34 +177,31 @@ def tell_bad(bad: Sequence[FleetRow], count: int, where: str) -> None:
 def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> int:
     """Print all about each path. One of several that cannot be read is told on stderr, and the others are shown."""
     from loratool.inspecting.inspect import exit_code_of, inspect
+    from loratool.results.fleet import worst
 
     if pictures:
         options = replace(options, values=True)
     facts: list[OneFacts] = []
     codes: list[int] = []
-    checked: list[int] = []  # numbers of paths with problems
+    checked: list[tuple[Path, OneFacts]] = []  # those with problems
     for path, way in zip(paths, options.readings(len(paths)), strict=True):
         try:
             with screen.bar("measuring", **LAYERS) as progress:
-                facts.append(inspect(path, options, progress, way))
-            codes.append(exit_code_of(facts[-1].findings or ()))
-            checked += [len(facts) - 1] if codes[-1] else []
+                found = inspect(path, options, progress, way)
+            codes.append(exit_code_of(found.findings or ()))
+            checked += [(path, found)] if codes[-1] else []
         except LoratoolError as error:
             if len(paths) == 1:
                 raise
+            from loratool.inspecting.health import tell_unreadable
+
             complain_of(error)
-            facts.append(unreadable(path, error))
+            found = UnreadableFacts("unreadable", printable(path), tell_unreadable(error, path))
             codes.append(error.exit_code)
+        facts.append(found)
     told = [each for each in facts if options.check or not isinstance(each, UnreadableFacts)]
     screen.show({"results": facts}, *(told or ("",)))
     pictures.write(facts)
-    for number in checked:
-        tell_problems(paths[number], facts[number], screen)
-    return min((code for code in codes if code), default=0)
-
-
-def unreadable(path: Path, error: LoratoolError) -> UnreadableFacts:
-    """What `--json` has in the place of a path that cannot be read."""
-    from loratool.inspecting.health import tell_unreadable
-
-    return UnreadableFacts("unreadable", printable(path), tell_unreadable(error, path))
+    for path, found in checked:
+        tell_problems(path, found, screen)
+    return worst(codes)

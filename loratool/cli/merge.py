@@ -17,7 +17,7 @@ from loratool.cli.screen import Screen
 from loratool.commands.merge import MergeAndPushOptions, merge_anywhere
 from loratool.commands.publish import with_push
 from loratool.errors import UsageError, printable
-from loratool.options.described import FLAG, option
+from loratool.options.described import FLAG, described_by, option
 from loratool.options.sharing import SHARE, Share
 
 if TYPE_CHECKING:
@@ -165,13 +165,23 @@ def merge(
 
 def check_ways(also: tuple[str, ...], options: MergeWords, pictures: Pictures) -> None:
     """Raise `UsageError` where a merge in parts is to be another kind of merge, too."""
-    ways = {"--part": options.part is not None, "--finish": options.finish, "--status": options.status}
-    ways |= {"--abort": options.abort}
+    ways = {
+        "--part": options.part is not None,
+        "--finish": options.finish,
+        "--status": options.status,
+        "--abort": options.abort,
+    }
     chosen = [flag for flag, given in ways.items() if given]
-    others = {"--also": bool(also), "--stream": options.stream, "--dry-run": options.dry_run, "--card": options.card}
-    if chosen != ["--finish"]:
-        others |= {"--html": pictures.html is not None, "--svg": pictures.svg is not None}
-    others["--push-to-hub"] = options.push_to_hub is not None and chosen != ["--finish"]
+    publishes = chosen == ["--finish"]
+    others = {
+        "--also": bool(also),
+        "--stream": options.stream,
+        "--dry-run": options.dry_run,
+        "--card": options.card,
+        "--html": pictures.html is not None and not publishes,
+        "--svg": pictures.svg is not None and not publishes,
+        "--push-to-hub": options.push_to_hub is not None and not publishes,
+    }
     if chosen and (beside := [*chosen[1:], *(flag for flag, given in others.items() if given)]):
         more = "; pass --push-to-hub with --finish" if beside == ["--push-to-hub"] else ""
         raise UsageError(f"{chosen[0]} and {beside[0]} are mutually exclusive{more}")
@@ -240,11 +250,7 @@ def merge_several(
 
 
 def stream_to_hub(
-    base: Path,
-    adapters: tuple[Path, ...],
-    out: Path | None,
-    options: MergeWords,
-    screen: Screen,
+    base: Path, adapters: tuple[Path, ...], out: Path | None, options: MergeWords, screen: Screen
 ) -> StreamReport:
     """`--stream`: no folder is made, and the files keep the base's sizes."""
     if out is not None or options.shard_size is not None:
@@ -255,9 +261,10 @@ def stream_to_hub(
         raise UsageError("--stream needs --push-to-hub REPO, the repository to upload to", hint="--push-to-hub REPO")
     from loratool.publishing.streaming import StreamOptions, stream
 
-    known = {field.name for field in dataclasses.fields(StreamOptions)}
-    shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in known}
+    chosen = StreamOptions(
+        **{name: getattr(options, name) for name in described_by(StreamOptions) if hasattr(options, name)}
+    )
     with screen.bar("merging", **BYTES) as progress:
-        report = stream(base, adapters, options.push_to_hub, StreamOptions(**shared), progress)
+        report = stream(base, adapters, options.push_to_hub, chosen, progress)
     screen.show(report)
     return report
