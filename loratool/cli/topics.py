@@ -155,41 +155,28 @@ def listed(words: Mapping[str, object]) -> str:
     return f"\n{text}"
 
 
-TOPICS: Mapping[str, str | Callable[[], str]] = {
-    "operands": OPERANDS,
-    "dialects": known_dialects,
-    "quantised": QUANTISED,
-    "memory": MEMORY,
-    "rounding": ROUNDING,
-    "exit-codes": EXIT_CODES,
-    "hub": HUB,
-    "json": JSON,
-    "servers": known_servers,
-    "learning": LEARNING,
-}
-
-
-SUMMARIES = {  # what a topic is about, in the list of topics
-    "operands": "what BASE and ADAPTER can be",
-    "dialects": "adapters of other tools: reading and writing them",
-    "quantised": "bases in 4 or 8 bits",
-    "memory": "how much a merge needs, and how to limit it",
-    "rounding": "small updates in 16-bit models",
-    "exit-codes": "for scripts",
-    "hub": "repositories, tokens and the cache",
-    "json": "results for programs",
-    "servers": "what vLLM, SGLang and others take",
-    "learning": "what LoRA is, shown on files",
+# Name → what it is about, for the list of topics, and its text or what makes that.
+TOPICS: Mapping[str, tuple[str, str | Callable[[], str]]] = {
+    "operands": ("what BASE and ADAPTER can be", OPERANDS),
+    "dialects": ("adapters of other tools: reading and writing them", known_dialects),
+    "quantised": ("bases in 4 or 8 bits", QUANTISED),
+    "memory": ("how much a merge needs, and how to limit it", MEMORY),
+    "rounding": ("small updates in 16-bit models", ROUNDING),
+    "exit-codes": ("for scripts", EXIT_CODES),
+    "hub": ("repositories, tokens and the cache", HUB),
+    "json": ("results for programs", JSON),
+    "servers": ("what vLLM, SGLang and others take", known_servers),
+    "learning": ("what LoRA is, shown on files", LEARNING),
 }
 
 
 def list_of_topics() -> str:
     """The topics, each with what it is about."""
-    lines = [f"  {topic:<12}{about}" for topic, about in SUMMARIES.items()]
+    lines = [f"  {topic:<12}{about}" for topic, (about, _) in TOPICS.items()]
     return "\n".join(["loratool help TOPIC, where TOPIC is a command or one of", *lines])
 
 
 def text_of(topic: str) -> str:
     """The text of a topic."""
-    found = TOPICS[topic]
-    return found if isinstance(found, str) else found()
+    _, text = TOPICS[topic]
+    return text if isinstance(text, str) else text()

@@ -1,12 +1,14 @@
-"""What a check found, one thing at a time."""
+"""What a check found, one thing at a time, and the command that repairs it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from loratool.errors import escaped, printable
+from loratool.files.system import shell_word
 from loratool.results.text import fill
 
 NOT_AS_WRITTEN = "not-as-written"  # the code of a problem: another file than loratool wrote
@@ -25,6 +27,16 @@ class Finding:
     def __post_init__(self) -> None:
         for name in ("message", "repair"):  # they repeat what stands in files
             object.__setattr__(self, name, escaped(getattr(self, name)))
+
+
+def command(verb: str, path: Path, options: str = "") -> str:
+    """A command line on an adapter."""
+    return " ".join(filter(None, ["loratool", verb, quoted(path), "-o", "OUT", options]))
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it; what is no printable text is shown as it would be elsewhere."""
+    return shell_word(printable(path))
 
 
 def findings_text(findings: Sequence[Finding]) -> str:

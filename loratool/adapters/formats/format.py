@@ -67,7 +67,7 @@ def uneven_dora(adapter: Adapter, reader: str) -> tuple[Note, ...]:
     """What to say of DoRA in some layers where `reader` takes it in all of them or in none."""
     from loratool.algebra.updates.dora import Magnitude
     from loratool.algebra.updates.experts import ExpertFactors
-    from loratool.results.repairs import some
+    from loratool.templates import some
 
     lengths = [target for target, update in adapter.updates.items() if isinstance(update, Magnitude)]
     plain = [target for target, update in adapter.updates.items() if isinstance(update, (LowRank, ExpertFactors))]
@@ -282,7 +282,7 @@ class Format(FormatFiles, Protocol):
     def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:  # noqa: ARG002 (no command repairs these)
         """What is wrong with how it is written down; `path` is what commands are told with."""
         from loratool.results.findings import Finding
-        from loratool.results.repairs import some
+        from loratool.templates import some
 
         if adapter.unused:
             where = tuple(map(printable, adapter.unused))

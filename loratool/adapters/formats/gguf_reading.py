@@ -25,7 +25,7 @@ from loratool.files.hub_cache import name_of
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.gguf import ARCHITECTURES, Architecture, Rows
 from loratool.notes import Note
-from loratool.results.repairs import some
+from loratool.templates import some
 
 NORM = "_norm.weight"
 INVOCATION = "adapter.alora.invocation_tokens"

@@ -29,7 +29,7 @@ from loratool.errors import FitError, printable
 from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor
 from loratool.notes import Note
-from loratool.results.repairs import some
+from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.adapters.formats.format import Format

@@ -40,7 +40,7 @@ from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
-from loratool.results.repairs import some
+from loratool.templates import some
 
 CONFIG, WEIGHTS = MlxFiles.config_name, MlxFiles.weights_name
 A, B, M = ".lora_a", ".lora_b", ".m"

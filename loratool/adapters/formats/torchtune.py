@@ -34,7 +34,7 @@ from loratool.errors import printable
 from loratool.files.heads import HasNames
 from loratool.files.tensor_writer import TensorFile, Triple
 from loratool.notes import Note
-from loratool.results.repairs import some
+from loratool.templates import some
 
 A, B, M = ".lora_a.weight", ".lora_b.weight", ".magnitude"
 LAYER = re.compile(r"(?P<start>(?:decoder\.)?layers\.\d+)\.(?P<leaf>attn\.\w+|mlp\.\w+)")

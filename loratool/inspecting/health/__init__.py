@@ -16,8 +16,8 @@ from loratool.errors import LoratoolError, code_of, folded, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.folders import INDEX_SUFFIX
 from loratool.notes import Note
-from loratool.results.findings import NOT_AS_WRITTEN, Finding
-from loratool.results.repairs import command, quoted, some
+from loratool.results.findings import NOT_AS_WRITTEN, Finding, command, quoted
+from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit

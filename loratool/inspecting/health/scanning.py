@@ -18,9 +18,9 @@ from loratool.bases.weights import Plain
 from loratool.errors import InputError, folded, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import numpy as np
-from loratool.results.findings import Finding
-from loratool.results.repairs import command, some
+from loratool.results.findings import Finding, command
 from loratool.results.text import plural
+from loratool.templates import some
 
 LARGEST_FLOAT16 = 65504.0
 MANY = 0.01  # the part of a tensor's values from which on subnormal ones are told

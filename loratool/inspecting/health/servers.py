@@ -22,8 +22,8 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import printable
 from loratool.grouping import by_key
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
-from loratool.results.findings import Finding
-from loratool.results.repairs import command, quoted, some
+from loratool.results.findings import Finding, command, quoted
+from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit

@@ -14,10 +14,9 @@ from loratool.algebra.updates.dora import Magnitude
 from loratool.errors import FitError, InputError, printable
 from loratool.layouts.diffusion.known import ARCHITECTURES
 from loratool.notes import Note
-from loratool.results.repairs import some
 from loratool.reworking.converting.naming import DIFFUSERS, LAYOUTS, ORIGINAL, found_in, image_architecture, same_layout
 from loratool.reworking.converting.servers import Server
-from loratool.templates import grouped
+from loratool.templates import grouped, some
 
 REFUSED = "server-refuses"  # the code of a note
 

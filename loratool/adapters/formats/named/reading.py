@@ -26,7 +26,7 @@ from loratool.files.containers import taken_apart
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import SafeFile
 from loratool.notes import Note
-from loratool.results.repairs import some
+from loratool.templates import some
 
 LYCORIS = ("hada_", "lokr_", "oft_", "on_input", "a1.", "bm.", "bias_", "w_norm", "b_norm", "diff", "lora_mid")
 DENOISERS = frozenset({"unet", "prior", "transformer", "diffusion_model"})  # names of one component

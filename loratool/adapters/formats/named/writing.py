@@ -29,7 +29,7 @@ from loratool.files.model_files import MADE_HERE
 from loratool.files.tensor_writer import OF_DATA
 from loratool.lazy import Tensor
 from loratool.notes import Note
-from loratool.results.repairs import some
+from loratool.templates import some
 
 
 @dataclass(frozen=True)

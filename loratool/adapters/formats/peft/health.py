@@ -14,8 +14,8 @@ from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates.residual import Residual
 from loratool.errors import printable
-from loratool.results.findings import Finding
-from loratool.results.repairs import command, quoted, some
+from loratool.results.findings import Finding, command, quoted
+from loratool.templates import some
 
 PREFIX = "base_model.model."
 NAMED_FACTOR = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$|bias$)\w+(?:\.weight|\.bias)?$")

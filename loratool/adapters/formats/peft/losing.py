@@ -9,7 +9,7 @@ from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.notes import Note
-from loratool.results.repairs import some
+from loratool.templates import some
 
 
 def losses(adapter: Adapter) -> tuple[Note, ...]:
