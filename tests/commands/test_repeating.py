@@ -31,6 +31,7 @@ from quantised_models import FAMILIES
 
 import loratool
 from loratool import cli
+from loratool.commands.makers import MAKERS
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.options.described import Choice, Flag, Number, Option, Options, Size, described_by
 from loratool.reworking.combine_options import CombineOptions
@@ -352,6 +353,26 @@ def test_the_recorded_command_makes_the_same_bytes(
         assert files_of(again) == files_of(first), (words, command)
         shutil.rmtree(first)
         shutil.rmtree(again)
+
+
+def test_every_command_with_a_record_is_tried() -> None:
+    """`run`, `reproduce` and `merge --also` record the commands that they call."""
+    assert {*COMMANDS} == {*MAKERS}
+
+
+def test_each_of_several_outputs_has_a_command_of_its_own(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `merge --also` recorded for an output makes the same bytes alone."""
+    monkeypatch.chdir(home)
+    one, two = tmp_path / "one", tmp_path / "two"
+    inputs = [f"./{operand}" for operand in COMMANDS["merge"].operands]
+    words = ["merge", *inputs[:2], "-o", str(one), "--also", f"{two}={inputs[2]}", "--also", f"{two}={inputs[1]}"]
+    assert cli.run([*words, "--dtype", "bfloat16", "-q"]) == 0
+    for made in (one, two):
+        again = tmp_path / f"{made.name} again"
+        assert cli.run([*shlex.split(recorded(made))[1:-1], str(again), "-q"]) == 0
+        assert files_of(again) == files_of(made)
 
 
 def test_the_recorded_command_adds_to_compressed_adapters_again(
