@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from paths import PACKAGE, ROOT
 
+from loratool.cli import COMMANDS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -192,6 +194,21 @@ def test_the_map_on_the_design_page_lists_the_packages_in_this_order_and_only_mo
         if not any((PACKAGE / package).rglob(f"{name}.py")) and not any((PACKAGE / package).rglob(f"{name}/"))
     ]
     assert missing == []
+
+
+def test_the_map_on_the_design_page_names_every_module_or_its_folder() -> None:
+    """Apart from the modules of commands, where a package has one for each, and those of options."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    unnamed = []
+    for package, modules in re.findall(r"^\| `(\w+)/` \|(.*)\|$", page, re.MULTILINE):
+        named = {"__init__", *re.findall(r"`(\w+)/?`", modules)}
+        if re.search("(one|a) module (per|for the page of each) command", modules):
+            named |= {*COMMANDS}
+        else:
+            named.add("options")
+        files = [path.relative_to(PACKAGE / package) for path in FILES if path.is_relative_to(PACKAGE / package)]
+        unnamed += [f"{package}/{file}" for file in files if not named & {*file.with_suffix("").parts}]
+    assert unnamed == []
 
 
 def test_the_walk_through_a_merge_on_the_design_page_names_only_files_and_definitions_that_exist() -> None:
