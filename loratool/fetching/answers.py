@@ -75,15 +75,16 @@ def files_of(repo: str, entries: Iterable[tuple[object, object, object, object]]
     Raises `HubError` for a name that cannot be one of a file in a folder, and for a size or digest that is none.
     """
     files: dict[str, RemoteFile] = {}
-    for name, size, blob, sha256 in entries:
+    for name, told, blob, sha256 in entries:
         if not isinstance(name, str) or (reason := why_no_name(name)):
             expected = f"a plain relative path ({reason})" if isinstance(name, str) else "text"
             raise wrong(repo, "the name of a file", name, expected)
-        if not is_size(size := 0 if size is None else size):
+        size = 0 if told is None else told
+        if type(size) is not int or not 0 <= size <= LARGEST_FILE:
             raise wrong(repo, f"the size of {printable(name)}", size, "a number of bytes")
         if not is_digest(blob, COMMIT) or not is_digest(sha256, DIGEST):
             raise wrong(repo, f"the digest of {printable(name)}", (blob, sha256), "hexadecimal digits")
-        files[name] = RemoteFile(int(str(size)), str(blob or ""), str(sha256 or ""))
+        files[name] = RemoteFile(size, str(blob or ""), str(sha256 or ""))
     folders = {folder for name in files for folder in accumulate(name.split("/")[:-1], "{}/{}".format)}
     for name in sorted(folders & files.keys()):
         raise wrong(repo, "the name of a file", name, "a name that is not also a folder")
@@ -101,10 +102,6 @@ def why_no_name(name: str) -> str:
     return (
         "" if max(encoded) <= LONGEST_NAME and sum(encoded) <= LONGEST_PATH else ("no longer than a file system allows")
     )
-
-
-def is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_FILE
 
 
 def is_digest(value: object, pattern: re.Pattern[str]) -> bool:

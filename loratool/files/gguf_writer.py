@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.files.gguf import MAGIC, GgufFile, GgufLayout
-from loratool.files.safefile import copy_bytes, copy_range, write_fully
+from loratool.files.safefile import LocalSource, copy_range, write_fully
 from loratool.files.system import closing, open_file, sync_file
 from loratool.files.tensor_writer import TensorFile
 from loratool.layouts.ggml import STRING
@@ -80,7 +80,7 @@ class GgufTensorFile(TensorFile):
         layout = new_layout(self.values(self.metadata)).like(self.written)
         os.truncate(self.descriptor, self.at)  # with the padding of the last one
         write_fully(self.output, layout.header, 0)
-        copy_bytes(self.descriptor, self.output, self.at, 0, len(layout.header), self.path)
+        LocalSource(self.path, self.descriptor).copy_to(self.output, 0, self.at, len(layout.header))
         sync_file(self.output)
 
 

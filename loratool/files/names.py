@@ -44,7 +44,8 @@ def check_names(folder: Path, names: Collection[str], all_names: Iterable[str]) 
     Those that may be refused, or are another of `all_names` but for case, are made there, and removed again. `folder`
     does not exist before, nor after.
     """
-    doubtful = [*unusual(names), *twins(names, all_names)]
+    doubtful = [name for name in names if any(map(is_unusual, name.split("/")))]
+    doubtful += twins(names, all_names)
     longest = max(names, key=len, default="")
     if len(str(folder / longest)) >= LONGEST:
         doubtful.append(longest)
@@ -108,10 +109,6 @@ def refused_name(out: Path) -> StorageError:
     return StorageError(
         f"{printable(out)}: this file system does not allow that folder name; choose another OUT", hint=ANOTHER_OUT
     )
-
-
-def unusual(names: Iterable[str]) -> Iterator[str]:
-    return (name for name in names if any(map(is_unusual, name.split("/"))))
 
 
 def twins(names: Collection[str], all_names: Iterable[str]) -> Iterator[str]:

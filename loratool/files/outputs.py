@@ -164,7 +164,7 @@ def replaceable_files(folder: Path, shown: str, known: FileNames) -> list[str]:
     Raises `UsageError` where it is none, or holds anything that is neither listed in the folder's own `loratool.json` nor
     `known` by its name. What only that list knows must be as it was written.
     """
-    recorded = record_of(folder)
+    recorded = record_at(folder / PROVENANCE)
     found = dict(walk(folder))
     files = [path for path, status in found.items() if not stat.S_ISDIR(status.st_mode)]
     odd = {path: why for path in files if (why := why_kept(folder, path, found[path], known, recorded))}
@@ -196,11 +196,6 @@ def why_kept(folder: Path, path: str, status: os.stat_result, known: FileNames, 
     if path not in recorded:
         return f"not listed in {PROVENANCE}, and not a usual model file"
     return f"changed since {PROVENANCE} listed it" if why_unlike(folder / path, recorded[path]) else ""
-
-
-def record_of(folder: Path) -> dict[str, Digest]:
-    """The files that the `loratool.json` of a folder lists; none where it cannot be read."""
-    return record_at(folder / PROVENANCE)
 
 
 def record_at(path: Path) -> dict[str, Digest]:

@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +106,7 @@ class Partials:
 
     def forget(self, unit: int) -> None:
         """Remove a result that is damaged."""
-        with suppress(FileNotFoundError):
-            (self.folder / f"partial-{unit:06d}.json").unlink()
+        (self.folder / f"partial-{unit:06d}.json").unlink(missing_ok=True)
 
     def lines_of(self, name: str) -> dict[str, Any] | None:
         """The table of a file whose digest is right."""

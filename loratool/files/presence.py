@@ -94,17 +94,12 @@ def write_whole(path: Path, content: bytes) -> None:
     """A small file, whole under its name at any time; it need not be there after a power cut."""
     draft = draft_of(path)
     try:
-        write_new(draft, content)
+        with open(create_file(draft), "wb") as stream:
+            stream.write(content)
         os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """A small file that was not there."""
-    with open(create_file(path), "wb") as stream:
-        stream.write(content)
 
 
 def draft_of(path: Path) -> Path:
@@ -145,22 +140,15 @@ def alone(folder: Path, presence: Presence) -> Iterator[Callable[[], None]]:
     Raises:
         UsageError: another process is finishing it.
     """
-    draft = draft_of(folder / f"{FINISH}000000.json")
-    try:
-        write_new(draft, json.dumps({"worker": presence.path.name}).encode())
-        own = folder / f"{FINISH}000000.json"
-        while True:
-            last = last_of(folder)
-            if last is not None:
-                refuse_if_alive(folder, last)
-            own = folder / f"{FINISH}{number_of(last) + 1:06d}.json"
-            if put_new(draft, own):
-                break
-    finally:
-        draft.unlink(missing_ok=True)
+    while True:
+        last = last_of(folder)
+        refuse_if_alive(folder, last)
+        own = folder / f"{FINISH}{number_of(last) + 1:06d}.json"
+        if publish_new(own, json.dumps({"worker": presence.path.name}).encode()):
+            break
 
     def check() -> None:
-        if (last := last_of(folder)) is not None and last != own:
+        if (last := last_of(folder)) != own:
             refuse_if_alive(folder, last)
 
     try:
@@ -182,10 +170,10 @@ def number_of(path: Path | None) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def refuse_if_alive(folder: Path, path: Path) -> None:
-    """Raise `UsageError` where the process that a file names seems to be running."""
+def refuse_if_alive(folder: Path, path: Path | None) -> None:
+    """Raise `UsageError` where the process that a file names seems to be running; None names none."""
     with suppress(OSError, ValueError):
-        name = json_object(path.read_bytes()).get("worker")
+        name = json_object(path.read_bytes() if path else b"{}").get("worker")
         for worker in workers_in(folder):
             if worker.file == name and worker.alive:
                 raise UsageError(

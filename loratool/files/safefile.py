@@ -187,7 +187,9 @@ class LocalSource:
 
     def copy_to(self, descriptor: int, start: int, count: int, at: int) -> None:
         """Copy a range to byte `at` of another open file, inside the kernel where it can."""
-        copy_bytes(self.descriptor, descriptor, count, start, at, self.path)
+        while count and (moved := copy_in_kernel(self.descriptor, descriptor, count, start, at)):
+            start, count, at = start + moved, count - moved, at + moved
+        copy_pieces(self, start, count, descriptor, at)
 
 
 @dataclass(frozen=True)
@@ -410,17 +412,6 @@ def write_fully(descriptor: int, buffer: memoryview | bytes, position: int) -> N
     done = 0
     while done < len(view):
         done += write_at(descriptor, view[done:], position + done)
-
-
-def copy_bytes(source: int, target: int, count: int, position: int, target_position: int, path: Path) -> None:
-    """Copy a byte range from one file to another, inside the kernel where it can."""
-    done = 0
-    while done < count and (
-        moved := copy_in_kernel(source, target, count - done, position + done, target_position + done)
-    ):
-        done += moved
-    if done < count:
-        copy_pieces(LocalSource(path, source), position + done, count - done, target, target_position + done)
 
 
 def copy_range(source: Source, start: int, count: int, target: int, at: int) -> None:

@@ -18,23 +18,23 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.arguments import Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
-from loratool.files.digests import HASHES, digest_of_part
+from loratool.files.digests import HASHES, digest_of_part, digest_of_range
 from loratool.files.folders import PROVENANCE, sidecar_of
 from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.part_records import FilePart, PartRecord, SharedOutput
 from loratool.files.presence import Presence, Worker, alone, publish_new, put_new, workers_in
 from loratool.files.process import on_all_cores
-from loratool.files.safefile import LocalSource, read_exactly, write_fully
+from loratool.files.safefile import LocalSource, write_fully
 from loratool.files.shard_writer import OpenFile
 from loratool.files.sink import PAGE
-from loratool.files.source import PIECE
 from loratool.files.staging import Stage, check_space, storage_error, write_durably
 from loratool.files.system import closing, forget_cached, open_file, sync_file, sync_folder
 from loratool.files.untrusted import LARGEST_RECORD, read_json
@@ -215,17 +215,14 @@ class SharedFolder(SharedOutput):
         except FileNotFoundError:
             return "is missing"
         with opened as descriptor:
-            if os.fstat(descriptor).st_size != layout.size:
-                return f"is in a file of {os.fstat(descriptor).st_size} bytes, which should have {layout.size}"
-            header = map(bytes, pieces(path, descriptor, 0, len(layout.header), {}))
-            if part.start == 0 and b"".join(header) != layout.header:  # which the first part of a file has written
+            file = Mended(LocalSource(path, descriptor), edges)
+            if file.size != layout.size:
+                return f"is in a file of {file.size} bytes, which should have {layout.size}"
+            if part.start == 0 and digest_of_range(file, 0, len(layout.header), begin) != tree.header:
                 return "has another header in its file"
-            for (_, at, size), digest in zip(part.chunks, record.chunk_digests(), strict=True):
-                state = begin()
-                for piece in pieces(path, descriptor, at, size, edges):
-                    state.update(piece)
-                if state.hexdigest() != digest:
-                    return "does not have the bytes that were written"
+            made = zip(part.chunks, record.chunk_digests(), strict=True)
+            if any(digest_of_range(file, at, at + size, begin) != digest for (_, at, size), digest in made):
+                return "does not have the bytes that were written"
         return ""
 
     def open(self, part: FilePart, stop: threading.Event) -> PartFile:
@@ -301,17 +298,23 @@ def edges_of(record: PartRecord) -> dict[int, bytes] | None:
         return None
 
 
-def pieces(path: Path, descriptor: int, start: int, size: int, edges: Mapping[int, bytes]) -> Iterator[memoryview]:
-    """Bytes of a file, with those of `edges` in place of what is there."""
-    buffer = memoryview(bytearray(min(PIECE, size)))
-    for at in range(start, start + size, PIECE):
-        piece = buffer[: start + size - at]
-        read_exactly(descriptor, piece, at, path)
-        for first, content in edges.items():
-            low, high = max(first, at), min(first + len(content), at + len(piece))
+@dataclass(frozen=True)
+class Mended:
+    """A file as a `Source`, with the bytes of `edges` in place of what is there."""
+
+    file: LocalSource
+    edges: Mapping[int, bytes]
+
+    @property
+    def size(self) -> int:
+        return self.file.size
+
+    def read(self, start: int, count: int, into: memoryview) -> None:
+        self.file.read(start, count, into)
+        for at, content in self.edges.items():
+            low, high = max(at, start), min(at + len(content), start + count)
             if low < high:
-                piece[low - at : high - at] = content[low - first : high - first]
-        yield piece
+                into[low - start : high - start] = content[low - at : high - at]
 
 
 class PartFile(OpenFile):

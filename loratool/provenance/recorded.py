@@ -109,7 +109,7 @@ def made_of(place: Path, files: Mapping[str, str], metadata: Mapping[str, str] |
             record = {}
     except (LoratoolError, OSError):
         record = {}
-    found = shortened(record or in_header(place, metadata or {}), Budget())
+    found = shortened(record or in_header(place, metadata or {}), iter(range(MOST_ANCESTORS)))
     return {"made": found} if isinstance(found.get("made_by"), str) else {}
 
 
@@ -120,33 +120,24 @@ def is_listed(digest: Digest | None, path: Path, sha256: str) -> bool:
     return not sha256 or not digest.sha256 or digest.sha256 == sha256
 
 
-class Budget:
-    """How much of a history is taken over."""
+def shortened(record: Mapping[str, Any], budget: Iterator[int], generation: int = 1) -> dict[str, Any]:
+    """A record without the digests of its tensors, and with its own inputs shortened in the same way.
 
-    def __init__(self) -> None:
-        self.ancestors = MOST_ANCESTORS
-
-    def spend(self) -> bool:
-        """Whether one more ancestor is taken."""
-        self.ancestors -= 1
-        return self.ancestors >= 0
-
-
-def shortened(record: Mapping[str, Any], budget: Budget, generation: int = 1) -> dict[str, Any]:
-    """A record without the digests of its tensors, and with its own inputs shortened in the same way."""
+    Each ancestor that is taken over takes one item of `budget`.
+    """
     found = {key: bounded(record[key]) for key in KEPT if key in record}
     for role in ROLES:
         entries = record.get(role)
-        listed = entries if isinstance(entries, list) else [entries]
-        kept = [entry_of(each, budget, generation) for each in listed if isinstance(each, Mapping) and budget.spend()]
-        if kept:
+        listed = (each for each in (entries if isinstance(entries, list) else [entries]) if isinstance(each, Mapping))
+        if kept := [entry_of(each, budget, generation) for each, _ in zip(listed, budget, strict=False)]:
             found[role] = kept if isinstance(entries, list) else kept[0]
-    if models := {k: entry_of(each, budget, generation) for k, each in models_of(record) if budget.spend()}:
-        found["models"] = models
+    models = zip(models_of(record), budget, strict=False)
+    if kept_models := {key: entry_of(each, budget, generation) for (key, each), _ in models}:
+        found["models"] = kept_models
     return found
 
 
-def entry_of(entry: Mapping[str, Any], budget: Budget, generation: int) -> dict[str, Any]:
+def entry_of(entry: Mapping[str, Any], budget: Iterator[int], generation: int) -> dict[str, Any]:
     """An input of an earlier record, with how it was made."""
     found = {key: bounded(entry[key]) for key in KEPT_OF_INPUT if key in entry}
     files = entry.get("files")

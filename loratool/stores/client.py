@@ -147,7 +147,8 @@ def patiently(place: StorePath, call: Callable[[], Result]) -> Result:
         except LoratoolError:
             raise
         except Exception as error:
-            if number >= (FEW_WAITS if is_refused(error) else len(WAITS)) or not passes(error):
+            tries = FEW_WAITS if "EndpointConnectionError" in kinds_of(error) else len(WAITS)
+            if number >= tries or not passes(error):
                 raise told(place, error) from None
             time.sleep(WAITS[number] * random.uniform(0.75, 1.25))  # noqa: S311 (so that workers do not come at once)
     raise AssertionError("the last try returns or raises")
@@ -156,10 +157,6 @@ def patiently(place: StorePath, call: Callable[[], Result]) -> Result:
 def kinds_of(error: BaseException) -> set[str]:
     """The names of an error's classes: boto3 is imported for none of them."""
     return {kind.__name__ for kind in type(error).__mro__}
-
-
-def is_refused(error: BaseException) -> bool:
-    return "EndpointConnectionError" in kinds_of(error)
 
 
 def passes(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from loratool.errors import InputError
 from loratool.files import safefile
-from loratool.files.safefile import DTYPE_BITS, Layout, copy_bytes, read_exactly, read_safefile, write_fully
+from loratool.files.safefile import DTYPE_BITS, Layout, LocalSource, read_exactly, read_safefile, write_fully
 
 TORCH_DTYPES = {
     "F32": torch.float32,
@@ -129,7 +129,7 @@ def test_copying_falls_back_where_the_kernel_cannot(
     else:
         monkeypatch.setattr(os, "copy_file_range", copy)
     with open(tmp_path / "in", "rb") as source, open(tmp_path / "out", "wb") as target:
-        copy_bytes(source.fileno(), target.fileno(), len(content) - 5, 5, 0, tmp_path / "in")
+        LocalSource(tmp_path / "in", source.fileno()).copy_to(target.fileno(), 5, len(content) - 5, 0)
     assert (tmp_path / "out").read_bytes() == content[5:]
 
 
@@ -146,7 +146,7 @@ def test_a_disk_error_while_copying_is_not_taken_for_missing_support(
         open(tmp_path / "out", "wb") as target,
         pytest.raises(OSError, match="full"),
     ):
-        copy_bytes(source.fileno(), target.fileno(), 100, 0, 0, tmp_path / "in")
+        LocalSource(tmp_path / "in", source.fileno()).copy_to(target.fileno(), 0, 100, 0)
 
 
 def test_reading_a_header_touches_no_tensor_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
