@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratool.arguments import PathLike, Progress
-from loratool.commands.library import library_function
+from loratool.commands.library import library_function, operands_first
 from loratool.commands.publish import with_push
 from loratool.options.described import made_of
 from loratool.results.combine import CombineReport
@@ -48,5 +48,6 @@ def combine(
         StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
-    options = made_of(CombineOptions, keywords, "combine")
+    with operands_first(adapters):
+        options = made_of(CombineOptions, keywords, "combine")
     return with_push(combining.combine, (adapters, out), options, progress, push_progress)

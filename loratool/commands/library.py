@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from loratool.errors import LoratoolError, UsageError, printable
+from loratool.errors import InputError, LoratoolError, UsageError, printable
 from loratool.options.described import Option, Options, PathKind, described_by, keyword_options
 
 if TYPE_CHECKING:
+    from loratool.arguments import PathLike
     from loratool.fetching.operands import Operand, Role
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -62,6 +63,18 @@ def with_next_step(options: type[Options], command: str = "") -> Callable[[Funct
         return cast("Function", called)
 
     return made
+
+
+@contextmanager
+def operands_first(operands: PathLike | Sequence[PathLike]) -> Iterator[None]:
+    """Let an operand that is missing be named before what is wrong with a file that an option names."""
+    try:
+        yield
+    except InputError:
+        from loratool.fetching import check_there
+
+        check_there(*([operands] if isinstance(operands, (str, os.PathLike)) else operands))
+        raise
 
 
 def check_paths(signature: inspect.Signature, positional: Sequence[Any], keywords: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ def push(
         progress: called with (bytes done, total bytes).
 
     Raises:
-        UsageError: `path` is not a folder, or a file that the model needs is excluded.
-        InputError: it is neither a model nor an adapter, is unfinished, or a file holds a secret.
+        UsageError: a file that the model needs is excluded.
+        InputError: `path` is not a folder, is neither a model nor an adapter, is unfinished, or a file holds a secret.
         HubError: there is no token, or the Hub is unreachable or refused the upload.
         VerificationError: the folder differs from what loratool wrote, or the uploaded files from the local ones.
     """

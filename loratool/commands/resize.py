@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loratool.arguments import PathLike, Progress
-from loratool.commands.library import library_function
+from loratool.commands.library import library_function, operands_first
 from loratool.commands.publish import with_push
 from loratool.options.described import made_of
 from loratool.results.resize import ResizeReport
@@ -48,5 +48,6 @@ def resize(
         StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """
-    options = made_of(ResizeOptions, keywords, "resize")
+    with operands_first(adapter):
+        options = made_of(ResizeOptions, keywords, "resize")
     return with_push(resizing.resize, (adapter, out), options, progress, push_progress)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.formats.known import PEFT_CONFIG
 from loratool.arguments import Progress
-from loratool.errors import UsageError, printable
+from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.client import api, asking, patiently
 from loratool.fetching.stores import brought
 from loratool.files.folders import MODEL_INDEX, REMOTE_JOURNAL
@@ -90,7 +90,7 @@ def folder_at(path: PathLike, include: Sequence[str]) -> Path:
         return Path(path)
     found = brought(place, "any", [each for pattern in include for each in (pattern, f"*/{pattern}")])
     if found.is_file():
-        raise UsageError(f"{place}: a repository holds a folder; push the prefix that the object is in")
+        raise InputError(f"{place}: a repository holds a folder; push the prefix that the object is in")
     return found
 
 

@@ -116,16 +116,16 @@ def select(
         picture: makes the picture of a card that is made; `picture_of` the folder where it is not given.
 
     Raises:
-        UsageError: no folder, or what makes it a model is excluded.
-        InputError: neither a model nor an adapter, unfinished, or a file holds a secret.
+        UsageError: what makes it a model is excluded.
+        InputError: no folder, neither a model nor an adapter, unfinished, or a file holds a secret.
     """
     if root.is_file() and root.suffix in (".safetensors", ".gguf"):
-        raise UsageError(
+        raise InputError(
             f"{printable(root)}: a repository holds a folder; put the file into one of its own: {alone(root, place)}"
         )
     check_there(root)
     if not root.is_dir():
-        raise UsageError(f"{printable(root)}: not a folder; PATH must be a model or adapter folder")
+        raise InputError(f"{printable(root)}: not a folder; PATH must be a model or adapter folder")
     if is_stage(root) or (root.name == MODEL and is_stage(root.parent)):
         raise InputError(f"{printable(root)}: the output of an unfinished merge; run that merge again first")
     kind, needed, others, left_out, beside = contents(root)

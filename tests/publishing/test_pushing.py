@@ -20,7 +20,7 @@ from hub_server import READER, STRANGER, WRITER, Fault, HubServer, tokens_on_oth
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.errors import InputError, UsageError
+from loratool.errors import InputError
 from loratool.files.journal import Journal
 from loratool.publishing.selecting import select
 
@@ -290,7 +290,7 @@ def test_what_is_no_model_and_no_adapter_is_refused(models: Path, tmp_path: Path
         path.write_bytes(path.read_bytes()[:-10])
     if what == "partial":
         (folder / "journal").write_bytes(Journal("x").head())
-    with pytest.raises(UsageError if what == "file" else InputError):
+    with pytest.raises(InputError):
         select(folder / "README.md" if what == "file" else folder, [], [], False, "alice/new")
 
 
@@ -604,7 +604,7 @@ def test_a_single_file_is_refused_with_the_commands_that_push_it(
         ("lora.safetensors", "adapter", {"README.md", "loratool-spectrum.svg", "lora.safetensors"}),
         ("merged.safetensors", "model", {"README.md", "merged.safetensors", "merged.safetensors.loratool.json"}),
     ):
-        with pytest.raises(UsageError, match="put the file into one of its own") as caught:
+        with pytest.raises(InputError, match="put the file into one of its own") as caught:
             select(Path(name), [], [], False, "me/style")
         commands = str(caught.value).partition("own: ")[2]
         assert commands.endswith(f"&& loratool push {Path(name).stem} me/style")

@@ -321,6 +321,12 @@ def weights_bytes(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_missing_adapter_is_named_before_a_missing_file_of_weights(two: list[Path], tmp_path: Path) -> None:
+    for adapters, missing in (([*two, tmp_path / "third"], "third"), (two, "weights.json")):
+        with pytest.raises(loratool.InputError, match=rf"{missing}: no such file or folder"):
+            loratool.combine(adapters, tmp_path / "out", weights_file=tmp_path / "weights.json")
+
+
 def test_options_of_the_command_line_are_those_of_the_library(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

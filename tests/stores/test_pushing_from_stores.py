@@ -93,7 +93,7 @@ def test_an_output_in_a_store_is_pushed_from_there(
     there = hub.files("alice/small")
     weights = "adapter_model.safetensors"
     assert there[weights] == store.objects(BUCKET, "pushed/small")[weights]
-    told = client.refused("push", f"{out}/{weights}", "alice/x", code=2, cwd=None, **store.environment)
+    told = client.refused("push", f"{out}/{weights}", "alice/x", code=3, cwd=None, **store.environment)
     assert "push the prefix that the object is in" in told
 
 
