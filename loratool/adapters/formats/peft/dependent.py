@@ -55,8 +55,10 @@ def peanut(module: Module) -> Updates:
     layers: list[Any] = []
     for side in ("encoders", "decoders") if depth else ():
         stored = [module.tensor(f"peanut_{side}.{number}") for number in range(depth)]
-        square = all(layer.shape == (rank, rank) for layer in stored)
-        module.require(square, f"a layer of its {side} does not have the shape {[rank, rank]}")
+        module.require(
+            all(layer.shape == (rank, rank) for layer in stored),
+            f"a layer of its {side} does not have the shape {[rank, rank]}",
+        )
         layers.append(derived((depth, rank, rank), formulas.stacked, *stored))
     encoders, decoders = layers or (None, None)
     return {"weight": Network(up, down, encoders, decoders, activation, draft.number("scaling", 1.0))}
@@ -124,9 +126,9 @@ def together(*parts: Update | None) -> Update | None:
 def osf(module: Module) -> Updates:
     """The smaller singular values and their vectors, trained; the larger ones are the weight's own."""
     up, values, down = (module.tensor(f"osf_svd_params.{name}", ()) for name in ("U_low", "S_low", "V_low"))
-    fits = len(up.shape) == len(down.shape) == 2 and up.shape[1:] == values.shape == down.shape[:1]
     module.require(
-        fits, f"U_low {list(up.shape)}, S_low {list(values.shape)}, V_low {list(down.shape)} cannot be multiplied"
+        len(up.shape) == len(down.shape) == 2 and up.shape[1:] == values.shape == down.shape[:1],
+        f"U_low {list(up.shape)}, S_low {list(values.shape)}, V_low {list(down.shape)} cannot be multiplied",
     )
     scaled = derived(up.shape, formulas.scaled_columns, up, values)
     return {"weight": Residual(LowRank(scaled, down, 1.0), residual.MINOR)}
@@ -143,9 +145,8 @@ def frod(module: Module) -> Updates:
     basis, index = shared.tensor(f"frod_V.{role}"), shared.indices(f"frod_s_indices.{role}", (2,))
     diagonal, values = module.tensor("frod_lambda_l", (1,)), module.tensor("frod_lambda_s_values", (1,))
     side = diagonal.shape[0]
-    fits = basis.shape == (side, side) and index.shape == (2, values.shape[0])
     module.require(
-        fits,
+        basis.shape == (side, side) and index.shape == (2, values.shape[0]),
         f"frod_V {list(basis.shape)} and frod_s_indices {list(index.shape)} do not match {side} and {values.shape[0]} "
         "values",
     )

@@ -89,11 +89,14 @@ def scaling_fields(
     strengths: Mapping[str, tuple[int, float]], usual: tuple[int, float] | None = None
 ) -> dict[str, Any]:
     """Rank and α by module: the usual or most frequent ones, and patterns for the others."""
-    most = usual or (Counter(strengths.values()).most_common(1)[0][0] if strengths else (1, 1))
-    rank, alpha = most
+    rank, alpha = usual or (Counter(strengths.values()).most_common(1)[0][0] if strengths else (1, 1))
     ranks = {anchored(module, strengths): r for module, (r, _) in sorted(strengths.items()) if r != rank}
-    alphas = {anchored(module, strengths): a for module, (_, a) in sorted(strengths.items()) if a != alpha}
-    return {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": {anchored(module, strengths): a for module, (_, a) in sorted(strengths.items()) if a != alpha},
+    }
 
 
 def anchored(module: str, every: Collection[str]) -> str:

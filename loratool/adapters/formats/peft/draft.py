@@ -226,8 +226,10 @@ class Draft(Found):
 
         def rows(module: Module) -> dict[str, Update]:
             values, index = module.tensor(TOKENS), ids(module)
-            valid = isinstance(index, list) and all(type(i) is int and i >= 0 for i in index)
-            module.agree(valid, f"{CONFIG} has no list of token ids for it")
+            module.agree(
+                isinstance(index, list) and all(type(i) is int and i >= 0 for i in index),
+                f"{CONFIG} has no list of token ids for it",
+            )
             module.agree(
                 len(index) == values.shape[0],
                 f"{CONFIG} lists {len(index)} tokens, but {values.shape[0]} rows are stored",
@@ -263,20 +265,17 @@ class Draft(Found):
         """A field of the config, checked; `default` is PEFT's own for a config that is without."""
         value = self.config.get(name, default)
         if not valid(value):
-            text = f"{self.where}: {name} is {printable(repr(value))}; expected {wanted}"
-            raise UnusableError(text, AGAINST_TENSORS)
+            raise UnusableError(f"{self.where}: {name} is {printable(repr(value))}; expected {wanted}", AGAINST_TENSORS)
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
-        found: bool = self.setting(name, default, lambda value: isinstance(value, bool), "true or false")
-        return found
+        return bool(self.setting(name, default, lambda value: isinstance(value, bool), "true or false"))
 
     def number(self, name: str, default: float) -> float:
         return float(self.setting(name, default, is_scale, "a finite number"))
 
     def whole(self, name: str, default: int) -> int:
-        found: int = self.setting(name, default, is_whole, "a whole number of at least 1")
-        return found
+        return int(self.setting(name, default, is_whole, "a whole number of at least 1"))
 
 
 def is_whole(value: object) -> bool:

@@ -167,13 +167,15 @@ class Reader:
             any(isinstance(p, str) and p in module.name for p in table.get(f"target_modules_bd_{side}") or [])
             for side in "ab"
         )
-        valid = type(blocks) is int and blocks >= 1 and not (in_a and in_b)
         module.agree(
-            valid, f"use_bdlora in {CONFIG} gives no number of blocks, or says that both factors are in blocks"
+            type(blocks) is int and blocks >= 1 and not (in_a and in_b),
+            f"use_bdlora in {CONFIG} gives no number of blocks, or says that both factors are in blocks",
         )
         for chosen, name, factor in ((in_a, "lora_A", down), (in_b, "lora_B", up)):
-            fits = not chosen or factor.shape[0] % blocks == 0
-            module.require(fits, f"{name} has {factor.shape[0]} rows, which is not a multiple of {blocks} blocks")
+            module.require(
+                not chosen or factor.shape[0] % blocks == 0,
+                f"{name} has {factor.shape[0]} rows, which is not a multiple of {blocks} blocks",
+            )
         laid_out = formulas.block_diagonal(blocks)
         if in_a:
             down = derived((down.shape[0], down.shape[1] * blocks), laid_out, down)

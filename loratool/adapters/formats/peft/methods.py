@@ -71,8 +71,10 @@ def ia3(module: Module, feedforward: Callable[[str], bool]) -> Updates:
     module.require(max(stored.shape) == count, f"ia3_l is {list(stored.shape)}; expected a row or a column")
     inputs, dimensions = feedforward(module.name), len(stored.shape)
     if dimensions == 2 and count > 1:
-        agree = inputs == (stored.shape[0] == 1)
-        module.agree(agree, f"ia3_l is {list(stored.shape)}, which feedforward_modules in {CONFIG} contradicts")
+        module.agree(
+            inputs == (stored.shape[0] == 1),
+            f"ia3_l is {list(stored.shape)}, which feedforward_modules in {CONFIG} contradicts",
+        )
     factors = derived((count,), formulas.flat, stored)
     found: dict[str, Update] = {"weight": Scale(factors, inputs, dimensions, turnable=dimensions == 2)}
     if not inputs:
@@ -109,10 +111,16 @@ def vera(module: Module, prefix: str, halved: bool = False) -> Updates:
     left, right = module.tensor(f"{prefix}lambda_b", (1,)), module.tensor(f"{prefix}lambda_d", (1,))
     a, b = shared.tensor(f"{prefix}A"), shared.tensor(f"{prefix}B")
     rank = right.shape[0] // 2 if halved else right.shape[0]
-    fits = b.shape[0] >= left.shape[0] and b.shape[1] == rank and a.shape[0] == right.shape[0]
-    module.require(fits, f"the shared {prefix}A {list(a.shape)} and {prefix}B {list(b.shape)} do not match its vectors")
-    up = derived((left.shape[0], rank), formulas.first_rows(left.shape[0]), b, left)
-    return {"weight": Shared(up, derived((rank, a.shape[1]), formulas.first_both(rank), a, right))}
+    module.require(
+        b.shape[0] >= left.shape[0] and b.shape[1] == rank and a.shape[0] == right.shape[0],
+        f"the shared {prefix}A {list(a.shape)} and {prefix}B {list(b.shape)} do not match its vectors",
+    )
+    return {
+        "weight": Shared(
+            derived((left.shape[0], rank), formulas.first_rows(left.shape[0]), b, left),
+            derived((rank, a.shape[1]), formulas.first_both(rank), a, right),
+        )
+    }
 
 
 def delora(module: Module) -> Updates:
@@ -121,8 +129,13 @@ def delora(module: Module) -> Updates:
     module.require(strength.shape == (1,), f"delora_lambda has {strength.shape[0]} values")
     module.require(norms.shape[0] == a.shape[1], f"delora_w_norm has {norms.shape[0]} values for {a.shape[1]} columns")
     module.require(b.shape[1] == a.shape[0], "delora_A and delora_B have different ranks")
-    up = derived(b.shape, formulas.normalised_left, b, a, strength)
-    return {"weight": LowRank(up, derived(a.shape, formulas.scaled_columns, a, norms), 1.0)}
+    return {
+        "weight": LowRank(
+            derived(b.shape, formulas.normalised_left, b, a, strength),
+            derived(a.shape, formulas.scaled_columns, a, norms),
+            1.0,
+        )
+    }
 
 
 def hra(module: Module) -> Updates:
@@ -188,8 +201,9 @@ def shira(module: Module) -> Updates:
             "SHiRA without its shira_indices; save the adapter again with a newer PEFT, which stores them"
         )
     values, index = module.tensor("shira_weight", (1,)), module.indices("shira_indices", (2,))
-    fits = index.shape == (2, values.shape[0])
-    module.require(fits, f"shira_indices has shape {list(index.shape)} for {values.shape[0]} values")
+    module.require(
+        index.shape == (2, values.shape[0]), f"shira_indices has shape {list(index.shape)} for {values.shape[0]} values"
+    )
     return {"weight": Scatter(index, values)}
 
 
@@ -220,13 +234,18 @@ def gralora(module: Module) -> Updates:
     """A grid of low-rank blocks, and a low-rank update of the whole beside it in its hybrid form."""
     a, b, draft = module.tensor("gralora_A", (3,)), module.tensor("gralora_B", (3,)), module.draft
     count, inputs, rank = a.shape
-    fits = b.shape[:2] == (count, rank) and rank % count == 0
-    module.require(fits, f"gralora_A {list(a.shape)} and gralora_B {list(b.shape)} do not form a grid")
+    module.require(
+        b.shape[:2] == (count, rank) and rank % count == 0,
+        f"gralora_A {list(a.shape)} and gralora_B {list(b.shape)} do not form a grid",
+    )
     general = ("gralora_A_general", "gralora_B_general")
     beside = [module.tensor(slot) for slot in general] if any(slot in module for slot in general) else []
     scale = draft.number("alpha", 64) / (rank + (beside[0].shape[0] if beside else 0))
-    left = derived((count, b.shape[2], rank), formulas.transpose, b)
-    grid = Grid(left, derived((count, rank, inputs), formulas.transpose, a), scale)
+    grid = Grid(
+        derived((count, b.shape[2], rank), formulas.transpose, b),
+        derived((count, rank, inputs), formulas.transpose, a),
+        scale,
+    )
     if not beside:
         return {"weight": grid}
     down, up = beside

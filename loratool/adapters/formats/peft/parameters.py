@@ -144,8 +144,10 @@ def factors_of(module: Module, path: str, scaling: Scaling) -> ExpertFactors:
     fitting = tuple(rank for rank in ranks if a.shape[0] % rank == 0)
     if count := packing.expert_count(module.draft.config, parameter):
         rank = a.shape[0] // count
-        agrees = a.shape[0] % count == 0 and (not fitting or rank in fitting)
-        module.agree(agrees, f"lora_A has {a.shape[0]} rows, but {CONFIG} says that there are {count} experts")
+        module.agree(
+            a.shape[0] % count == 0 and (not fitting or rank in fitting),
+            f"lora_A has {a.shape[0]} rows, but {CONFIG} says that there are {count} experts",
+        )
         fitting = (rank,)
     alpha = scaling.alpha(path) if scaling.valid else 0.0
     return ExpertFactors(a, b, alpha, scaling.rslora, fitting, packing.is_grouped(module.draft, parameter))

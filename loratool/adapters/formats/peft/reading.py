@@ -55,8 +55,13 @@ def draft_of(file: SafeFile, config: Mapping[str, Any], notes: list[Note], readi
     """A draft under the fields of a config that are sound; the others are problems of it."""
     config = with_alpha(config, reading.input_alpha, notes)
     wrong = wrong_fields(config)
-    sound = {name: value for name, value in config.items() if name not in wrong}
-    return Draft(file, reading, notes, config=sound, problems=[*wrong.values()])
+    return Draft(
+        file,
+        reading,
+        notes,
+        config={name: value for name, value in config.items() if name not in wrong},
+        problems=[*wrong.values()],
+    )
 
 
 def with_alpha(config: Mapping[str, Any], alpha: float | None, notes: list[Note]) -> Mapping[str, Any]:
@@ -72,7 +77,7 @@ def with_alpha(config: Mapping[str, Any], alpha: float | None, notes: list[Note]
 def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter, tuple[Problem, ...]]:
     """The adapter of a draft, and what is wrong with the rest of it."""
     read_updates(draft)
-    adapter = Adapter(
+    return Adapter(
         name=name_of(folder),
         format="peft",
         folder=folder,
@@ -88,8 +93,7 @@ def adapter_from(draft: Draft, folder: Path, config_file: Path) -> tuple[Adapter
         unsupported=tuple(dict.fromkeys(draft.unsupported)),
         unused=tuple(draft.unused),
         notes=tuple(draft.notes),
-    )
-    return adapter, tuple(draft.problems)
+    ), tuple(draft.problems)
 
 
 def how_quantised(draft: Draft) -> str:

@@ -24,14 +24,11 @@ def randlora(module: Module) -> Updates:
     small, large = shared.tensor("randlora_A", (3,)), shared.tensor("randlora_B", (3,))
     left, right = module.tensor("randlora_lambda"), module.tensor("randlora_gamma")
     (rank, count), (bases, side) = left.shape, right.shape
-    fits = (
+    module.require(
         bases == count <= large.shape[1]
         and rank == small.shape[0] == large.shape[2]
         and small.shape[1] == 1
-        and side <= small.shape[2]
-    )
-    module.require(
-        fits,
+        and side <= small.shape[2],
         f"the shared randlora_A {list(small.shape)} and randlora_B {list(large.shape)} do not match its diagonals "
         f"{list(left.shape)} and {list(right.shape)}",
     )

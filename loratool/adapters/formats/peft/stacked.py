@@ -101,12 +101,15 @@ def read_shared(draft: Draft, scaling: Scaling) -> set[str]:
             layers.setdefault(f"{container}.{leaf}", {})[int(number)] = module
     for name, experts in layers.items():
         if missing := sorted(set(range(max(experts) + 1)) - experts.keys()):
-            why = f"expert {missing[0]} has no factors, though {len(experts)} others have"
-            draft.refuse(name, why, MISSING_PARTNER)
+            draft.refuse(
+                name, f"expert {missing[0]} has no factors, though {len(experts)} others have", MISSING_PARTNER
+            )
             continue
         for module in experts.values():
-            both = Module(draft, module.path, {**sides[name].slots, **module.slots})
-            draft.attempt(both, partial(update_of, side=sides[name], scaling=scaling))
+            draft.attempt(
+                Module(draft, module.path, {**sides[name].slots, **module.slots}),
+                partial(update_of, side=sides[name], scaling=scaling),
+            )
     return {module.path for name, experts in layers.items() for module in (sides[name], *experts.values())}
 
 

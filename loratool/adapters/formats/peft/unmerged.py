@@ -52,8 +52,7 @@ def taken_apart(checkpoint: Checkpoint, reading: Reading) -> tuple[Checkpoint, A
             base[paths.plain(".".join(part for part in parts if part != "original_module"))] = name
     owner = chosen(checkpoint.root, sorted(adapters), reading)
     left = sorted(set(adapters) - {owner})
-    model = base_of(checkpoint, base, left)
-    return model, adapter_of(checkpoint, owner, adapters[owner], reading)
+    return base_of(checkpoint, base, left), adapter_of(checkpoint, owner, adapters[owner], reading)
 
 
 def without_owner(parts: list[str], slot: str) -> tuple[str, str]:
@@ -89,11 +88,10 @@ def base_of(checkpoint: Checkpoint, names: Names, left: list[str]) -> Checkpoint
         notes.append(Note("tensors-renamed", f"PEFT's names are dropped: {printable(old)} → {printable(name)}{more}"))
     if left:
         notes.append(Note("adapters-left-out", f"its other adapters are not merged: {', '.join(map(printable, left))}"))
-    metadata = {k: v for k, v in (checkpoint.index_metadata or {}).items() if not k.startswith("total_")}
     return dataclasses.replace(
         checkpoint,
         shards=tuple(shard for shard in shards if shard.tensors),
-        index_metadata=metadata,
+        index_metadata={k: v for k, v in (checkpoint.index_metadata or {}).items() if not k.startswith("total_")},
         notes=tuple(note for note in notes if note.code != "unmerged-model"),
     )
 

@@ -73,10 +73,11 @@ def ia3(slots: Slots) -> Update:
     stored, of_inputs = slots.tensor(WEIGHT, (1, 3, 4, 5)), slots.number(ON_INPUT)
     slots.require(of_inputs in (0, 1), f"{slots.name(ON_INPUT)} is {of_inputs:g}; expected 0 or 1")
     count, dimensions = math.prod(stored.shape), max(2, len(stored.shape))
-    line = stored.shape in ((count,), (1, count, *[1] * (dimensions - 2)))
-    slots.require(line, f"{slots.name(WEIGHT)} is {list(stored.shape)}; expected one value for each output or input")
-    factors = derived((count,), formulas.one_more, stored)
-    return Scale(factors, bool(of_inputs), dimensions, turnable=dimensions == 2)
+    slots.require(
+        stored.shape in ((count,), (1, count, *[1] * (dimensions - 2))),
+        f"{slots.name(WEIGHT)} is {list(stored.shape)}; expected one value for each output or input",
+    )
+    return Scale(derived((count,), formulas.one_more, stored), bool(of_inputs), dimensions, turnable=dimensions == 2)
 
 
 def glora(slots: Slots) -> Update:
@@ -140,8 +141,10 @@ def oft(slots: Slots) -> Update:
     lengths = None
     if "rescale" in slots:
         rescale = slots.tensor("rescale", (1, 2, 3, 4, 5))
-        fits = math.prod(rescale.shape) == rescale.shape[0] == rows
-        slots.require(fits, f"{slots.name('rescale')} is {list(rescale.shape)}; expected {rows} values")
+        slots.require(
+            math.prod(rescale.shape) == rescale.shape[0] == rows,
+            f"{slots.name('rescale')} is {list(rescale.shape)}; expected {rows} values",
+        )
         lengths = derived((rows,), formulas.flat, rescale)
     return RowRotation(blocks, lengths, butterfly)
 
@@ -152,8 +155,10 @@ def oft_of_inputs(slots: Slots) -> Update:
     stored = slots.tensor(role)
     count, elements = stored.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
-    triangle = size * (size - 1) // 2 == elements
-    slots.require(triangle, f"{slots.name(role)} is {list(stored.shape)}; no square matrix has such upper triangles")
+    slots.require(
+        size * (size - 1) // 2 == elements,
+        f"{slots.name(role)} is {list(stored.shape)}; no square matrix has such upper triangles",
+    )
     if marker in slots and slots.number(marker):
         stored = derived(stored.shape, formulas.times(0.5 / math.sqrt(size - 1)), stored)
     blocks = derived((count, size, size), formulas.rotations(size, TERMS, None, transposed=True), stored)

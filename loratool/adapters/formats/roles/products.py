@@ -31,8 +31,9 @@ def hadamard_factor(tensors: Tensors, side: str) -> tuple[Any, Any, tuple[int, .
     kernel: tuple[int, ...] = ()
     if core in tensors:
         t = tensors.tensor(core, CORES)
-        agree = (t.shape[0], t.shape[1]) == (a.shape[0], b.shape[0])
-        tensors.require(agree, f"{core} is {list(t.shape)}; the rank is {a.shape[0]}")
+        tensors.require(
+            (t.shape[0], t.shape[1]) == (a.shape[0], b.shape[0]), f"{core} is {list(t.shape)}; the rank is {a.shape[0]}"
+        )
         kernel = tuple(t.shape[2:])
         b = Derived((a.shape[0], b.shape[1] * math.prod(kernel)), (t, b), formulas.along_kernel)
         a = a.T
@@ -52,8 +53,10 @@ def kronecker_factor(tensors: Tensors, side: str) -> Any:
     left, right = tensors.tensor(a), tensors.tensor(b)
     if side == "2" and "lokr_t2" in tensors:
         core = tensors.tensor("lokr_t2", CORES)
-        agree = (core.shape[0], core.shape[1]) == (left.shape[0], right.shape[0])
-        tensors.require(agree, f"lokr_t2 is {list(core.shape)}; the rank is {left.shape[0]}")
+        tensors.require(
+            (core.shape[0], core.shape[1]) == (left.shape[0], right.shape[0]),
+            f"lokr_t2 is {list(core.shape)}; the rank is {left.shape[0]}",
+        )
         return Derived((left.shape[1], right.shape[1], *core.shape[2:]), (core, left, right), formulas.rebuilt)
     tensors.require(left.shape[1] == right.shape[0], f"{a} and {b} have different ranks")
     return Derived((left.shape[0], right.shape[1]), (left, right), formulas.product)
@@ -66,8 +69,10 @@ def kronecker_rank(tensors: Tensors) -> int:
         for side in ("1", "2")
         if f"lokr_w{side}_b" in tensors or f"lokr_w{side}_a" in tensors
     }
-    same = len(set(ranks.values())) < 2
-    tensors.require(same, f"lokr_w1_b and lokr_w2_b have different ranks: {' and '.join(map(str, ranks.values()))}")
+    tensors.require(
+        len(set(ranks.values())) < 2,
+        f"lokr_w1_b and lokr_w2_b have different ranks: {' and '.join(map(str, ranks.values()))}",
+    )
     return next(iter(ranks.values()), 0)
 
 

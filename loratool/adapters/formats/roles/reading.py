@@ -188,8 +188,10 @@ def add_whole(slots: Slots, changes: Changes) -> None:
 def residual(slots: Slots) -> Update:
     """What LyCORIS keeps of the difference that its factors leave, where it was extracted: single elements of a matrix."""
     index, values = slots.indices("bias_indices", (2,)), slots.tensor("bias_values", (1,))
-    fits = index.shape == (2, values.shape[0])
-    slots.require(fits, f"{slots.name('bias_indices')} is {list(index.shape)} for {values.shape[0]} values")
+    slots.require(
+        index.shape == (2, values.shape[0]),
+        f"{slots.name('bias_indices')} is {list(index.shape)} for {values.shape[0]} values",
+    )
     if index.info.dtype == "I16":
         index = Derived(index.shape, (index,), formulas.unsigned)
     return Scatter(index, values)
@@ -200,8 +202,10 @@ def add_bias(slots: Slots, changes: Changes) -> None:
     if names.UP_BIAS in slots:
         bias = slots.tensor(names.UP_BIAS, (1,))
         rows = slots.tensor(names.UP, ()).shape[0]
-        what = f"{slots.name(names.UP_BIAS)} has {bias.shape[0]} values; expected {rows}, one per row"
-        slots.require(bias.shape[0] == rows, what)
+        slots.require(
+            bias.shape[0] == rows,
+            f"{slots.name(names.UP_BIAS)} has {bias.shape[0]} values; expected {rows}, one per row",
+        )
         changes.add("bias", Add(bias, slots.scale(slots.rank)), names.UP_BIAS)
 
 
@@ -231,5 +235,4 @@ def with_magnitude(slots: Slots, role: str, update: Update) -> Update:
         alone and (by_row or by_column),
         f"{slots.name(role)} is {list(shape)}; expected {rows} values for the rows, or {columns} for the columns",
     )
-    lengths = Derived((count,), (stored,), formulas.flat)
-    return Magnitude(update, lengths, by_column)  # type: ignore[arg-type]  # loaded later
+    return Magnitude(update, Derived((count,), (stored,), formulas.flat), by_column)  # type: ignore[arg-type]  # loaded later
