@@ -81,11 +81,10 @@ class StoredTensor:
         """The values, on `device` in `dtype` (whole numbers as they are), contiguous in the shape this has."""
         raw = torch.empty(self.info.nbytes, dtype=torch.uint8)
         self.read(0, raw.numpy().data)
+        stored_as = getattr(torch, FACTOR_NAMES.get(self.info.dtype) or WHOLE_NAMES[self.info.dtype])
+        loaded = raw.view(stored_as).reshape(self.info.shape).to(device)
         if self.info.dtype in FACTOR_NAMES:
-            stored = raw.view(getattr(torch, FACTOR_NAMES[self.info.dtype])).reshape(self.info.shape)
-            loaded = stored.to(device).to(dtype)  # in this order: fewer bytes travel
-        else:
-            loaded = raw.view(getattr(torch, WHOLE_NAMES[self.info.dtype])).reshape(self.info.shape).to(device)
+            loaded = loaded.to(dtype)  # last, so that fewer bytes travel
         return loaded.T.contiguous() if self.transposed else loaded
 
     def load_rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -112,24 +111,21 @@ class StoredTensor:
 
         Without their sign, floats are ordered as their bits are. `memory` is for the bytes of a piece.
         """
+        largest = max(
+            (int(np.left_shift(bits, 1, out=bits).max()) for bits, _ in self.pieces(sources, memory)), default=0
+        )
+        return largest >> 1, EXPONENT[self.info.dtype][1]
+
+    def pieces(
+        self, sources: OpenSources | None = None, memory: bytearray | None = None
+    ) -> Iterator[tuple[NDArray[Any], int]]:
+        """The values as unsigned integers, with the mask of their exponent, some at a time, in the same memory."""
         kind, mask = EXPONENT[self.info.dtype]
-        raw, found = memory or bytearray(min(PIECE, self.info.nbytes) or 1), 0
+        raw = memory or bytearray(min(PIECE, self.info.nbytes) or 1)
         with ExitStack() as stack:
             sources = sources or stack.enter_context(OpenSources())
             for at in range(0, self.info.nbytes, len(raw)):
-                part = memoryview(raw)[: min(len(raw), self.info.nbytes - at)]
-                self.read(at, part, sources)
-                bits = np.frombuffer(part, dtype=kind)
-                found = max(found, int(np.left_shift(bits, 1, out=bits).max()))
-        return found >> 1, mask
-
-    def pieces(self) -> Iterator[tuple[NDArray[Any], int]]:
-        """The values as unsigned integers, with the mask of their exponent, some at a time."""
-        kind, mask = EXPONENT[self.info.dtype]
-        raw = bytearray(min(PIECE, self.info.nbytes))
-        with OpenSources() as sources:
-            for at in range(0, self.info.nbytes, PIECE):
-                part = memoryview(raw)[: min(PIECE, self.info.nbytes - at)]
+                part = memoryview(raw)[: self.info.nbytes - at]
                 self.read(at, part, sources)
                 yield np.frombuffer(part, dtype=kind), mask
 

@@ -23,6 +23,7 @@ from loratool.errors import NAME_BASE, FitError, InputError, printable
 from loratool.layouts.fusions import FUSIONS
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
+from loratool.templates import first_few
 
 WITH_BASE = ("rescale", "resize", "combine", "compare", "compress", "convert")  # commands on adapters that take --base
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
@@ -80,11 +81,11 @@ class Layer:
 
     @property
     def rows(self) -> int:
-        return self.update.up.shape[0] if isinstance(self.update, LowRank) else self.update.sides[0]
+        return int(self.factors[0].shape[-2])
 
     @property
     def columns(self) -> int:
-        return self.update.down.shape[1] if isinstance(self.update, LowRank) else self.update.sides[1]
+        return int(self.factors[1].shape[-1])
 
     @property
     def most(self) -> int:
@@ -129,17 +130,12 @@ class Layer:
 
         Raises `InputError` where a value is no number.
         """
-        up, down = (factor.load(device, dtype) for factor in self.factors)
-        return self.product(up, down)
+        return self.load_factors(device, dtype).scaled(self.scale)
 
     def load_factors(self, device: torch.device, dtype: torch.dtype) -> Product:
         """The factors as they are stored, without the scale."""
         up, down = (factor.load(device, dtype) for factor in self.factors)
         return self.unscaled(up, down)
-
-    def product(self, up: Tensor, down: Tensor) -> Product:
-        """ΔW of the loaded factors."""
-        return self.unscaled(up, down).scaled(self.scale)
 
     def unscaled(self, up: Tensor, down: Tensor) -> Product:
         """ΔW of the loaded factors at a scale of 1."""
@@ -266,10 +262,7 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
     if problems:
         raise InputError(
             f"{shown}: cannot {verb} this adapter:",
-            (
-                f"{printable(targets[0])}{f' and {len(targets) - 1} more' if len(targets) > 1 else ''}: {reason}"
-                for reason, targets in problems.items()
-            ),
+            (f"{first_few(targets, 1)}: {reason}" for reason, targets in problems.items()),
             hint=NAME_BASE if verb in WITH_BASE and is_open(adapter) else "",
         )
     made = [t for t, layer in layers.items() if innermost(adapter.updates[t]) is not layer.update]

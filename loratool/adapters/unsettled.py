@@ -7,6 +7,7 @@ the model has, which an adapter's own files need not tell. The base's config doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,9 +33,7 @@ class Unsettled(Update):
     @property
     def inner(self) -> LowRank:
         """Factors of the same shapes, of which rank and scaling can be told."""
-        down: Any = self.a
-        up: Any = self.b
-        return LowRank(up, down, self.scale)
+        return LowRank(self.b, self.a, self.scale)  # type: ignore[arg-type]  # loaded later
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,8 +50,10 @@ def settled(adapter: Adapter, config: Mapping[str, Any]) -> Adapter:
     updates: dict[str, Update] = {}
     sources: dict[str, tuple[str, ...]] = {}
     for target, update in adapter.updates.items():
-        found = parts_or_none(update, config) if isinstance(update, Unsettled) else {target: update}
-        found = {target: update} if found is None else found
+        found: Parts = {target: update}
+        if isinstance(update, Unsettled):
+            with suppress(ValueError):
+                found = update.parts(config)
         updates |= found
         sources |= dict.fromkeys(found, adapter.sources.get(target, ()))
     return replace(adapter, updates=updates, sources=sources)
@@ -68,13 +69,6 @@ def as_stored(adapter: Adapter) -> Adapter:
         return update.inner if lengths is None else Magnitude(update.inner, lengths)
 
     return replace(adapter, updates={target: plain(update) for target, update in adapter.updates.items()})
-
-
-def parts_or_none(update: Unsettled, config: Mapping[str, Any]) -> Parts | None:
-    try:
-        return update.parts(config)
-    except ValueError:
-        return None
 
 
 def open_question(update: Unsettled, config: Mapping[str, Any]) -> str:

@@ -142,7 +142,7 @@ def look_at(layer: Layer, at_work: Session) -> Look:
         "zero_rows": int((down == 0).all(1).sum()),
         "zero_columns": int((up == 0).all(0).sum()),
     }
-    product = layer.product(up, down)
+    product = layer.unscaled(up, down).scaled(layer.scale)
     finite = bool(product.up.isfinite().all()) and not counts["nonfinite"]
     if not finite:
         nothing: dict[str, Any] = dict.fromkeys(UNKNOWN)

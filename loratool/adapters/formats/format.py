@@ -58,6 +58,13 @@ def targets_by(adapter: Adapter, said: Callable[[str, Update], str]) -> dict[str
     return by_key((what, target) for target, update in every if (what := said(target, update)))
 
 
+def told_losses(adapter: Adapter, code: str, reader: str, said: Callable[[str, Update], str]) -> tuple[Note, ...]:
+    """A note with a code on everything of an adapter that a `reader` lacks a place for, as it is `said` by target and update."""
+    from loratool.results.repairs import some
+
+    return tuple(Note(code, f"{reader} {what}: {some(targets)}") for what, targets in targets_by(adapter, said).items())
+
+
 def most_common(scales: Iterable[float]) -> float:
     """The scale that most layers have, 1 where there is none; of several the first."""
     return next((scale for scale, _ in Counter(scales).most_common(1)), 1.0)
@@ -240,8 +247,9 @@ class Format(FormatFiles, Protocol):
     def claims(self, file: HasNames) -> frozenset[str]:
         """The tensors of a file that are spelled as this format spells them; of those that differ in numbers one will do."""
 
-    def is_config(self, config: Config) -> bool:
-        """Whether a table is one of its configs."""
+    def is_config(self, config: Config) -> bool:  # noqa: ARG002
+        """Whether a table is one of its configs; by default it has none that another format could take for its own."""
+        return False
 
     def read_config(self, path: Path) -> Config:
         """The config in a file. Raises `InputError` where it cannot be read."""

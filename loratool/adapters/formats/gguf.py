@@ -78,9 +78,6 @@ class GgufAdapter(GgufFiles, Format):
         own = file.path.suffix == ".gguf" and file.metadata.get(KEY_OF_TYPE) == "adapter"
         return frozenset(file.tensors) if own else frozenset()
 
-    def is_config(self, config: Config) -> bool:  # noqa: ARG002 (there is none)
-        return False
-
     def file_at(self, path: Path) -> GgufFile:
         """The file at a place, with its header read. Raises `InputError` for one that is no adapter."""
         file = read_gguf((self.file_in(path) or path / self.weights_name) if path.is_dir() else path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Parts, Shape, Spelling, most_common, targets_by
+from loratool.adapters.formats.format import Parts, Shape, Spelling, most_common, told_losses
 from loratool.adapters.gguf_names import ALPHA, HUB, REPOSITORY, A, B, in_model, order_of
 from loratool.adapters.layers import Form, Kind, expert_place
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
@@ -29,7 +29,6 @@ from loratool.errors import FitError, printable
 from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor
 from loratool.notes import Note
-from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.adapters.formats.format import Format
@@ -163,11 +162,10 @@ def as_float32(value: float) -> float:
 
 def losses(adapter: Adapter) -> tuple[Note, ...]:
     """What of an adapter llama.cpp does not load."""
-    lost = targets_by(adapter, lambda _, update: unloadable(update))
-    return tuple(Note("not-in-gguf", f"llama.cpp does not load {what}: {some(t)}") for what, t in lost.items())
+    return told_losses(adapter, "not-in-gguf", "llama.cpp does not load", unloadable)
 
 
-def unloadable(update: Update) -> str:
+def unloadable(_: str, update: Update) -> str:
     """What an update is called that is no plain LoRA; empty for one that is."""
     match update:
         case LowRank(kernel=()) | ExpertFactors():

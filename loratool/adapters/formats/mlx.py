@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor, is_scale
-from loratool.adapters.formats.format import Config, Format, Parts, Spelling, most_common, targets_by, uneven_dora
+from loratool.adapters.formats.format import Config, Format, Parts, Spelling, most_common, told_losses, uneven_dora
 from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import MlxFiles
 from loratool.adapters.formats.rows import entry_of
-from loratool.adapters.layers import EXPERT_LAYERS, Contents, Form, Kind, expert_place, is_expert
+from loratool.adapters.layers import EXPERT_LAYERS, Contents, Form, Kind, expert_place, innermost, is_expert
 from loratool.adapters.model_settings import model_types
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.training import Training
@@ -40,7 +40,6 @@ from loratool.layouts.architectures import INPUT_EMBEDDINGS
 from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.provenance.cards import Subject
-from loratool.templates import some
 
 CONFIG, WEIGHTS = MlxFiles.config_name, MlxFiles.weights_name
 A, B, M = ".lora_a", ".lora_b", ".m"
@@ -159,17 +158,6 @@ def experts_of(module: str) -> Callable[[int], str] | None:
         return None
     called = EXPERT_LAYERS[leaf] if outer.endswith(OLD_CONTAINER) else leaf
     return lambda number: f"{outer}.experts.{number}.{called}.weight"
-
-
-def stack_of(target: str, config: Mapping[str, Any]) -> tuple[str, int] | None:
-    """The weight of all experts that mlx-lm has for the weight of one, and the number of that one; None for any other."""
-    if (place := expert_place(target)) is None:
-        return None
-    start, number, leaf = place
-    container = next(
-        (CONTAINERS[kind] for kind in sorted(model_types(config)) if kind in CONTAINERS), EXPERT_CONTAINERS[0]
-    )
-    return f"{start}.{container}.{leaf}.weight", number
 
 
 def is_embedding(module: str) -> bool:
@@ -319,16 +307,17 @@ class Mlx(MlxFiles, Format):
         return MlxNames(self, kinds)
 
     def stack_of(self, target: str, config: Config) -> tuple[str, int] | None:
-        return stack_of(target, config)
+        if (place := expert_place(target)) is None:
+            return None
+        start, number, leaf = place
+        containers = (CONTAINERS[kind] for kind in sorted(model_types(config)) if kind in CONTAINERS)
+        return f"{start}.{next(containers, EXPERT_CONTAINERS[0])}.{leaf}.weight", number
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
-        def what(target: str, update: Update) -> str:
-            of_experts = is_expert(target) and isinstance(update, Magnitude)
-            return "DoRA of experts" if of_experts else unspeakable(update) or ""
-
-        lost = targets_by(adapter, what)
-        notes = (Note("not-in-mlx", f"mlx-lm cannot store {what}: {some(t)}") for what, t in lost.items())
-        return (*notes, *uneven_dora(adapter, "mlx-lm"))
+        return (
+            *told_losses(adapter, "not-in-mlx", "mlx-lm cannot store", unspeakable),
+            *uneven_dora(adapter, "mlx-lm"),
+        )
 
     def rank_notes(self, own: Mapping[str, int], ranks: Mapping[str, int]) -> Iterator[Note]:
         if filled := [target for target in ranks if own.get(target, 0) < ranks[target]]:
@@ -348,16 +337,18 @@ class Mlx(MlxFiles, Format):
         return {**contents.adapter.config, "lora_parameters": parameters}
 
 
-def unspeakable(update: Update) -> str | None:
-    """What of an update the layout cannot hold, in words; None where it holds all of it."""
-    inner = update.inner if isinstance(update, Magnitude) else update
-    match inner:
-        case LowRank(kernel=()):
-            return "DoRA of columns" if isinstance(update, Magnitude) and update.by_column else None
+def unspeakable(target: str, update: Update) -> str:
+    """What of an update the layout cannot hold, in words; empty where it holds all of it."""
+    match update:
+        case Magnitude() if is_expert(target):
+            return "DoRA of experts"
+        case Magnitude(inner=LowRank(kernel=()), by_column=True):
+            return "DoRA of columns"
+    match innermost(update):
+        case LowRank(kernel=()) | ExpertFactors():
+            return ""
         case LowRank():
             return "convolution factors"
-        case ExpertFactors():
-            return None
         case Add():
             return "factor biases"
         case Replace():

@@ -40,9 +40,6 @@ class TrainerFormat(WithSettings, Format):
     def training_of(self, config: Config) -> Training:
         """What the settings say of the training."""
 
-    def is_config(self, config: Config) -> bool:  # noqa: ARG002 (no JSON of its own)
-        return False
-
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
         weights = [path.relative_to(location).as_posix() for path in self.weights_at(location)]
         own = [name for name in (*self.config_names, MODEL_CONFIG) if (location / name).is_file()]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.format import Config, Format, Scaled
@@ -88,9 +88,6 @@ class Named(Format):
             case several:
                 names = ", ".join(printable(found.name) for found in several)
                 raise InputError(f"{printable(path)}: contains several adapters ({names}); pass the path of one")
-
-    def is_config(self, config: Mapping[str, Any]) -> bool:  # noqa: ARG002 (there is none)
-        return False
 
     def training_at(self, path: Path) -> Training:
         from loratool.adapters.formats.named.header import Header

@@ -11,10 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Format, Parts, Shape, Spelling, targets_by
+from loratool.adapters.formats.format import Format, Parts, Shape, Spelling, told_losses
 from loratool.adapters.formats.named.card import common
 from loratool.adapters.formats.named.dialects import NORMS, ORIGINAL_NORMS
 from loratool.adapters.formats.roles.names import RESHAPE, of_factors
@@ -29,7 +30,6 @@ from loratool.files.model_files import MADE_HERE
 from loratool.files.tensor_writer import OF_DATA
 from loratool.lazy import Tensor
 from loratool.notes import Note
-from loratool.templates import some
 
 
 @dataclass(frozen=True)
@@ -222,11 +222,12 @@ def only(values: Iterable[float]) -> str:
 
 def losses(adapter: Adapter, dialect: str) -> tuple[Note, ...]:
     """What of an adapter a dialect cannot hold."""
-    lost = targets_by(adapter, lambda target, update: unspeakable(adapter, target, update, DIALECTS[dialect]))
-    return tuple(Note("not-in-dialect", f"{dialect} cannot store {what}: {some(t)}") for what, t in lost.items())
+    return told_losses(
+        adapter, "not-in-dialect", f"{dialect} cannot store", partial(unspeakable, adapter, DIALECTS[dialect])
+    )
 
 
-def unspeakable(adapter: Adapter, target: str, update: Update, dialect: Dialect) -> str:
+def unspeakable(adapter: Adapter, dialect: Dialect, target: str, update: Update) -> str:
     """What of an update a dialect cannot hold, in words; empty where it holds all of it."""
     inner = update.inner if isinstance(update, Magnitude) else update
     match inner:

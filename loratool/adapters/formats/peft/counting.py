@@ -44,10 +44,5 @@ def is_trained_copy(adapter: Adapter, target: str) -> bool:
     """Whether a tensor that is saved whole is of a module that PEFT trained a copy of; the name ends in an entry."""
     if adapter.config.get("peft_type") == "LN_TUNING":
         return True
-    saved = adapter.config.get("modules_to_save")
-    names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
-    names += keys.HEADS.get(str(adapter.config.get("task_type")), ())
-    module = target.rpartition(".")[0]
-    parts = module.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]  # a module that is saved may hold others
-    return any(path.endswith(name) for path in paths for name in names)
+    saved = keys.saved_modules(adapter.config)
+    return any(module.endswith(saved) for module in keys.beginnings(target))  # one that is saved may hold others

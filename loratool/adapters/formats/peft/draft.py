@@ -18,6 +18,7 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import Problem, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.notes import Note
+from loratool.templates import first_few
 
 TOKENS = keys.TOKENS
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict
@@ -123,12 +124,9 @@ class Draft(Found):
                 self.keep(name, path, passed_over)
         self.tell_copies()
         if passed_over:
-            more = f" and {len(passed_over) - 1} more" if len(passed_over) > 1 else ""
+            shown = first_few(passed_over, 1)
             self.notes.append(
-                Note(
-                    "training-only-tensors",
-                    f"left out (used only in training, or a second copy): {printable(passed_over[0])}{more}",
-                )
+                Note("training-only-tensors", f"left out (used only in training, or a second copy): {shown}")
             )
 
     def is_whole(self, path: str, key: keys.Key | None) -> bool:

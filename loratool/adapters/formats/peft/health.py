@@ -135,10 +135,8 @@ def is_residual(update: object) -> bool:
 def look_at_patterns(adapter: Adapter, path: Path) -> Iterator[Finding]:
     """Modules that several patterns match with different values: saving sorts them, and the first one counts."""
     modules = [target.removesuffix(".weight") for target in adapter.updates]
-    tables = {}
-    for name in ("rank_pattern", "alpha_pattern"):
-        table = adapter.config.get(name)
-        tables[name] = table if isinstance(table, dict) else {}
+    found = {name: adapter.config.get(name) for name in ("rank_pattern", "alpha_pattern")}
+    tables = {name: table for name, table in found.items() if isinstance(table, dict)}
     try:
         matching = match_patterns([p for table in tables.values() for p in table], modules)
     except ValueError:
@@ -147,8 +145,7 @@ def look_at_patterns(adapter: Adapter, path: Path) -> Iterator[Finding]:
         rivals = [m for m in modules if len({repr(table[p]) for p in table if p in matching[m]}) > 1]
         if not rivals:
             continue
-        first = [p for p in table if p in matching[rivals[0]]]
-        said = ", ".join(f"{printable(p)}: {printable(table[p])}" for p in first)
+        said = ", ".join(f"{printable(p)}: {printable(table[p])}" for p in table if p in matching[rivals[0]])
         if name == "rank_pattern":
             outcome = "PEFT uses the first, and fails where the tensors have the rank of another"
             repair = command("rescale", path, "--bake")

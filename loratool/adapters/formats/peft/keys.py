@@ -204,7 +204,7 @@ class Paths:
 
     def names_module(self, path: str) -> bool:
         """Whether the module of a tensor is one that is saved whole by its own name."""
-        return bool(self.saved) and path.rpartition(".")[0].endswith(self.saved)
+        return path.rpartition(".")[0].endswith(self.saved)
 
     def saved_as(self, path: str) -> tuple[str, str]:
         """For a tensor that is saved whole: the parameter it is for, and what wrapped it (empty for nothing)."""
@@ -227,10 +227,7 @@ class Paths:
     def is_copy(self, parts: list[str], at: int) -> bool:
         """Whether `modules_to_save` or `original_module` at a place of a path is PEFT's."""
         head, through, path = ".".join(parts[:at]), ".".join(parts[: at + 1]), ".".join(parts)
-        if self.saved and through.endswith(self.saved):
-            return False
-        owned = bool(self.saved) and head.endswith(self.saved)
-        return owned or not self.is_saved(path)
+        return not through.endswith(self.saved) and (head.endswith(self.saved) or not self.is_saved(path))
 
 
 def saved_modules(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from loratool.adapters.patterns import match_patterns
 from loratool.errors import Problem, printable
 from loratool.files.safefile import SafeFile
 from loratool.notes import Note
+from loratool.templates import first_few
 
 
 class Scaling:
@@ -92,11 +93,10 @@ class Scaling:
             if len(set(alphas)) > 1:
                 rivals.setdefault(alphas, []).append(path)
         for alphas, paths in rivals.items():
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             self.draft.notes.append(
                 Note(
                     "ambiguous-alpha",
-                    f"{printable(paths[0])}{more}: several alpha patterns match ({', '.join(map(str, alphas))}); "
+                    f"{first_few(paths, 1)}: several alpha patterns match ({', '.join(map(str, alphas))}); "
                     f"{alphas[0]} is used, as in PEFT when it loads the adapter; training may have used another, "
                     "because saving sorts them",
                 )
