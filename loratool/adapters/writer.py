@@ -8,7 +8,7 @@ import os
 import sys
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -218,18 +218,22 @@ def adapter_output(
     if options.dry_run:
         yield Output(None, None, names, forms, dtype, scales or {})
         return
-    form, weights = names.form, names.form.weights_name
-    every = Parts({target: f.rank for target, f in forms.items()}, scales or {})
+    form, every = names.form, Parts({target: f.rank for target, f in forms.items()}, scales or {})
     strengths = [(name, "F32", ()) for name in names.strengths(every)]
     announced = [*announced_factors(names, forms, dtype), *strengths, *carried.announced()]
     needed = sum(math.prod(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
-    wanted = Journal(os.urandom(16).hex(), files={weights})
-    single = weights if is_single(out, form) else ""
     with (
-        staged(out, wanted, needed, replaceable(options.overwrite), single=single) as stage,
-        form.container(stage.folder / weights, announced, header or {}) as file,
+        staged_weights(out, form, needed, options) as stage,
+        form.container(stage.folder / form.weights_name, announced, header or {}) as file,
     ):
         yield Output(file, stage, names, forms, dtype, scales or {})
+
+
+def staged_weights(out: Path, form: Format, needed: int, options: WritingOptions) -> AbstractContextManager[Stage]:
+    """The stage of an adapter whose weights take `needed` bytes."""
+    single = form.weights_name if is_single(out, form) else ""
+    wanted = Journal(os.urandom(16).hex(), files={form.weights_name})
+    return staged(out, wanted, needed, replaceable(options.overwrite), single=single)
 
 
 def copied_output(
@@ -238,8 +242,7 @@ def copied_output(
     """An adapter with the same weights, byte for byte, under another config."""
     weights, form = source.adapter.file, format_of(source.adapter)
     source.adapter.check_values()
-    wanted = Journal(os.urandom(16).hex(), files={form.weights_name})
-    with staged(out, wanted, weights.layout.size, replaceable(options.overwrite)) as stage:
+    with staged_weights(out, form, weights.layout.size, options) as stage:
         if weights.files == (weights,):
             stage.copy(form.weights_name, weights.path)
         else:  # of several one is made, which every reader takes
@@ -262,24 +265,22 @@ def restated_output(
     adapter.check_values()
     if options.dry_run:
         return
-    name, single = form.weights_name, form.weights_name if is_single(out, form) else ""
     beside, settings = files_beside(source), adapter.config_file.name
     if made.settings:
         model = adapter.folder / MODEL_CONFIG  # which may tell the heads of the model
         beside |= {MODEL_CONFIG: model} if model.is_file() else {}
         beside.pop(settings, None)
-    wanted = Journal(os.urandom(16).hex(), files={name})
-    with staged(out, wanted, file.layout.size + SLACK, replaceable(options.overwrite), single=single) as stage:
+    with staged_weights(out, form, file.layout.size + SLACK, options) as stage:
         if made.settings:
-            stage.copy(name, file.path)
+            stage.copy(form.weights_name, file.path)
             stage.write(settings, made.settings)
         else:
             assert isinstance(file, GgufFile)
             told: dict[str, str | float] = {**made.values, MADE_HERE: json.dumps(provenance)}
-            copy_with_values(file, stage.folder / name, told)
-            stage.add(name)
+            copy_with_values(file, stage.folder / form.weights_name, told)
+            stage.add(form.weights_name)
         file.check_unchanged()
-        if not single:
+        if not stage.single:
             finish(stage, form, adapter.config, provenance, beside, [adapter.folder])
 
 
@@ -294,11 +295,8 @@ def scaled_output(
     own = {info.name: (info.name, info.dtype, info.shape) for info in file.layout.in_order}
     own |= {n: (n, "F32", file.tensors[n].shape if n in own else ()) for n in scaled.numbers}
     header = {**scaled.header, MADE_HERE: json.dumps(provenance)}
-    single = form.weights_name if is_single(out, form) else ""
-    wanted = Journal(os.urandom(16).hex(), files={form.weights_name})
-    needed = file.layout.size + 512 * len(scaled.numbers)
     with (
-        staged(out, wanted, needed, replaceable(options.overwrite), single=single) as stage,
+        staged_weights(out, form, file.layout.size + 512 * len(scaled.numbers), options) as stage,
         form.container(stage.folder / form.weights_name, own.values(), header) as written,
     ):
         for name, _, shape in own.values():
@@ -311,7 +309,7 @@ def scaled_output(
         written.finish()
         file.check_unchanged()
         stage.add(form.weights_name)
-        if not single:
+        if not stage.single:
             finish(stage, form, scaled.header, provenance, files_beside(source), [source.adapter.folder])
 
 
@@ -327,19 +325,18 @@ def append(file: TensorFile, name: str, tensor: StoredTensor | Tensor) -> None:
 def times(source: Contents, name: str, factor: float) -> Tensor:
     """A tensor of a file multiplied by a number, rounded once. Raises `FitError` where its dtype cannot hold that."""
     file = source.adapter.file
-    dtype: torch.dtype = getattr(torch, FACTOR_NAMES[file.tensors[name].dtype])
+    dtype = of_torch(FACTOR_NAMES[file.tensors[name].dtype])
     stored = StoredTensor(file, file.tensors[name]).load(torch.device("cpu"), torch.float64)
     found = round_once(stored * factor, dtype)
     if not bool(found.isfinite().all()):
-        raise FitError(f"{printable(name)}: times {factor:g} it overflows {str(dtype).removeprefix('torch.')}")
+        raise FitError(f"{printable(name)}: times {factor:g} it overflows {called(dtype)}")
     return found
 
 
 def announced_factors(names: Spelling, forms: Mapping[str, Form], dtype: str) -> Iterator[Triple]:
-    spelled = SPELLED[dtype]
     for target, form in forms.items():
         for name, shape in zip(names.factors(target), names.shapes(form), strict=True):
-            yield name, spelled, shape
+            yield name, SPELLED[dtype], shape
 
 
 def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float] | None = None) -> Carried:
@@ -370,11 +367,11 @@ def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float]
         inside = target in source.bases or format_of(adapter).was_inside(adapter, target)
         carried.tensors[names.whole(target, inside)] = unloaded(replacement.value)
     for target, change in source.changes.items():
-        stored = unloaded(change.value)
-        factor = (factors or {}).get(target, 1.0) * change.scale
-        dtype = torch_dtype(next(stored_tensors(change)).info.dtype)
-        scaled_change = round_once(stored.load(torch.device("cpu"), torch.float64) * factor, dtype)
-        carried.tensors[names.change(target, source.is_norm(target))] = stored if factor == 1 else scaled_change
+        stored, factor = unloaded(change.value), (factors or {}).get(target, 1.0) * change.scale
+        name, dtype = names.change(target, source.is_norm(target)), torch_dtype(next(stored_tensors(change)).info.dtype)
+        carried.tensors[name] = (
+            stored if factor == 1 else round_once(stored.load(torch.device("cpu"), torch.float64) * factor, dtype)
+        )
     for target, rows in source.rows.items():
         carried.tensors[names.rows(target)] = unloaded(rows.values)
         carried.tokens[target] = rows.index
@@ -391,8 +388,7 @@ def add_missing_biases(carried: Carried, names: Spelling, lengths: Mapping[str, 
 
 def kept_dtype(sources: Sequence[Contents], asked: str) -> torch.dtype:
     """The dtype of the factors: as asked, or the one that holds those of every source."""
-    dtype: torch.dtype = getattr(torch, kept_name(sources, asked))
-    return dtype
+    return of_torch(kept_name(sources, asked))
 
 
 def kept_name(sources: Sequence[Contents], asked: str) -> str:
@@ -416,7 +412,12 @@ def factor_tensors(layer: Layer) -> Iterator[StoredTensor]:
 
 def torch_dtype(name: str) -> torch.dtype:
     """F32 → torch.float32; one of 8 bits → the dtype that holds its numbers."""
-    dtype: torch.dtype = getattr(torch, FLOAT_NAMES[EIGHT_BITS.get(name, name)])
+    return of_torch(FLOAT_NAMES[EIGHT_BITS.get(name, name)])
+
+
+def of_torch(name: str) -> torch.dtype:
+    """float32 → torch.float32."""
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

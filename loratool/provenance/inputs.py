@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,18 +79,3 @@ def on_disk(file: SafeFile) -> SafeFile:
     while isinstance(file, Selection):
         file = file.original
     return file
-
-
-def told_adapter(
-    name: str, place: Path, kind: str, digests: Mapping[str, str], alone: SafeFile | None
-) -> dict[str, Any]:
-    """The entry of an adapter in the format `kind`, with SHA-256 of its files; `alone` is its file where it is just one."""
-    metadata = alone.metadata if alone else {}
-    where = alone.path if alone else place
-    return {
-        "name": name,
-        **told_input(where, alone is not None),
-        "format": kind,
-        "sha256": dict(digests),
-        **made_of(where, digests, metadata),
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module, Unsuppor
 from loratool.adapters.formats.peft.files import CONFIG
 from loratool.adapters.formats.peft.parameters import rank_is_one
 from loratool.adapters.formats.peft.scaling import Scaling
+from loratool.adapters.formats.peft.training import release_of
 from loratool.algebra.updates import formulas, residual
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
@@ -27,7 +27,6 @@ ONLY_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
 PARTS = {"pissa": residual.PRINCIPAL, "olora": residual.TRIANGULAR}  # what an initialisation takes from the base
 OUT_PROJ = ".base_layer.out_proj"  # of a wrapped nn.MultiheadAttention
 LAST_DOUBLING = (0, 21, 2)  # the last release of PEFT that applies the update of an out_proj twice
-VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 
 def read_lora(draft: Draft) -> None:
@@ -231,8 +230,7 @@ class Reader:
 
 def doubles(release: object) -> bool:
     """Whether the release of PEFT that saved the adapter applies the update of an out_proj twice."""
-    match = VERSION.match(str(release or ""))
-    return match is None or tuple(int(part or 0) for part in match.groups()) <= LAST_DOUBLING
+    return release_of(release) <= LAST_DOUBLING
 
 
 def token_numbers(module: Module) -> object:

@@ -109,10 +109,15 @@ def targets_of(config: Mapping[str, Any]) -> Targets | None:
     return Targets(tuple(modules), tuple(excluded or ()), None if layers is None else frozenset(map(str, chosen)))
 
 
+def release_of(version: object) -> tuple[int, ...]:
+    """The numbers of a release; all 0 where a config names none, as before 0.18."""
+    match = VERSION.match(version) if isinstance(version, str) else None
+    return tuple(int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+
+
 def expert_axes(version: object) -> ExpertAxes:
     """How a release stored experts: one way before PEFT 0.19.0, another in it, and a third from then on."""
-    match = VERSION.match(version) if isinstance(version, str) else None
-    release = (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)  # before 0.18 none is written
+    release = release_of(version)
     if release < (0, 19, 0):
         return "first"
     return "against the flag" if release == (0, 19, 0) else "as flagged"
