@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from loratool.adapters.adapter import StoredTensor, load_update
-from loratool.adapters.formats.roles import Module, found_in, grouped
+from loratool.adapters.formats.roles.module import Module
+from loratool.adapters.formats.roles.names import grouped
+from loratool.adapters.formats.roles.reading import found_in
 from loratool.files.safefile import read_safefile
 
 modules = pytest.importorskip("lycoris.modules")

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loratool.adapters.adapter import StoredTensor, load_update
-from loratool.adapters.formats.roles import Found, Module, RoleProblem, found_in, grouped, split
-from loratool.adapters.formats.roles.reading import FAMILIES
+from loratool.adapters.formats.roles.module import Found, Module, RoleProblem
+from loratool.adapters.formats.roles.names import grouped, split
+from loratool.adapters.formats.roles.reading import FAMILIES, found_in
 from loratool.algebra.updates.additive import LowRank
 from loratool.files.safefile import read_safefile
 

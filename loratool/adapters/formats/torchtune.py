@@ -2,37 +2,38 @@
 
 Beside it lies an `adapter_config.json` with r and lora_alpha; scaling is their quotient. torchtune computes rotary
 positions of some models on interleaved pairs, as Meta's code does, and permutes the rows of queries and keys for
-it. B and DoRA's lengths have the rows of the weight, so both are permuted back here. (torchtune's own export to PEFT
-leaves the lengths as they are.) Facts: torchtune 0.6.1, `models/convert_weights.py` and the `_convert_weights.py` of
-other models.
+it. B and DoRA's lengths have the rows of the weight, so both are permuted back here, and permuted again where an adapter
+is written, which takes the model. (torchtune's own export to PEFT leaves the lengths as they are.) Facts: torchtune 0.6.1,
+`models/convert_weights.py` and the `_convert_weights.py` of other models.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.adapters.adapter import Adapter, unloaded
+from loratool.adapters.adapter import Adapter, StoredTensor, unloaded
 from loratool.adapters.formats import rows
-from loratool.adapters.formats.format import Config
+from loratool.adapters.formats.format import Config, Format, Parts, Shape, Spelling, most_common
 from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import TorchtuneFiles
-from loratool.adapters.formats.torchtune_writing import TorchtuneNames, ordered_file
-from loratool.adapters.formats.trainer import TrainerFormat, text_in, whole_in
-from loratool.adapters.layers import Kind, innermost
+from loratool.adapters.formats.trainer import TrainerFormat, text_in, tidy, whole_in
+from loratool.adapters.layers import Form, Kind, innermost
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
 from loratool.adapters.training import Training
 from loratool.adapters.unsettled import WAY_OUT, Unsettled
+from loratool.algebra.lowrank.products import Product
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
-from loratool.errors import printable
+from loratool.errors import FitError, printable
 from loratool.files.heads import HasNames
-from loratool.files.tensor_writer import TensorFile, Triple
+from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
+from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.templates import some
 
@@ -55,31 +56,40 @@ PERMUTED = {
 }
 
 
+def heads_of(config: Mapping[str, Any]) -> dict[str, int] | None:
+    """The heads of modules whose rows are permuted, by the last part of their names; None where a model does not tell."""
+    known, heads = sorted(PERMUTED.keys() & model_types(config)), attention_heads(config)
+    if len(known) != 1 or heads is None:
+        return None
+    return {"q_proj": heads.queries, "k_proj": heads.keys} if PERMUTED[known[0]] else {}
+
+
+def leaf_of(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
 @dataclass(frozen=True)
 class Placed:
     """What becomes of factors of queries or keys on a model."""
 
     target: str
     update: LowRank | Magnitude
-    keys: bool
 
     def __call__(self, config: Mapping[str, Any]) -> Mapping[str, Update]:
-        known = sorted(PERMUTED.keys() & model_types(config))
-        heads = attention_heads(config)
-        if len(known) != 1 or heads is None:
+        heads = heads_of(config)
+        if heads is None:
             raise ValueError(
                 "torchtune orders the rows of queries and keys by model and by heads, which takes the model's config "
                 f"(model_type {', '.join(PERMUTED)}, with its number of heads); {WAY_OUT}"
             )
-        if not PERMUTED[known[0]]:
+        count, inner = heads.get(leaf_of(self.target.removesuffix(".weight"))), innermost(self.update)
+        if count is None:
             return {self.target: self.update}
-        count = heads.keys if self.keys else heads.queries
-        inner: Any = self.update.inner if isinstance(self.update, Magnitude) else self.update
-        out = inner.up.shape[0]
+        assert isinstance(inner, LowRank)
+        out, formula = inner.up.shape[0], rows.FromPairs(count)
         if out % (2 * count):
             raise ValueError(f"its {out} rows are not those of {count} heads")
-        formula = rows.FromPairs(count)
-        plain = LowRank(rows.of_rows(out, inner.up, formula), inner.down, inner.scale, turnable=True)
+        plain = replace(inner, up=rows.of_rows(out, unloaded(inner.up), formula))
         if not isinstance(self.update, Magnitude):
             return {self.target: plain}
         return {self.target: Magnitude(plain, rows.of_rows(out, unloaded(self.update.magnitude), formula))}
@@ -101,21 +111,19 @@ class Torchtune(TorchtuneFiles, TrainerFormat):
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> TorchtuneNames:  # noqa: ARG002 (there is one)
         self.heads()
-        modules = {target: module for target in kinds if (module := module_of(target)) is not None}
-        return TorchtuneNames(self, kinds, modules, settings_of)
+        return TorchtuneNames(self, kinds)
 
-    def container(
-        self, path: Path, announced: Iterable[Triple], metadata: Mapping[str, str]
-    ) -> AbstractContextManager[TensorFile]:
-        return ordered_file(path, announced, metadata, self.heads())
+    @contextmanager
+    def container(self, path: Path, announced: Iterable[Triple], metadata: Mapping[str, str]) -> Iterator[TensorFile]:
+        with tensor_file(path, announced, metadata) as file:
+            yield OrderedFile(file.path, file.descriptor, file.reserved, file.metadata, heads=self.heads())
 
     def heads(self) -> dict[str, int]:
-        """The heads of modules whose rows are permuted, by the last part of their names. Raises `InputError`."""
+        """Those of the model. Raises `InputError` where it does not tell them."""
         config = self.model or {}
-        known, heads = sorted(PERMUTED.keys() & model_types(config)), attention_heads(config)
-        if len(known) != 1 or heads is None:
+        if (heads := heads_of(config)) is None:
             raise model_needed("torchtune orders the rows of queries and keys by model and by heads", PERMUTED, config)
-        return {"q_proj": heads.queries, "k_proj": heads.keys} if PERMUTED[known[0]] else {}
+        return heads
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (there is one)
         lost = [t for t, u in adapter.updates.items() if not isinstance(innermost(u), (LowRank, Unsettled))]
@@ -153,26 +161,24 @@ class Torchtune(TorchtuneFiles, TrainerFormat):
             ranks.add(down.shape[0])
             if (target := target_of(module)) is None:
                 found.unsupported.append(f"torchtune's module {printable(module)} has no known name in transformers")
-                continue
-            self.place(found, module, target, alpha / down.shape[0])
+            else:
+                self.place(found, module, target, down, up, alpha / down.shape[0])
         rank = whole_in(config, "r")
         if rank is not None and ranks - {rank}:
             found.refuse(
                 self.config_name, f"r is {rank}, but the factors have rank {', '.join(map(str, sorted(ranks)))}"
             )
 
-    def place(self, found: Found, module: str, target: str, scale: float) -> None:
+    def place(self, found: Found, module: str, target: str, down: StoredTensor, up: StoredTensor, scale: float) -> None:
         """Take up the factors of one module."""
-        down, up = found.stored(module + A), found.stored(module + B)
         update: Any = LowRank(up, down, scale, turnable=True)  # type: ignore[arg-type]  # loaded later
         names = [module + A, module + B]
         lengths = found.lengths(module + M, up.shape[0])
         if lengths is not None:
             update = Magnitude(update, lengths)  # type: ignore[arg-type]  # the same
             names.append(module + M)
-        leaf = target.removesuffix(".weight").rpartition(".")[2]
-        if leaf in ROTATED:
-            update = Unsettled(up, down, scale, Placed(target, update, leaf == "k_proj"), lengths)
+        if leaf_of(module) in ROTATED:
+            update = Unsettled(up, down, scale, Placed(target, update), lengths)
         found.add(target, update, names)
 
 
@@ -195,13 +201,59 @@ def module_of(target: str) -> str | None:
     return f"{match[1]}.{found[0]}" if match and found else None
 
 
-def settings_of(rank: int, alpha: float, base: str) -> dict[str, Any]:
-    """The settings that are read back."""
-    return {
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "base_model_name_or_path": base or None,
-    }
+@dataclass
+class OrderedFile(TensorFile):
+    """A file in which rows of some tensors are put into another order as they are written."""
+
+    heads: Mapping[str, int] | None = None  # by the last part of a module's name
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], content: memoryview | bytes) -> None:
+        module = name.removesuffix(B).removesuffix(M)
+        count = (self.heads or {}).get(leaf_of(module))
+        if count is not None and module != name and len(shape) in (1, 2):
+            content = in_pairs(bytes(content), shape[0], count)
+        super().add(name, dtype, shape, content)
+
+
+def in_pairs(content: bytes, rows: int, heads: int) -> bytes:
+    """Rows of each head from rotary positions in halves (transformers') to interleaved ones (Meta's): row i + h · width / 2
+    becomes row 2i + h.
+    """
+    each, half = len(content) // rows, rows // heads // 2
+    order = (head * 2 * half + part * half + at for head in range(heads) for at in range(half) for part in range(2))
+    return b"".join(content[row * each : (row + 1) * each] for row in order)
+
+
+class TorchtuneNames(Spelling):
+    """Names of an adapter that is written for torchtune; `FitError` for what it has no module for."""
+
+    reader = "torchtune"
+
+    def __init__(self, form: Format, kinds: Mapping[str, Kind]) -> None:
+        self.form, self.kinds = form, kinds
+        self.modules = {target: module for target in kinds if (module := module_of(target)) is not None}
+        if odd := [t for t, kind in kinds.items() if kind is not Kind.LINEAR or t not in self.modules]:
+            raise FitError("torchtune cannot adapt these layers:", map(printable, odd))
+
+    def factors(self, target: str) -> tuple[str, str]:
+        return self.modules[target] + A, self.modules[target] + B
+
+    def shapes(self, form: Form) -> tuple[Shape, Shape]:
+        return (form.rank, form.columns), (form.rows, form.rank)
+
+    def stored(self, form: Form, found: Product) -> tuple[Tensor, Tensor]:  # noqa: ARG002 (all alike)
+        return found.down.contiguous(), found.up.contiguous()
+
+    def magnitude(self, target: str) -> str:
+        return self.modules[target] + M
+
+    def describe_new(self, training: Training, parts: Parts) -> dict[str, Any]:
+        rank = max(parts.ranks.values())
+        return {
+            "r": rank,
+            "lora_alpha": tidy(rank * most_common(parts.scales.values())),
+            "base_model_name_or_path": training.base or None,
+        }
 
 
 TORCHTUNE = Torchtune()

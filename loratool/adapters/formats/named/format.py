@@ -188,7 +188,7 @@ def with_methods(training: Training, found: Reader) -> Training:
 def spelling_in(name: str) -> tuple[ModuleSpelling, str] | None:
     """How the name of a tensor is spelled, and its role; None for one of no dialect."""
     from loratool.adapters.formats.named.dialects import spelling_of
-    from loratool.adapters.formats.roles import split
+    from loratool.adapters.formats.roles.names import split
 
     parts = split(name)
     spelled = spelling_of(parts[0]) if parts else None

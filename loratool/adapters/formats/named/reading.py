@@ -14,8 +14,9 @@ from loratool.adapters.formats.named.dialects import ModuleSpelling, replaced_by
 from loratool.adapters.formats.named.header import CONFIGS, CONTRADICTION, Header
 from loratool.adapters.formats.named.numbered import layers_of
 from loratool.adapters.formats.named.refused import EMBEDDINGS, refused
-from loratool.adapters.formats.roles import Module, RoleProblem, found_in, grouped, methods_of
-from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, UP, canonical
+from loratool.adapters.formats.roles.module import Module, RoleProblem
+from loratool.adapters.formats.roles.names import ALPHA, DOWN, FOREIGN, MAGNITUDES, UP, canonical, grouped
+from loratool.adapters.formats.roles.reading import found_in, methods_of
 from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update

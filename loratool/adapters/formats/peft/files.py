@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.formats.peft.keys import family_of, path_of
 from loratool.adapters.weight_files import weight_files, without_config
-from loratool.errors import InputError, UsageError, printable
+from loratool.errors import InputError, Problem, UsageError, printable
 from loratool.files.checkpoint import check_index, check_numbering, read_index, read_shards
 from loratool.files.containers import foreign_file, instead_of_weights
 from loratool.files.folders import INDEX_SUFFIX, NUMBERED, sort_side_files
@@ -178,3 +179,27 @@ def read_config(path: Path) -> dict[str, Any]:
     if not {"peft_type", "r", "lora_alpha"} & set(config):
         raise InputError(f"{printable(path)}: not an adapter config: it has no peft_type, r or lora_alpha")
     return config
+
+
+# Fields that more than one place reads, each with its type, and whether it may be a list of it; null is allowed for each.
+# What one method alone reads, it checks itself.
+TYPES: Mapping[str, tuple[type, bool, str]] = {
+    "bias": (str, False, "text"),
+    "exclude_modules": (str, True, "text or a list of texts"),
+    "feedforward_modules": (str, True, "text or a list of texts"),
+    "layers_pattern": (str, True, "text or a list of texts"),
+    "layers_to_transform": (int, True, "a whole number or a list of them"),
+    "modules_to_save": (str, True, "a list of texts"),
+    "target_modules": (str, True, "text or a list of texts"),
+    "target_parameters": (str, True, "a list of texts"),
+}
+
+
+def wrong_fields(config: Mapping[str, Any]) -> dict[str, Problem]:
+    """Each field that holds a value of another type, with a sentence that says so."""
+    return {
+        name: Problem(f"{CONFIG}: {name} is {printable(repr(value))}; expected {wanted}", AGAINST_TENSORS)
+        for name, (kind, listed, wanted) in TYPES.items()
+        if (value := config.get(name)) is not None
+        and any(type(each) is not kind for each in (value if listed and isinstance(value, list) else [value]))
+    }

@@ -127,7 +127,7 @@ class Peft(Format):
         return Names(self, kinds, release)
 
     def losses(self, adapter: Adapter, dialect: str = "") -> tuple[Note, ...]:  # noqa: ARG002 (all have one config)
-        from loratool.adapters.formats.peft.losing import losses
+        from loratool.adapters.formats.peft.spelling import losses
 
         return losses(adapter)
 

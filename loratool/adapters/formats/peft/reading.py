@@ -11,8 +11,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats.peft import lora, packing, support
 from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module
-from loratool.adapters.formats.peft.fields import wrong_fields
-from loratool.adapters.formats.peft.files import CONFIG, INDEX, WEIGHTS, open_weights, read_config
+from loratool.adapters.formats.peft.files import CONFIG, INDEX, WEIGHTS, open_weights, read_config, wrong_fields
 from loratool.adapters.formats.peft.remarks import remark
 from loratool.adapters.formats.peft.training import quantised_in, training_of
 from loratool.adapters.reading import AS_STORED, Reading

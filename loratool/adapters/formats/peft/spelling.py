@@ -8,17 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.adapter import Adapter, StoredTensor
-from loratool.adapters.formats.format import Format, Parts, Spelling, most_common
+from loratool.adapters.formats.format import Format, Parts, Spelling, most_common, told_losses, uneven_dora
 from loratool.adapters.formats.peft import keys
 from loratool.adapters.formats.peft.describing import config_of, describe
 from loratool.adapters.formats.peft.experts import stacked_by_peft
 from loratool.adapters.formats.peft.lora import doubles
 from loratool.adapters.formats.peft.parameters import REGISTERED
+from loratool.adapters.formats.roles.names import of_factors
 from loratool.adapters.layers import ATTENTION, Form, Kind
 from loratool.adapters.training import Training
 from loratool.algebra.lowrank.products import Product
+from loratool.algebra.updates.additive import Add, LowRank
+from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
 from loratool.grouping import by_key
 from loratool.lazy import Tensor
+from loratool.notes import Note
 
 PREFIX = "base_model.model."
 
@@ -180,6 +185,20 @@ class Names(Spelling):
                 elif wrapper == "modules_to_save" and PREFIX + target in tensors:
                     found.setdefault(PREFIX + path, tensors[PREFIX + target])
         return found
+
+
+def losses(adapter: Adapter) -> tuple[Note, ...]:
+    """What would be lost, with the way out where there is one."""
+
+    def said(target: str, update: Update) -> str:
+        match update:
+            case Magnitude(by_column=True) if not (isinstance(update.inner, LowRank) and update.inner.table):
+                return "DoRA of input columns"  # which PEFT has of an embedding alone
+            case Add() if not of_factors(target, adapter.sources):
+                return "changes stored in full (--base writes the new values)"
+        return ""
+
+    return (*told_losses(adapter, "not-in-peft", "PEFT cannot store", said), *uneven_dora(adapter, "PEFT"))
 
 
 def saved_whole(target: str, inside: bool) -> str:

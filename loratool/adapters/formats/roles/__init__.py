@@ -4,9 +4,3 @@ Dialects differ in what they call a module, and agree on the *roles* of its tens
 spellings, `alpha`, `hada_w1_a`, `dora_scale`, `diff_b`. A format splits names (`split`, `grouped`), decides which target
 a module is, and asks `found_in` for the updates.
 """
-
-from loratool.adapters.formats.roles.module import Found, Module, RoleProblem
-from loratool.adapters.formats.roles.names import Grouped, grouped, split
-from loratool.adapters.formats.roles.reading import found_in, methods_of
-
-__all__ = ["Found", "Grouped", "Module", "RoleProblem", "found_in", "grouped", "methods_of", "split"]
