@@ -23,7 +23,7 @@ from loratool.errors import NAME_BASE, FitError, InputError, printable
 from loratool.layouts.fusions import FUSIONS
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
-from loratool.templates import first_few
+from loratool.templates import some
 
 WITH_BASE = ("rescale", "resize", "combine", "compare", "compress", "convert")  # commands on adapters that take --base
 ROUNDING_ONLY = "no larger than the rounding of its stored factors"  # said of an update that `lowrank.noise` finds so
@@ -262,7 +262,7 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
     if problems:
         raise InputError(
             f"{shown}: cannot {verb} this adapter:",
-            (f"{first_few(targets, 1)}: {reason}" for reason, targets in problems.items()),
+            (f"{some(targets, 1)}: {reason}" for reason, targets in problems.items()),
             hint=NAME_BASE if verb in WITH_BASE and is_open(adapter) else "",
         )
     made = [t for t, layer in layers.items() if innermost(adapter.updates[t]) is not layer.update]

@@ -18,6 +18,7 @@ from loratool.files.model_files import FileNames
 from loratool.files.untrusted import read_json
 from loratool.grouping import by_key
 from loratool.notes import Note
+from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter, StoredTensor
@@ -60,8 +61,6 @@ def targets_by(adapter: Adapter, said: Callable[[str, Update], str]) -> dict[str
 
 def told_losses(adapter: Adapter, code: str, reader: str, said: Callable[[str, Update], str]) -> tuple[Note, ...]:
     """A note with a code on everything of an adapter that a `reader` lacks a place for, as it is `said` by target and update."""
-    from loratool.results.repairs import some
-
     return tuple(Note(code, f"{reader} {what}: {some(targets)}") for what, targets in targets_by(adapter, said).items())
 
 
@@ -74,7 +73,6 @@ def uneven_dora(adapter: Adapter, reader: str) -> tuple[Note, ...]:
     """What to say of DoRA in some layers where `reader` takes it in all of them or in none."""
     from loratool.algebra.updates.dora import Magnitude
     from loratool.algebra.updates.experts import ExpertFactors
-    from loratool.templates import some
 
     lengths = [target for target, update in adapter.updates.items() if isinstance(update, Magnitude)]
     plain = [target for target, update in adapter.updates.items() if isinstance(update, (LowRank, ExpertFactors))]
@@ -290,7 +288,6 @@ class Format(FormatFiles, Protocol):
     def findings(self, adapter: Adapter, path: Path) -> Iterator[Finding]:  # noqa: ARG002 (no command repairs these)
         """What is wrong with how it is written down; `path` is what commands are told with."""
         from loratool.results.findings import Finding
-        from loratool.templates import some
 
         if adapter.unused:
             where = tuple(map(printable, adapter.unused))

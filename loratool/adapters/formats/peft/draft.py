@@ -18,7 +18,7 @@ from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.errors import Problem, printable
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.notes import Note
-from loratool.templates import first_few
+from loratool.templates import some
 
 TOKENS = keys.TOKENS
 LEFT_BEHIND = frozenset({"trainable_tokens_original"})  # beside it in a raw state dict
@@ -124,7 +124,7 @@ class Draft(Found):
                 self.keep(name, path, passed_over)
         self.tell_copies()
         if passed_over:
-            shown = first_few(passed_over, 1)
+            shown = some(passed_over, 1)
             self.notes.append(
                 Note("training-only-tensors", f"left out (used only in training, or a second copy): {shown}")
             )

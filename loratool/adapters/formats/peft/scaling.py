@@ -13,7 +13,7 @@ from loratool.adapters.patterns import match_patterns
 from loratool.errors import Problem, printable
 from loratool.files.safefile import SafeFile
 from loratool.notes import Note
-from loratool.templates import first_few
+from loratool.templates import some
 
 
 class Scaling:
@@ -96,7 +96,7 @@ class Scaling:
             self.draft.notes.append(
                 Note(
                     "ambiguous-alpha",
-                    f"{first_few(paths, 1)}: several alpha patterns match ({', '.join(map(str, alphas))}); "
+                    f"{some(paths, 1)}: several alpha patterns match ({', '.join(map(str, alphas))}); "
                     f"{alphas[0]} is used, as in PEFT when it loads the adapter; training may have used another, "
                     "because saving sorts them",
                 )
