@@ -141,9 +141,10 @@ def merge(
     if options.card:
         raise UsageError("--card needs --stream; without it, run `loratool push --card`", hint="loratool push --help")
     if options.abort:
-        from loratool.commands.merge import abort_merge
+        from loratool.merging.in_parts import abort, idle_notes
 
-        screen.show(abort_merge(out))
+        idle = idle_notes("--abort", [flag for flag in options.given() if flag != "--abort"])
+        screen.show(dataclasses.replace(abort(out), notes=idle))
         return
     if also:
         merge_several(base, outputs_of(out, adapters, also, screen.quiet), options, screen, pictures)

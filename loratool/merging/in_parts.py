@@ -62,6 +62,10 @@ if TYPE_CHECKING:
 Check = Callable[[Sequence[FilePart], Mapping[str, PartRecord], Progress | None], Mapping[str, str]]
 
 
+# they say how parts are made, or what becomes of a whole output
+IDLE_IN_STATUS = ("--device", "--workers", "--max-memory", "--sha256", "--digests", "--verify", "--accept-loss")
+
+
 class IncompleteError(VerificationError):
     """Parts are missing or damaged; those that have no record any more can be made again."""
 
@@ -179,8 +183,14 @@ def merge_status(
         running=tuple(Running(str(each), each.share, each.doing, each.seconds, each.alive) for each in running),
         bytes_done=merge.size if published else sum(p.size for p in merge.parts if p.name in records),
         bytes_all=merge.size,
+        notes=idle_notes("--status", [flag for flag in options.given() if flag in IDLE_IN_STATUS]),
         cost=Cost.since(merge.started),
     )
+
+
+def idle_notes(way: str, flags: Sequence[str]) -> tuple[Note, ...]:
+    """That some options have no effect on a way to call `merge`."""
+    return (Note("options-not-used", f"{way} does not use {', '.join(flags)}"),) if flags else ()
 
 
 def finish(

@@ -414,6 +414,10 @@ class Options:
         """Whether an option has another value than it has by default."""
         return bool(getattr(self, name) != described_by(type(self))[name][1])
 
+    def given(self, kind: type[Options] | None = None) -> list[str]:
+        """The flags of all that have another value than they have by default, or of those of one kind."""
+        return [each.flag for name, (each, _) in described_by(kind or type(self)).items() if self.is_given(name)]
+
     def check_needed(self, name: str, *others: str) -> None:
         """Raise `UsageError` where an option is given that has no effect without one of some others."""
         if self.is_given(name) and not any(map(self.is_given, others)):

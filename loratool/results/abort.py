@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.text import aligned, plural
 
@@ -19,6 +20,7 @@ class AbortReport(Result):
     completed: bool  # whether its output was complete, and stays
     uploads: tuple[str, ...]  # files whose uploads were ended
     removed: tuple[str, ...]  # files that were removed
+    notes: tuple[Note, ...] = ()
 
     def __str__(self) -> str:
         out = str(self.out)
@@ -32,4 +34,4 @@ class AbortReport(Result):
             rows.append(("complete", "only what its making left was removed"))
         elif in_store:
             rows.append(("removed", f"{plural(len(self.uploads), 'upload')} and {plural(len(self.removed), 'file')}"))
-        return aligned(rows)
+        return aligned([*rows, *(("note", note) for note in self.notes)])

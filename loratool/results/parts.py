@@ -73,10 +73,12 @@ class PartsStatus(Result):
     running: tuple[Running, ...]
     bytes_done: int
     bytes_all: int
+    notes: tuple[Note, ...] = ()
 
     def __str__(self) -> str:
+        notes: list[tuple[str, object]] = [("note", note) for note in self.notes]
         if self.published:
-            return aligned([("output", f"{printable(self.out)} is complete")])
+            return aligned([("output", f"{printable(self.out)} is complete"), *notes])
         rows: list[tuple[str, object]] = [
             ("output", printable(self.out)),
             ("fingerprint", self.plan[:16]),
@@ -96,7 +98,7 @@ class PartsStatus(Result):
             rows.append(("missing", some(waiting, MOST_NAMED)))
         if not self.missing:
             rows.append(("next", "--finish"))
-        return aligned(rows)
+        return aligned([*rows, *notes])
 
 
 def running_line(each: Running) -> str:

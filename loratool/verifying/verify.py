@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError
 from loratool.files.process import without_collections
-from loratool.options.described import described_by
 from loratool.verifying.options import VerifyOptions
 
 if TYPE_CHECKING:
@@ -39,15 +38,9 @@ def by_record(base: PathLike | None, adapters: Sequence[PathLike] | PathLike, op
     """Whether a model is held to its record alone. Raises `UsageError` where the arguments contradict each other."""
     named = isinstance(adapters, (str, os.PathLike)) or len(adapters) > 0
     if not named and base is None:
-        if given := changed_options(options):
+        if given := options.given(VerifyOptions):  # what was merged, or what the proof may use
             raise UsageError(f"{', '.join(given)}: needs --adapter, and --base where the adapter does not name it")
         return True
     if not named and not options.dequantize:
         raise UsageError("--base needs --adapter, once for each adapter that was merged, or --dequantize")
     return False
-
-
-def changed_options(options: VerifyOptions) -> list[str]:
-    """The flags of options that say what was merged, and what may be used for the proof: the check of a record has no use for them."""
-    every = described_by(VerifyOptions).items()
-    return [each.flag for name, (each, _) in every if options.is_given(name)]

@@ -124,6 +124,7 @@ READERS = {
     f"{PUSHING['rebase']} --force",
 }
 WITH_MODEL = {"rescale", "resize", "combine", "compare", "compress"}
+OF_PARTS = ("--device cpu", "--workers 2", "--max-memory 2GB", "--sha256", "--digests full", "--verify")
 # Command line → the code of the note.
 NOTED = {
     **{f"{words} {more}": code for words in READERS for more, code in READING.items()},
@@ -140,6 +141,7 @@ NOTED = {
     f"{VERIFY} --map zzz=b": "map-unused",
     f"{PUSHING['rebase']} --force --map zzz=b": "map-unused",
     "inspect adapter --base base --map zzz=b": "map-unused",
+    **{f"merge base adapter -o out --status {more}": "options-not-used" for more in OF_PARTS},
     "push adapter me/repo --dry-run --include zzz": "pattern-without-file",
     "push adapter me/repo --dry-run --exclude zzz": "pattern-without-file",
     "push adapter me/repo --dry-run --allow-secret zzz": "pattern-without-file",
@@ -202,6 +204,15 @@ def test_an_option_without_effect_is_noted(words: str, capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out)
     (result,) = found.get("results", [found])
     assert NOTED[words] in [note["code"] for note in result["notes"]]
+
+
+def test_an_abort_says_which_options_it_does_not_use(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs nothing but OUT, and may be the command of a worker with another last word."""
+    loratool.merge_part(here / "base", here / "adapter", here / "out", "1/1", device="cpu")
+    assert cli.run(shlex.split("merge base adapter -o out --sha256 --weight 2 --abort --json")) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note == {"code": "options-not-used", "text": "--abort does not use --sha256, --weight"}
+    assert not (here / "out.partial").exists()
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
