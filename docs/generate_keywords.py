@@ -17,8 +17,7 @@ from loratool.lineage.reproducing import ReproduceOptions
 from loratool.lineage.running import ManifestOptions
 from loratool.merging.dry_run import DryRunOptions
 from loratool.merging.in_memory import InMemoryOptions
-from loratool.merging.merge_options import MergeOptions
-from loratool.merging.plan_options import PlanOptions
+from loratool.merging.merge_options import MergeOptions, PlanOptions
 from loratool.options.described import Option, Options, described_by
 from loratool.publishing.options import PushOptions
 from loratool.publishing.streaming import StreamOptions

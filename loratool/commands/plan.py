@@ -11,8 +11,8 @@ from loratool.commands.library import library_function
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import planning
 from loratool.merging.dry_run import DryRunOptions, dry_run
+from loratool.merging.merge_options import PlanOptions
 from loratool.merging.plan import MergePlan
-from loratool.merging.plan_options import PlanOptions
 from loratool.options.described import made_of
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import gain_notes, gains_of
 from loratool.merging.inputs import opened_inputs, planned, several
+from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import ChangeOptions, RunOptions
-from loratool.merging.plan_options import PlanOptions
 from loratool.merging.resources import (
     Resources,
     choose_resources,

@@ -14,8 +14,8 @@ from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO, chosen_base, told_choice
+from loratool.merging.merge_options import PlanOptions, ProofOptions
 from loratool.merging.options import RunOptions
-from loratool.merging.plan_options import PlanOptions, ProofOptions
 from loratool.merging.planning import plan_merge
 
 if TYPE_CHECKING:

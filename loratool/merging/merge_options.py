@@ -1,13 +1,64 @@
-"""Options of a merge: what is merged, how it is laid out, and the tasks of a cluster that do it."""
+"""Options of a merge: what is merged, how it is laid out, what makes sure of it, and the tasks of a cluster that do it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loratool.merging.options import RunOptions
-from loratool.merging.plan_options import PlanOptions, ProofOptions
-from loratool.options.described import Number, Options, option
+from loratool.merging.options import ChangeOptions, RunOptions
+from loratool.options.described import FLAG, SIZE, Choice, Number, Options, option
 from loratool.options.writing import OverwriteOption
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOption(Options):
+    """How what is merged is laid out."""
+
+    shard_size: int | None = option(
+        help="Largest size of an output shard, such as 5GB [default: the shards of BASE].", kind=SIZE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(ChangeOptions, LayoutOption):
+    """What is merged, and how it is laid out."""
+
+    requantize: bool = option(
+        help="Write edited weights of a quantised BASE in its own format again, each value rounded to the nearest one.",
+        default=False,
+        kind=FLAG,
+    )
+    accept_loss: bool = option(
+        help="With --requantize or --gguf-type: write the output even if most of the update is lost.",
+        default=False,
+        kind=FLAG,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_needed("accept_loss", "requantize", "gguf_type")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofOptions(Options):
+    """Of a merge: what is known of its output for sure."""
+
+    sha256: bool = option(
+        help="Also record the SHA-256 of each whole weight file, which takes one more reading of it.",
+        default=False,
+        kind=FLAG,
+    )
+    digests: str = option(
+        help="Which digests are computed: new leaves out BASE, and tensors that are copied from it if their digests "
+        "are known from its loratool.json or the Hub's cache; full computes them all.",
+        default="new",
+        kind=Choice(lambda: ("new", "full")),
+    )
+    verify: bool = option(
+        help="Read every file of the output again before it gets its name, and compare it with its digest.",
+        default=False,
+        kind=FLAG,
+        recorded=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from loratool.bases.decoded import Decoded
 from loratool.errors import printable
 from loratool.files.pipelines import identities, itself
 from loratool.grouping import by_key
+from loratool.merging.merge_options import ProofOptions
 from loratool.merging.options import RunOptions
-from loratool.merging.plan_options import ProofOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.text import ENDLESS, MOST_LINES, aligned, fill, plural

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from loratool.adapters.adapter import Adapter
-    from loratool.merging.plan_options import PlanOptions
+    from loratool.merging.merge_options import PlanOptions
 
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:

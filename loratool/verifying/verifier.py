@@ -23,9 +23,9 @@ from loratool.files.process import on_all_cores
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.merging.inputs import opened_inputs, planned, several
+from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS
 from loratool.merging.output_layout import Span
-from loratool.merging.plan_options import PlanOptions
 from loratool.merging.planning import check_container
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note

@@ -25,7 +25,7 @@ from loratool.devices import start_torch
 from loratool.files.sink import Arrived, piece_of
 from loratool.merging.engine import Engine
 from loratool.merging.in_memory import InMemoryOptions, MergedWeights
-from loratool.merging.plan_options import PlanOptions
+from loratool.merging.merge_options import PlanOptions
 from loratool.merging.planning import plan_merge
 from loratool.merging.tasks import Job
 

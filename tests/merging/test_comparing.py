@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import Difference, first_unequal, verify
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -14,8 +15,7 @@ from loratool.adapters.formats import read_adapter
 from loratool.bases.opening import open_checkpoint
 from loratool.files import sink
 from loratool.merging import resources
-from loratool.merging.comparing import Difference, first_unequal, verify
-from loratool.merging.plan_options import PlanOptions
+from loratool.merging.merge_options import PlanOptions
 from loratool.merging.planning import plan_merge
 
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

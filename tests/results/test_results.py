@@ -19,7 +19,7 @@ from paths import PACKAGE
 import loratool
 from loratool import cli
 from loratool.demo import demo
-from loratool.merging.plan_options import PlanOptions
+from loratool.merging.merge_options import PlanOptions
 from loratool.merging.planning import plan_merge
 from loratool.results.base import Cost, Result
 from loratool.results.push import PushReport

@@ -1,6 +1,7 @@
 """A merge made again and held against the files that an earlier one wrote: the same plan, another sink.
 
-Internal: `verify` tells whether a finished output is, byte for byte, what its inputs give on this machine.
+`verify` tells whether a finished output is, byte for byte, what its inputs give on this machine. It proves besides that
+the engine and its arithmetic know nothing of files.
 """
 
 from __future__ import annotations
