@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import FitError, printable
+from loratool.grouping import by_key
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed
 from loratool.verifying.causes import NOT_MERGED, NOT_MERGED_WORDS, Cause, causes_of, known_causes
@@ -23,7 +24,7 @@ from loratool.verifying.explaining import (
     UNEXPLAINED,
     Explained,
 )
-from loratool.verifying.looking import SURE
+from loratool.verifying.looking import SURE, pooled
 from loratool.verifying.options import RESIDUAL, TWICE
 from loratool.verifying.updates import Module
 
@@ -64,6 +65,14 @@ def counted(names: Sequence[str], noun: str = "module") -> str:
     return f"{len(names)} {noun}{'s' * (len(names) != 1)} ({listed(names)})"
 
 
+def of_modules(
+    code: str, text: str, tensors: Iterable[str], numbers: Mapping[str, Any] | None = None, passes: bool = False
+) -> Diagnosis:
+    """A diagnosis that is about the modules that some tensors are of."""
+    names = module_names(tensors)
+    return Diagnosis(code, f"{counted(names)}: {text}", names, numbers or {}, passes)
+
+
 def diagnose_edited(
     plan: MergePlan, found: Mapping[str, Explained], distances: Mapping[str, Distances]
 ) -> Iterator[Diagnosis]:
@@ -74,62 +83,51 @@ def diagnose_edited(
         if each.kind == GUESS and each.guess is not None:
             guesses.setdefault(each.guess.code, {}).setdefault(each.guess.words, []).append(name)
     for code, by_words in guesses.items():
-        names = module_names(name for names in by_words.values() for name in names)
         words = next(iter(by_words)) + (f", and {len(by_words) - 1} other ways" if len(by_words) > 1 else "")
-        yield Diagnosis(code, f"{counted(names)}: {words}", names)
+        yield of_modules(code, words, chain.from_iterable(by_words.values()))
     if odd := [name for name, each in found.items() if each.kind == ELEMENTS]:
         count, farthest = sum(distances[name].beyond for name in odd), max(distances[name].ulp for name in odd)
-        names, unit = module_names(odd), "half steps" if all(found[name].packed for name in odd) else "ulp"
-        text = (
-            f"{counted(names)}: off by up to {farthest:.3g} {unit} in {count} single element{'s' * (count != 1)}; all others "
-            "are the formula's"
-        )
-        yield Diagnosis("elements-differ", text, names, {"elements": count, "ulp": farthest})
+        unit = "half steps" if all(found[name].packed for name in odd) else "ulp"
+        text = f"off by up to {farthest:.3g} {unit} in {count} single element{'s' * (count != 1)}; all others are the formula's"
+        yield of_modules("elements-differ", text, odd, {"elements": count, "ulp": farthest})
     if twice := [name for name, each in found.items() if each.rounding == TWICE and not each.packed]:
-        names = module_names(twice)
-        text = f"{counted(names)}: the update was rounded before it was added, as with factors of 16 bits"
-        yield Diagnosis("rounded-twice", text, names, passes=True)
+        text = "the update was rounded before it was added, as with factors of 16 bits"
+        yield of_modules("rounded-twice", text, twice, passes=True)
     if before := [name for name, each in found.items() if each.rounding == RESIDUAL]:
-        names, dtype = module_names(before), plan_dtype(plan, before[0])
         text = (
-            f"{counted(names)}: W without the part that the adapter's initialisation took from it was rounded to {dtype} "
-            "before the trained update was added, as PEFT does"
+            "W without the part that the adapter's initialisation took from it was rounded to "
+            f"{plan_dtype(plan, before[0])} before the trained update was added, as PEFT does"
         )
-        yield Diagnosis("residual-rounded", text, names, passes=True)
+        yield of_modules("residual-rounded", text, before, passes=True)
     if parts := [name for name, each in found.items() if each.kind == PART]:
-        names, most = module_names(parts), max(found[name].residual for name in parts)
-        dtype = plan_dtype(plan, parts[0])
+        most = max(found[name].residual for name in parts)
         text = (
-            f"{counted(names)}: the part that the adapter's initialisation took from W differs by up to {100 * most:.2g} % "
-            f"of its size, and nothing else does: PEFT rounds its factors to {dtype} in the adapter that it converts to "
+            f"the part that the adapter's initialisation took from W differs by up to {100 * most:.2g} % of its size, and "
+            f"nothing else does: PEFT rounds its factors to {plan_dtype(plan, parts[0])} in the adapter that it converts to "
             "LoRA, so pass the adapter that was merged, converted or not"
         )
-        yield Diagnosis("part-rounded", text, names, {"relative": most})
+        yield of_modules("part-rounded", text, parts, {"relative": most})
     if coarse := [name for name, each in found.items() if each.kind == COARSE]:
-        names, farthest = module_names(coarse), max(distances[name].ulp for name in coarse)
-        dtype = plan_dtype(plan, coarse[0])
+        farthest = max(distances[name].ulp for name in coarse)
         text = (
-            f"{counted(names)}: lora_A and lora_B were rounded to {dtype} before they were multiplied; elements are off "
+            f"lora_A and lora_B were rounded to {plan_dtype(plan, coarse[0])} before they were multiplied; elements are off "
             f"by up to {farthest:.3g} ulp"
         )
-        yield Diagnosis("factors-rounded", text, names, {"ulp": farthest})
+        yield of_modules("factors-rounded", text, coarse, {"ulp": farthest})
     if single := [name for name, each in found.items() if each.kind == SINGLE]:
-        names, farthest = module_names(single), max(distances[name].ulp for name in single)
+        farthest = max(distances[name].ulp for name in single)
         text = (
-            f"{counted(names)}: off by no more than float32 takes from an update, but {farthest:.3g} ulp of float64; "
-            "probably the update was computed in float32"
+            f"off by no more than float32 takes from an update, but {farthest:.3g} ulp of float64; probably the update was "
+            "computed in float32"
         )
-        yield Diagnosis("computed-in-float32", text, names, {"ulp": farthest})
+        yield of_modules("computed-in-float32", text, single, {"ulp": farthest})
 
 
 def rounded_otherwise(asked: str, recognised: str, distances: Mapping[str, Distances]) -> Diagnosis:
     """That a model is exactly what another rounding gives; `distances` are from the one that was asked for."""
-    names, farthest = module_names(distances), max(each.ulp for each in distances.values())
-    text = (
-        f"{counted(names)}: rounded as by --rounding {recognised}, exactly, so off from --rounding {asked} by up to "
-        f"{farthest:.3g} ulp"
-    )
-    return Diagnosis("rounded-otherwise", text, names, {"ulp": farthest}, passes=farthest <= 1)
+    farthest = max(each.ulp for each in distances.values())
+    text = f"rounded as by --rounding {recognised}, exactly, so off from --rounding {asked} by up to {farthest:.3g} ulp"
+    return of_modules("rounded-otherwise", text, distances, {"ulp": farthest}, passes=farthest <= 1)
 
 
 def diagnose_quantised(
@@ -146,38 +144,31 @@ def diagnose_quantised(
     odd = [name for name in pairing.quantised if name in distances and distances[name].unequal]
     failed = {name for name, each in found.items() if each.status == "different"}
     if unknown := [name for name in odd if name in pairing.unpackable]:
-        names, formats = module_names(unknown), dict.fromkeys(pairing.quantised[name] for name in unknown)
+        formats = dict.fromkeys(pairing.quantised[name] for name in unknown)
         text = (
-            f"{counted(names)}: quantised ({', '.join(map(printable, formats))}), which loratool reads but does not write, "
-            "so it cannot tell whether these are the nearest values to the formula; it can prove a model in which they are "
-            "plain"
+            f"quantised ({', '.join(map(printable, formats))}), which loratool reads but does not write, so it cannot tell "
+            "whether these are the nearest values to the formula; it can prove a model in which they are plain"
         )
-        yield Diagnosis("quantised-unproven", text, names)
+        yield of_modules("quantised-unproven", text, unknown)
     if before := [name for name in odd if not distances[name].beyond and name not in failed]:
-        names = module_names(before)
         text = (
-            f"{counted(names)}: quantised ({schemes}) after they were rounded to 16 bits, so that the nearest values to those "
-            "were taken"
+            f"quantised ({schemes}) after they were rounded to 16 bits, so that the nearest values to those were taken"
         )
-        yield Diagnosis("rounded-before-packing", text, names, passes=True)
+        yield of_modules("rounded-before-packing", text, before, passes=True)
     if far := [name for name in odd if is_of_another_packer(name, found, changed) and name not in pairing.unpackable]:
-        names, count = module_names(far), sum(distances[name].beyond for name in far)
-        text = (
-            f"{counted(names)}: quantised ({schemes}), with {count} element{'s' * (count != 1)} farther than half a step "
-            "of the format from the formula"
-        )
-        yield Diagnosis("quantised-differently", text, names, {"elements": count})
+        count = sum(distances[name].beyond for name in far)
+        text = f"quantised ({schemes}), with {count} element{'s' * (count != 1)} farther than half a step of the format from the formula"
+        yield of_modules("quantised-differently", text, far, {"elements": count})
     if left:
         gain = sum(each.gain for each in left.values()) / len(left)
         worst = min(left, key=lambda name: left[name].gain)
-        names = module_names(left)
         text = (
-            f"{counted(names)}: quantised ({schemes}); {100 * gain:.0f} % of the update survived on average, least in "
-            f"{printable(worst)} with {100 * left[worst].gain:.0f} %; the error added is up to "
-            f"{max(each.error for each in left.values()):.2g} of the update"
+            f"quantised ({schemes}); {100 * gain:.0f} % of the update survived on average, least in {printable(worst)} with "
+            f"{100 * left[worst].gain:.0f} %; the error added is up to {max(each.error for each in left.values()):.2g} of the "
+            "update"
         )
         gains = {name: each.gain for name, each in left.items()}
-        yield Diagnosis("quantised", text, names, {"gain": gain, "gains": gains}, passes=True)
+        yield of_modules("quantised", text, left, {"gain": gain, "gains": gains}, passes=True)
 
 
 def is_of_another_packer(name: str, found: Mapping[str, Explained], changed: Mapping[str, Changed]) -> bool:
@@ -212,8 +203,7 @@ def of_factors(plan: MergePlan, found: Mapping[str, Explained]) -> Iterator[Diag
         rslora = plan.adapters[adapter].training.rslora
         groups: dict[tuple[bool, tuple[str, ...]], list[tuple[Part, ...]]] = {}
         for cluster in clusters(some, rslora):
-            causes = causes_in(cluster, rslora)
-            codes = tuple(dict.fromkeys(cause.code for cause in causes))
+            codes = tuple(dict.fromkeys(cause.code for cause in causes_in(cluster, rslora)))
             groups.setdefault((cluster[0].trained, codes), []).append(cluster)
         for (_, codes), alike in groups.items():
             words = dict.fromkeys(cause.words for cluster in alike for cause in causes_in(cluster, rslora))
@@ -242,7 +232,7 @@ def belongs(part: Part, cluster: Sequence[Part], rslora: bool) -> bool:
         if part.causes:
             return not shared.isdisjoint(part.causes)
         return any(abs(factor - part.factor) <= SURE * part.error + 1e-6 for factor in factors_of(part, shared, rslora))
-    factor, error = pooled(cluster)
+    factor, error = factor_of(cluster)
     return not part.causes and abs(part.factor - factor) <= SURE * (part.error + error) + 1e-6
 
 
@@ -270,19 +260,17 @@ def settled(cluster: Sequence[Part], rslora: bool) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def pooled(parts: Sequence[Part]) -> tuple[float, float]:
+def factor_of(parts: Sequence[Part]) -> tuple[float, float]:
     """The factor of several modules together, and its standard error."""
-    weights = [1 / max(part.error, 1e-12) ** 2 for part in parts]
-    total = sum(weights)
-    return sum(part.factor * weight for part, weight in zip(parts, weights, strict=True)) / total, 1 / math.sqrt(total)
+    return pooled([part.factor for part in parts], [part.error for part in parts])
 
 
 def causes_in(cluster: Sequence[Part], rslora: bool) -> list[Cause]:
     """Every cause that gives the factor of some modules, for each of them."""
     if common := shared_causes(cluster):
-        known = [known_causes(part.edit, rslora) for part in cluster if part.edit is not None]
-        return [cause for causes in known for cause in causes if cause.code in common]
-    factor, error = pooled(cluster)
+        edits = [part.edit for part in cluster if part.edit is not None]
+        return [cause for edit in edits for cause in known_causes(edit, rslora) if cause.code in common]
+    factor, error = factor_of(cluster)
     error = max(error, min(part.error for part in cluster) / 4)
     every = [causes_of(factor, error, part.edit, rslora) for part in cluster if part.edit is not None]
     shared = set.intersection(*({cause.code for cause in causes} for causes in every)) if every else set()
@@ -295,7 +283,7 @@ def of_factor(
     """One sentence on modules whose factors have the same causes."""
     parts = [part for cluster in alike for part in cluster]
     names = module_names(part.target for part in parts)
-    factor, error = pooled(parts)
+    factor, error = factor_of(parts)
     numbers = {"factor": factor, "error": error, "causes": [*codes]}
     if NOT_MERGED in codes:
         others = "".join(f", or {each}" for each in words[:MOST_WORDS] if each != NOT_MERGED_WORDS)
@@ -303,7 +291,7 @@ def of_factor(
             text = f"{adapter}: not merged into any of its {counted(names)}{others}"
             return Diagnosis(NOT_MERGED, text, names, numbers)
         return Diagnosis("left-out", f"{adapter}: left out of {counted(names)}{others}", names, numbers)
-    every = sorted(pooled(cluster)[0] for cluster in alike)
+    every = sorted(factor_of(cluster)[0] for cluster in alike)
     shown = f"{factor:.4g}" if len(every) == 1 else f"{every[0]:.4g} to {every[-1]:.4g}"
     why = f": {', or '.join(words[:MOST_WORDS])}" if words else "; no known cause gives that"
     of = (
@@ -341,27 +329,22 @@ def diagnose_rest(
         yield of_another_base(changed, {name: found[name].residual for name in odd}, untouched, len(found))
         return
     if besides:
-        names, ranks = module_names(besides), sorted({changed[name].rank for name in besides})
+        ranks = sorted({changed[name].rank for name in besides})
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         if any(changed[name].packed for name in besides):  # some of it is lost in the noise
             shown = "low rank"
-        text = f"{counted(names)}: changed by an update of {shown}, but no adapter has one for it"
-        yield Diagnosis("merged-besides", text, names, {"ranks": ranks})
+        text = f"changed by an update of {shown}, but no adapter has one for it"
+        yield of_modules("merged-besides", text, besides, {"ranks": ranks})
     if few:
-        names, count = (
-            module_names(few),
-            sum(distances[name].beyond if changed[name].packed else distances[name].unequal for name in few),
-        )
-        text = (
-            f"{counted(names)}: {count} single element{'s' * (count != 1)} not the base's, though no adapter changes it"
-        )
-        yield Diagnosis("elements-differ", text, names, {"elements": count})
+        count = sum(distances[name].beyond if changed[name].packed else distances[name].unequal for name in few)
+        text = f"{count} single element{'s' * (count != 1)} not the base's, though no adapter changes it"
+        yield of_modules("elements-differ", text, few, {"elements": count})
     if others:
         yield of_another_base({name: changed[name] for name in others}, {}, untouched, len(found))
     if odd:
-        names, most = module_names(odd), max(found[name].residual for name in odd)
-        text = f"{counted(names)}: differ from the formula by up to {most:.2g} of ‖W‖; no known cause gives that"
-        yield Diagnosis("unexplained", text, names, {"relative": most})
+        most = max(found[name].residual for name in odd)
+        text = f"differ from the formula by up to {most:.2g} of ‖W‖; no known cause gives that"
+        yield of_modules("unexplained", text, odd, {"relative": most})
 
 
 def by_kind(
@@ -397,9 +380,8 @@ def of_another_base(
             "norm that are not the update"
         )
     numbers = {"tensors": len(changed), "of": untouched, "edited": len(residuals), "relative": far}
-    return Diagnosis(
-        "another-base", f"another base: {', and '.join(parts)}", module_names([*changed, *residuals]), numbers
-    )
+    names = module_names([*changed, *residuals])
+    return Diagnosis("another-base", f"another base: {', and '.join(parts)}", names, numbers)
 
 
 def has_update(each: Explained) -> bool:
@@ -423,22 +405,19 @@ def diagnose_pairing(pairing: Pairing, equal_heads: Mapping[str, bool], tie_chan
         sizes = dict.fromkeys(f"{theirs} rows, not {ours}" for ours, theirs in pairing.resized.values())
         text = f"embeddings resized: {counted(names)} with {', '.join(sizes)}; the rows that both have were compared"
         yield Diagnosis("embeddings-resized", text, names)
-    by_dtype: dict[tuple[str, str], list[str]] = {}
-    for name, dtypes in pairing.dtypes.items():
-        by_dtype.setdefault(dtypes, []).append(name)
-    for (ours, theirs), tensors in by_dtype.items():
+    for (ours, theirs), tensors in by_key((dtypes, name) for name, dtypes in pairing.dtypes.items()).items():
         text = f"dtype changed: {counted(tensors, 'tensor')} stored as {theirs}, not {ours}; compared as {theirs}"
         yield Diagnosis("dtype-changed", text, tuple(tensors), {"from": ours, "to": theirs})
     if pairing.still_tied:
-        names = tuple(pairing.still_tied)
         text = (
-            f"{listed(names)}: not stored, so it changes with {listed(pairing.still_tied.values())}, which the adapter "
+            f"{listed(pairing.still_tied)}: not stored, so it changes with {listed(pairing.still_tied.values())}, which the adapter "
             "changes alone"
         )
-        yield Diagnosis("still-tied", text, names)
+        yield Diagnosis("still-tied", text, tuple(pairing.still_tied))
     if pairing.untied:
-        names = tuple(pairing.untied)
         same = all(equal_heads.values())
         values = "the same values" if same else "other values"
-        text = f"{listed(names)}: stored with {values}, but the base ties it to {listed(pairing.untied.values())}"
-        yield Diagnosis("tied-weight-untied", text, names, passes=same and not tie_changed)
+        text = (
+            f"{listed(pairing.untied)}: stored with {values}, but the base ties it to {listed(pairing.untied.values())}"
+        )
+        yield Diagnosis("tied-weight-untied", text, tuple(pairing.untied), passes=same and not tie_changed)
