@@ -13,6 +13,7 @@ from loratool.files.untrusted import json_value
 from loratool.layouts.ties import TIE_FLAGS
 from loratool.notes import Note
 from loratool.results.verify import Diagnosis
+from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.files.checkpoint import Checkpoint
@@ -45,14 +46,13 @@ def compare_files(plan: MergePlan, merged: Checkpoint, explained: frozenset[str]
         if name == CARD or name.endswith(".safetensors.index.json"):
             continue
         if not path.is_file():
-            other.append(f"{printable(name)} (missing)")
+            other.append(f"{name} (missing)")
         elif not (
             path.read_bytes() == file.content if file.source is None else filecmp.cmp(path, file.source, shallow=False)
         ):
-            other.append(printable(name))
+            other.append(name)
     if other:
-        more = f" and {len(other) - MOST_SHOWN} more" if len(other) > MOST_SHOWN else ""
-        yield Note("side-files-differ", f"other bytes than those of the inputs: {', '.join(other[:MOST_SHOWN])}{more}")
+        yield Note("side-files-differ", f"other bytes than those of the inputs: {some(other, MOST_SHOWN)}")
 
 
 def compare_configs(ours: Any, merged: Checkpoint, explained: frozenset[str]) -> Iterator[Note | Diagnosis]:

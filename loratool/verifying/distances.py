@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import bits_of
-from loratool.files.safefile import FLOAT_DIGITS, FLOAT_NAMES
 from loratool.lazy import Tensor, numpy, torch
 
 if TYPE_CHECKING:
@@ -77,11 +76,9 @@ def same(ours: Tensor, theirs: Tensor) -> bool:
 
 def differences(ours: Tensor, theirs: Tensor) -> Tensor:
     """The places, in the flat order, of elements that are not the same number; −0 is 0, and a NaN is a NaN."""
-    one, other = (bits_of(each.contiguous()).view(-1) for each in (ours, theirs))
-    if ours.is_cuda:
-        places = torch.nonzero(one != other).view(-1)
-    else:
-        places = torch.from_numpy(numpy.flatnonzero(one.numpy() != other.numpy()))
+    from loratool.merging.exact_rows import places_unlike  # with all that torch computes
+
+    places = places_unlike(*(bits_of(each.contiguous()) for each in (ours, theirs)))
     first, second = ours.reshape(-1)[places], theirs.reshape(-1)[places]
     return places[(first != second) & ~(first.isnan() & second.isnan())]
 
@@ -170,13 +167,9 @@ class Elements:
 
 def ulp_of(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbouring numbers of a dtype at some sizes, in the dtype that those are given in."""
-    _, exponent = torch.frexp(sizes)
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return torch.ldexp(torch.ones_like(sizes), exponent - digits_of(dtype)).clamp(min=smallest)
-
-
-def digits_of(dtype: torch.dtype) -> int:
-    return next(FLOAT_DIGITS[name] for name, known in FLOAT_NAMES.items() if getattr(torch, known) == dtype)
+    about, (_, exponent) = torch.finfo(dtype), torch.frexp(sizes)
+    steps = torch.ldexp(torch.full_like(sizes, about.eps), exponent - 1)
+    return steps.clamp(min=about.smallest_normal * about.eps)
 
 
 def terms_of(total: ExactSum, rows: Tensor, columns: Tensor) -> Tensor:

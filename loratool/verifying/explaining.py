@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratool.grouping import by_key
 from loratool.lazy import Tensor, torch
 from loratool.results.verify import TensorProof
 from loratool.verifying.causes import known_causes
 from loratool.verifying.guesses import Guess, all_turned, guesses, part_alone
 from loratool.verifying.halves import in_halves, off_in_part, takes_part
-from loratool.verifying.looking import SURE, Agreement, Fit, Look
+from loratool.verifying.looking import SURE, Agreement, Fit, Look, pooled
 from loratool.verifying.options import AUTO, RESIDUAL, TWICE
 from loratool.verifying.updates import modules_of
 
@@ -49,18 +52,12 @@ class Explained:
 
     def factors(self, adapters: int) -> tuple[float | None, ...]:
         """How much of each adapter is in the tensor, its modules together."""
-        found: list[float | None] = []
-        for adapter in range(adapters):
-            own = [number for number, (whose, _) in enumerate(self.modules) if whose == adapter]
-            if self.fit is None or not own:
-                found.append(None)
-                continue
-            weights = [1 / max(self.fit.errors[n], 1e-12) ** 2 for n in own]
-            total = sum(weights)
-            found.append(
-                sum(self.fit.factors[n] * w for n, w in zip(own, weights, strict=True)) / total if total else None
-            )
-        return tuple(found)
+        known: dict[int, list[tuple[float, float]]] = {}
+        if self.fit is not None:
+            own = zip(self.modules, self.fit.factors, self.fit.errors, strict=True)
+            known = by_key((whose, (factor, error)) for (whose, _), factor, error in own if math.isfinite(error))
+        pairs = [known.get(adapter) for adapter in range(adapters)]
+        return tuple(pooled(*zip(*some, strict=True))[0] if some else None for some in pairs)
 
     def proof(self, distances: Distances, adapters: int) -> TensorProof:
         return TensorProof(self.status, distances.ulp, distances.equal, self.factors(adapters))
@@ -110,8 +107,9 @@ def as_meant(look: Look, distances: Distances, fit: Fit | None, once: Agreement,
             return Explained("different", COARSE, "", modules, fit)
     if distances.ulp <= 1:
         return Explained("proven", rounding=how, modules=modules, fit=fit)
-    in_single = look.target.itemsize == 8 and not distances.beyond_single
-    return Explained("different", SINGLE, "", modules, fit) if in_single else None
+    if look.target.itemsize == 8 and not distances.beyond_single:
+        return Explained("different", SINGLE, "", modules, fit)
+    return None
 
 
 def best_guess(look: Look, plan: MergePlan, factor: Agreement) -> Guess | None:
@@ -165,7 +163,8 @@ def trained_fit(look: Look, plan: MergePlan) -> Fit | None:
         return None
     weight, parts = look.rows_with(taken)
     trained = [change - part for change, part in zip(look.changes, parts, strict=True)]
-    own = look.seen_as(sum(parts, weight), trained)
+    own = copy(look)
+    own.weight, own.changes = sum(parts, weight), trained
     fit = own.fit()
     return known_fit(own, fit, own.agreement(own.once(own.weight, own.scaled(fit))), plan)
 

@@ -13,6 +13,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update, Wrapped
 from loratool.algebra.updates.experts import ExpertLowRank
 from loratool.algebra.updates.residual import Residual
+from loratool.grouping import by_key
 from loratool.layouts.fusions import FUSIONS, HEADS, KEY_HEADS
 
 if TYPE_CHECKING:
@@ -128,15 +129,11 @@ def parts_of(span: Span) -> list[Rows]:
         at = edit.first_row + edit.rows
     if at < span.rows:
         found.append(Rows(span.rows - at, ()))
-    names = {edit.target for edit in edits}
-    if len(found) > MOST_PARTS and 2 <= len(names) <= MOST_PARTS and all(part.edits for part in found):
-        return [together([part for part in found if part.edits[0].target == name]) for name in dict.fromkeys(names)]
+    if len(found) > MOST_PARTS and all(part.edits for part in found):
+        apart = by_key((part.edits[0].target, part) for part in found).values()
+        if 2 <= len(apart) <= MOST_PARTS:  # the rows of each, which lie apart, one after the other
+            return [Rows(sum(part.count for part in parts), placed(parts)) for parts in apart]
     return found
-
-
-def together(parts: Sequence[Rows]) -> Rows:
-    """The rows of one part that lie apart, one after the other."""
-    return Rows(sum(part.count for part in parts), placed(parts))
 
 
 def placed(parts: Sequence[Rows]) -> tuple[Edit, ...]:
@@ -153,10 +150,9 @@ def in_turns(parts: Sequence[Rows], times: int) -> tuple[Edit, ...]:
     found, at = [], 0
     for turn in range(times):
         for part in parts:
-            size = part.count // times
-            (edit, *_) = part.edits
-            start = turn * size
-            found.append(dataclasses.replace(edit, first_row=at, rows=size, update_row=edit.update_row + start))
+            size, edit = part.count // times, part.edits[0]
+            row = edit.update_row + turn * size
+            found.append(dataclasses.replace(edit, first_row=at, rows=size, update_row=row))
             at += size
     return tuple(found)
 

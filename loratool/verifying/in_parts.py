@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from loratool.arguments import PathLike, Progress
     from loratool.options.sharing import Share
     from loratool.results.verify import Verification
-    from loratool.verifying.distances import Distances
     from loratool.verifying.options import VerifyOptions
     from loratool.verifying.pairing import Pair
     from loratool.verifying.verifier import Verifier
@@ -59,8 +58,8 @@ def verify_part(
         def work(unit: int) -> tuple[Mapping[str, Any], bytes]:
             before = verifier.bytes_read
             found = verifier.prove(units[unit], verifier.rounding)
-            distances = {name: told(each) for name, each in found.items()}
-            return {"distances": distances, "bytes_read": verifier.bytes_read - before}, b""
+            told = {n: {key: v for key, v in vars(each).items() if key != "lock"} for n, each in found.items()}
+            return {"distances": told, "bytes_read": verifier.bytes_read - before}, b""
 
     made, kept = do_share(partials, share, work, tell)
     cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
@@ -79,12 +78,13 @@ def finish_verify(
     started = time.monotonic()
     if by_record(base, adapters, options):
         _, names, partials = of_record(merged, into)
-        reasons = [table["reason"] for table, _ in partials.every()]
-        return verify_record(merged, dict(zip(names, reasons, strict=True)))
+        return verify_record(merged, {n: t["reason"] for n, (t, _) in zip(names, partials.every(), strict=True)})
+    from loratool.verifying.distances import Distances  # with all that computes
+
     verifier, _, partials = of_tensors(merged, base, adapters, options, into)
     verifier.progress = progress
     tables = [table for table, _ in partials.every()]
-    verifier.known = {name: distances_of(each) for table in tables for name, each in table["distances"].items()}
+    verifier.known = {name: Distances(**each) for table in tables for name, each in table["distances"].items()}
     verifier.bytes_read = sum(table["bytes_read"] for table in tables)
     return verifier.run(started)
 
@@ -142,14 +142,3 @@ def units_of(pairs: Sequence[Pair]) -> list[list[Pair]]:
         units[-1].append(pair)
         size += pair.nbytes
     return units
-
-
-def told(distances: Distances) -> dict[str, Any]:
-    """Distances as JSON."""
-    return {name: value for name, value in vars(distances).items() if name != "lock"}
-
-
-def distances_of(table: Mapping[str, Any]) -> Distances:
-    from loratool.verifying.distances import Distances
-
-    return Distances(**table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -130,18 +129,9 @@ class Look:
             at += count
         return torch.cat(weights), [torch.cat(each) for each in zip(*changes, strict=True)]
 
-    def seen_as(self, weight: Tensor, changes: list[Tensor]) -> Look:
-        """The same rows of the merged model, seen as other changes of another weight."""
-        other = copy(self)
-        other.weight, other.changes = weight, changes
-        return other
-
     def once(self, weight: Tensor, changes: Sequence[Tensor]) -> Tensor:
         """W' rounded once, in float64."""
-        total = weight
-        for change in changes:
-            total = total + change
-        return self.rounded(total)
+        return self.rounded(sum(changes, weight))
 
     def rounded(self, values: Tensor) -> Tensor:
         """What becomes of values, (n, width) of float64, that go into the merged model, in float64 again.
@@ -179,9 +169,8 @@ class Look:
     def twice(self, coarse: bool = False) -> Agreement:
         """How near the merged model is to W' with each change rounded before it is added; `coarse`: factors were too."""
         weight, changes = self.rows_with(None, self.target) if coarse else (self.weight, self.changes)
-        ways = [(), self.scales]
-        every = [self.agreement(rounded_twice(weight, changes, self.target, scales).double()) for scales in ways]
-        return max(every, key=lambda each: each.equal)
+        ways = [rounded_twice(weight, changes, self.target, scales) for scales in ((), self.scales)]
+        return max((self.agreement(each.double()) for each in ways), key=lambda each: each.equal)
 
     def agreement(self, formula: Tensor) -> Agreement:
         """How near the merged model is to some values."""
@@ -236,6 +225,13 @@ class Look:
         errors = spread.diagonal().clamp(min=0).sqrt() + torch.where(left.isfinite(), left.abs(), 0) + 1e-9
         errors[~known] = math.inf
         return Fit(tuple(best.tolist()), tuple(errors.tolist()))
+
+
+def pooled(factors: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
+    """One factor from several, by their standard errors, and the standard error of that."""
+    weights = [1 / max(error, 1e-12) ** 2 for error in errors]
+    total = sum(weights)
+    return sum(factor * weight for factor, weight in zip(factors, weights, strict=True)) / total, 1 / math.sqrt(total)
 
 
 def whole_runs(runs: Sequence[tuple[int, int]], together: int, rows: int) -> list[tuple[int, int]]:

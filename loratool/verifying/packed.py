@@ -99,10 +99,10 @@ def exactly(look: Look, fit: Fit | None, plan: MergePlan, distances: Distances) 
 
 def surely(fit: Fit) -> Fit:
     """Factors that give what 1 does not: their errors are no reason to take them for 1."""
-    errors = [
+    errors = (
         min(error, abs(factor - 1) / (2 * SURE)) if abs(factor - 1) > SLACK else error
         for factor, error in zip(fit.factors, fit.errors, strict=True)
-    ]
+    )
     return dataclasses.replace(fit, errors=tuple(errors))
 
 

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import round_once
@@ -55,10 +56,6 @@ class Bench:
 
     proving: Proving
     number: int
-    buffers: tuple[bytearray, bytearray] | None = None
-    worker: Worker | None = None
-    host: Tensor | None = None
-    twin: Tensor | None = None
     tile: Tile | None = None
 
     def tile_of(self, width: int) -> Tile:
@@ -67,23 +64,29 @@ class Bench:
             self.tile = Tile(width, memory=self.tile.memory if self.tile else None)
         return self.tile
 
+    @cached_property
     def pieces(self) -> tuple[memoryview, memoryview]:
         """Memory for bytes of both sides."""
-        if self.buffers is None:
-            self.buffers = bytearray(PIECE), bytearray(PIECE)
-        return memoryview(self.buffers[0]), memoryview(self.buffers[1])
+        return memoryview(bytearray(PIECE)), memoryview(bytearray(PIECE))
 
-    def computing(self) -> Worker:
+    @cached_property
+    def worker(self) -> Worker:
         """The buffers in which a merge computes."""
-        if self.worker is None:
-            from loratool.merging.row_blocks import Worker  # with all that torch computes
+        from loratool.merging.row_blocks import Worker  # with all that torch computes
 
-            proving = self.proving
-            self.worker = Worker.of(proving.computed, proving.resources(), self.number)
-            size, on_gpu = self.worker.merged.numel(), self.worker.stream is not None
-            self.host = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-            self.twin = torch.empty(size, dtype=torch.uint8, device=self.worker.device) if on_gpu else None
-        return self.worker
+        return Worker.of(self.proving.computed, self.proving.resources(), self.number)
+
+    @cached_property
+    def host(self) -> Tensor:
+        """Memory for rows of the merged model, pinned for a GPU."""
+        size, on_gpu = self.worker.merged.numel(), self.worker.stream is not None
+        return torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+
+    @cached_property
+    def twin(self) -> Tensor | None:
+        """As much on the GPU."""
+        on_gpu = self.worker.stream is not None
+        return torch.empty(len(self.host), dtype=torch.uint8, device=self.worker.device) if on_gpu else None
 
 
 @dataclass
@@ -100,10 +103,6 @@ class Subject:
     def doubt(self) -> float:
         """How far elements of the formula may be off where a tool works it out in float32."""
         return self.work.held.of("doubt", lambda: doubt_of(self.pair.span))
-
-    def updates_on(self, device: torch.device) -> Updates:
-        """Its updates one by one."""
-        return self.work.held.of(("updates", device), lambda: Updates(self.pair.span, device))
 
     def halves(self) -> Halved:
         """What numpy adds."""
@@ -240,16 +239,13 @@ class Proving:
             ours, theirs = pair.span.carried, pair.theirs.tensors[0]
             assert ours is not None
             size = min(ours.info.nbytes, theirs.info.nbytes)
-            stop, (one, other) = min(start + RUN, size), bench.pieces()
+            stop, (one, other) = min(start + RUN, size), bench.pieces
             itemsize = max(1, ours.info.nbytes // max(1, ours.info.elements))
             for at in range(start, stop, PIECE):
                 count = min(PIECE, stop - at)
                 ours.read(at, one[:count], self.sources)
                 theirs.read(at, other[:count], self.sources)
-                found = (
-                    None if same_bytes(one[:count], other[:count]) else unequal(pair, one[:count], other[:count], at)
-                )
-                self.distances[pair.name].note(count // itemsize, found)
+                self.distances[pair.name].note(count // itemsize, unequal(pair, one[:count], other[:count], at))
             return 2 * max(0, stop - start)
 
         return compare
@@ -258,7 +254,7 @@ class Proving:
         """Compare a block of rows."""
 
         def compare(bench: Bench) -> int:
-            worker, span = bench.computing(), subject.pair.span
+            worker, span = bench.worker, subject.pair.span
             target: torch.dtype = getattr(torch, FLOAT_NAMES[span.placed.dtype])
             room = Room(self.sources, bench.host, bench.twin, subject.held)
             with exact_arithmetic(), worker.computing():
@@ -294,7 +290,8 @@ class Proving:
         if self.rounding not in STEPWISE:
             worker.merge(subject.work, first, self.sources, after)
             return before
-        updates = subject.updates_on(worker.device)
+        device = worker.device
+        updates: Updates = subject.work.held.of(("updates", device), lambda: Updates(subject.pair.span, device))
         weight = updates.begin(before, first)
         if self.rounding == TWICE:
             after.copy_(rounded_twice(weight, updates.changes(weight, first), after.dtype))
@@ -304,14 +301,11 @@ class Proving:
         return torch.where(residual.abs() > weight.abs(), residual, weight).float()
 
 
-def same_bytes(one: memoryview, other: memoryview) -> bool:
-    """Whether two pieces of the same size are equal."""
-    kind = numpy.uint8 if len(one) % 8 else numpy.uint64  # many at a time
-    return numpy.array_equal(numpy.frombuffer(one, kind), numpy.frombuffer(other, kind))
-
-
 def unequal(pair: Pair, ours: memoryview, theirs: memoryview, at: int) -> Found | None:
-    """What differs between two pieces of a tensor that should be the same, from byte `at` of it on."""
+    """What differs between two pieces of a tensor that should be the same, from byte `at` of it on; None where nothing does."""
+    kind = numpy.uint8 if len(ours) % 8 else numpy.uint64  # many at a time
+    if numpy.array_equal(numpy.frombuffer(ours, kind), numpy.frombuffer(theirs, kind)):
+        return None
     info = pair.span.placed
     if info.dtype not in FLOAT_NAMES:
         itemsize = max(1, info.nbytes // max(1, info.elements))

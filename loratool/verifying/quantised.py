@@ -25,7 +25,7 @@ def is_quantised(weight: object) -> bool:
 def aligned(weight: object, width: int, rows: int) -> int:
     """As many rows as may be packed together, at most so many where that is possible."""
     least = least_rows(weight, width)
-    return max(1, rows // least) * least if least > 1 else rows
+    return max(1, rows // least) * least
 
 
 def least_rows(weight: object, width: int) -> int:

@@ -164,8 +164,7 @@ class Tile:
     def unequal(self) -> NDArray[Any]:
         """The numbers of groups of elements in which W + ΔW is not W'."""
         _, ours, theirs = self.groups
-        found: NDArray[Any] = numpy.flatnonzero(numpy.not_equal(ours, theirs, out=self.differ))
-        return found
+        return numpy.flatnonzero(numpy.not_equal(ours, theirs, out=self.differ))
 
     def are_sums(
         self, added: Added, found: NDArray[Any], stored: NDArray[Any], ours: NDArray[Any], theirs: NDArray[Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -62,18 +61,6 @@ MOST_LOOKED_AT = (
 )
 
 
-def prove(
-    merged: PathLike,
-    base: PathLike | None,
-    adapters: Sequence[PathLike] | PathLike,
-    options: VerifyOptions,
-    progress: Progress | None,
-) -> Verification:
-    """What `merged` is, held to `base` and `adapters`."""
-    started = time.monotonic()
-    return verifier_of(merged, base, adapters, options, progress).run(started)
-
-
 def verifier_of(
     merged: PathLike,
     base: PathLike | None,
@@ -100,8 +87,7 @@ def keeps_packed(plan: MergePlan) -> bool:
 
 def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> MergePlan:
     """What the merge would have been. Raises `FitError` in one sentence where an adapter is of another model."""
-    known = described_by(PlanOptions)
-    settings = {name: getattr(options, name) for name in known if hasattr(options, name)}
+    settings = {name: getattr(options, name) for name in described_by(PlanOptions) if hasattr(options, name)}
     settings["rounding"] = options.rounding if options.rounding not in (AUTO, TWICE) else "nearest"
     if options.gguf_type not in GGUF_FLOATS:  # packed tensors are recognised as what they are
         settings["gguf_type"] = None
@@ -185,10 +171,8 @@ class Verifier:
         some = self.prove([each for each in halves if distances[each.name].ulp > 1][:MOST_TRIED], RESIDUAL)
         if any(each.ulp <= 1 and each.equal >= MOSTLY for each in some.values()):
             found = self.prove(halves, RESIDUAL)
-            return RESIDUAL, {
-                **distances,
-                **{name: one for name, one in found.items() if one.beyond <= distances[name].beyond},
-            }
+            better = {name: one for name, one in found.items() if one.beyond <= distances[name].beyond}
+            return RESIDUAL, {**distances, **better}
         return AUTO, distances
 
     @property
@@ -236,8 +220,7 @@ class Verifier:
                 span = Span(ours, TensorInfo(name, "F32", ours.shape, 0, 4 * math.prod(ours.shape)))
                 weights[each.name] = Pair(span, theirs, span.rows)
         seen = self.prove([*{pair.name: pair for pair in weights.values()}.values()], "nearest")
-        different = {each.name: weights[each.name] for each in odd if each.name in weights}
-        different = {part: pair for part, pair in different.items() if seen[pair.name].unequal}
+        different = {part: pair for part, pair in weights.items() if seen[pair.name].unequal}
         rest = [each for each in odd if each.name not in different]
         return [*rest, *{pair.name: pair for pair in different.values()}.values()], {**distances, **seen}
 
@@ -262,9 +245,8 @@ class Verifier:
             name: same_bytes(plain_of(self.merged, name), plain_of(self.merged, first))
             for name, first in pairing.untied.items()
         }
-        explained = keys_of(pairing)
         tie_changed = any(self.merged.config.get(key) is False for key in TIE_FLAGS)
-        small = list(compare_files(plan, self.merged, explained))
+        small = list(compare_files(plan, self.merged, keys_of(pairing)))
         edited = len(pairing.edited)
         untouched = len(pairing.pairs) - edited
         diagnoses = [
@@ -276,8 +258,8 @@ class Verifier:
             *(each for each in small if isinstance(each, Diagnosis)),
         ]
         to_write = ("config-edit", *(["siblings-plain"] if pairing.quantised else []))  # what a merge would write
-        written = [note for note in plan.notes if note.code not in to_write]
-        notes = [*written, *(each for each in small if isinstance(each, Note))]
+        notes = [note for note in plan.notes if note.code not in to_write]
+        notes += [each for each in small if isinstance(each, Note)]
         if len(found) < edited:
             text = f"of {edited} edited tensors, {edited - len(found)} that differ were not looked at a second time"
             notes.append(Note("looked-at-some", text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError
@@ -29,9 +30,10 @@ def verify(
 
         return verify_record(merged)
     with without_collections():
-        from loratool.verifying.verifier import prove  # most of the library, which a record needs nothing of
+        from loratool.verifying.verifier import verifier_of  # most of the library, which a record needs nothing of
 
-    return prove(merged, base, adapters, options, progress)
+    started = time.monotonic()
+    return verifier_of(merged, base, adapters, options, progress).run(started)
 
 
 def by_record(base: PathLike | None, adapters: Sequence[PathLike] | PathLike, options: VerifyOptions) -> bool:
