@@ -14,7 +14,7 @@ from loratool.merging.merge_options import ProofOptions
 from loratool.merging.options import RunOptions
 from loratool.merging.resources import estimated_memory
 from loratool.results.base import SCHEMA, Result, plain
-from loratool.results.text import ENDLESS, MOST_LINES, aligned, fill, plural
+from loratool.results.text import MOST_LINES, aligned, plural
 from loratool.shown import size
 from loratool.templates import first_few, grouped, listed, template_of
 
@@ -57,10 +57,72 @@ class MergePlan(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
-        return plan_data(self)
+        table: PlanTable = {
+            "base": self.base.name,
+            "adapters": [
+                {"name": a.name, "weight": w, "updates": len(a.updates)}
+                for a, w in zip(self.adapters, self.weights, strict=True)
+            ],
+            "edits": [
+                {
+                    "adapter": self.adapters[e.adapter].name,
+                    "target": e.target,
+                    "rule": e.rule,
+                    "tensor": span.placed.name,
+                    "part": part_of(e, span),
+                }
+                for span in self.edited
+                for e in span.edits
+            ],
+            "copied": self.copied,
+            "plain": list(self.plain),
+            "requantized": list(self.anew),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "bytes_read_again": self.bytes_read_again,
+            "gain_forecast": self.gain_forecast,
+            "gains_forecast": dict(self.gains_forecast),
+            "peak_memory": self.peak_memory,
+            "files": {shard.name: shard.layout.size for shard in self.shards},
+            "side_files": [file.name for file in self.side_files],
+            "left_out": list(self.left_out),
+            "simulations": plain(self.simulations),
+            "notes": plain(self.notes),
+            "cost": plain(self.cost),
+        }
+        return {"schema": SCHEMA, **table}
 
     def __str__(self) -> str:
-        return plan_text(self)
+        """What a merge would do, for people."""
+        from loratool.results.merge import gain_row  # here, as a merge or `verify` shows no plan
+        from loratool.results.simulation import simulation_text
+
+        rows: list[tuple[str, object]] = [
+            ("base", f"{self.base.name}: {plural(len(self.base.shards), 'file')}, {plural(len(self.spans), 'tensor')}"),
+            *(
+                ("adapter", f"{a.name}: {plural(len(a.updates), 'update')}, weight {w:g}")
+                for a, w in zip(self.adapters, self.weights, strict=True)
+            ),
+            ("would edit", f"{plural(len(self.edited), 'tensor')}, copy {self.copied}"),
+            *packing_rows(self),
+            ("would read", size(self.bytes_read)),
+            (
+                "would write",
+                f"{size(self.bytes_written)} in {plural(len(self.shards), 'weight file')} and {plural(len(self.side_files), 'other file')}",
+            ),
+            *([("would read again", f"{size(self.bytes_read_again)} of the output")] if self.bytes_read_again else []),
+            ("peak memory", f"about {size(self.peak_memory)}"),
+            ("disk needed", size(self.bytes_written)),
+        ]
+        if self.gain_forecast is not None:
+            rows.append(gain_row("gain forecast", self.gain_forecast, self.gains_forecast))
+        rows += [("left out", name) for name in self.left_out]
+        rows += [("note", note) for note in self.notes]
+        listing = edit_lines(self)
+        if len(listing) > MOST_LINES:
+            listing = [*listing[:MOST_LINES], f"… and {len(listing) - MOST_LINES} more patterns"]
+        shown = "\n".join([aligned(rows), "edits:", *(f"  {line}" for line in listing)])
+        return f"{shown}\n\n{simulation_text(self.simulations)}" if self.simulations else shown
 
     @property
     def peak_memory(self) -> int:
@@ -121,39 +183,6 @@ class MergePlan(Result):
         return sum(shard.layout.size for shard in self.shards) + sum(file.size for file in self.side_files)
 
 
-def plan_text(plan: MergePlan) -> str:
-    """What a merge would do, for people."""
-    from loratool.results.merge import gain_row  # here, as a merge or `verify` shows no plan
-    from loratool.results.simulation import simulation_text
-
-    rows: list[tuple[str, object]] = [
-        ("base", f"{plan.base.name}: {plural(len(plan.base.shards), 'file')}, {plural(len(plan.spans), 'tensor')}"),
-        *(
-            ("adapter", f"{a.name}: {plural(len(a.updates), 'update')}, weight {w:g}")
-            for a, w in zip(plan.adapters, plan.weights, strict=True)
-        ),
-        ("would edit", f"{plural(len(plan.edited), 'tensor')}, copy {plan.copied}"),
-        *packing_rows(plan),
-        ("would read", size(plan.bytes_read)),
-        (
-            "would write",
-            f"{size(plan.bytes_written)} in {plural(len(plan.shards), 'weight file')} and {plural(len(plan.side_files), 'other file')}",
-        ),
-        *([("would read again", f"{size(plan.bytes_read_again)} of the output")] if plan.bytes_read_again else []),
-        ("peak memory", f"about {size(plan.peak_memory)}"),
-        ("disk needed", size(plan.bytes_written)),
-    ]
-    if plan.gain_forecast is not None:
-        rows.append(gain_row("gain forecast", plan.gain_forecast, plan.gains_forecast))
-    rows += [("left out", name) for name in plan.left_out]
-    rows += [("note", note) for note in plan.notes]
-    listing = edit_lines(plan)
-    if len(listing) > MOST_LINES:
-        listing = [*listing[:MOST_LINES], f"… and {len(listing) - MOST_LINES} more patterns"]
-    shown = "\n".join([aligned(rows), "edits:", *(fill(line, "  ", "    ", ENDLESS) for line in listing)])
-    return f"{shown}\n\n{simulation_text(plan.simulations)}" if plan.simulations else shown
-
-
 def packing_rows(plan: MergePlan) -> list[tuple[str, object]]:
     """What becomes of packed weights, where the base has any."""
     if not isinstance(plan.base, Decoded):
@@ -208,41 +237,3 @@ def part_of(edit: Edit, span: Span) -> str:
     start, stop, step = edit.columns.start or 0, edit.columns.stop, edit.columns.step
     columns = f"{start}:{'' if stop is None else stop}" + (f":{step}" if step else "")
     return f"{rows or ':'}, {columns}"
-
-
-def plan_data(plan: MergePlan) -> dict[str, Any]:
-    """What a merge would do, for scripts."""
-    table: PlanTable = {
-        "base": plan.base.name,
-        "adapters": [
-            {"name": a.name, "weight": w, "updates": len(a.updates)}
-            for a, w in zip(plan.adapters, plan.weights, strict=True)
-        ],
-        "edits": [
-            {
-                "adapter": plan.adapters[e.adapter].name,
-                "target": e.target,
-                "rule": e.rule,
-                "tensor": span.placed.name,
-                "part": part_of(e, span),
-            }
-            for span in plan.edited
-            for e in span.edits
-        ],
-        "copied": plan.copied,
-        "plain": list(plan.plain),
-        "requantized": list(plan.anew),
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "bytes_read_again": plan.bytes_read_again,
-        "gain_forecast": plan.gain_forecast,
-        "gains_forecast": dict(plan.gains_forecast),
-        "peak_memory": plan.peak_memory,
-        "files": {shard.name: shard.layout.size for shard in plan.shards},
-        "side_files": [file.name for file in plan.side_files],
-        "left_out": list(plan.left_out),
-        "simulations": plain(plan.simulations),
-        "notes": plain(plan.notes),
-        "cost": plain(plan.cost),
-    }
-    return {"schema": SCHEMA, **table}
