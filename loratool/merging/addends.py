@@ -16,6 +16,8 @@ from loratool.merging.numpy_rounding import roundings
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from loratool.bases.edits import Edit
+
     Mask = NDArray[numpy.bool_]
     Numbers = NDArray[numpy.float64]
     Places = NDArray[numpy.int64]
@@ -58,6 +60,11 @@ class Place:
         across = ((columns - start) // step).clip(0, self.width - 1)
         met = across * step + start == columns
         return own, across, met if inside is None else inside & met
+
+
+def modules_in(edits: Iterable[Edit], width: int) -> list[tuple[str, Place]]:
+    """The target of each edit of a weight that has so many columns, with its place there."""
+    return [(edit.target, Place(edit.first_row, edit.rows, edit.columns, width)) for edit in edits]
 
 
 @dataclass(frozen=True)
@@ -165,8 +172,7 @@ class Stack:
     @cached_property
     def underflow(self) -> float:
         """What underflow may take from an element."""
-        unit = TINIEST[self.up.dtype.itemsize]
-        return self.terms * unit * (1 + abs(self.scale)) * (1 + float(self.spans.max()))
+        return self.terms * TINIEST[self.up.dtype.itemsize] * (1 + abs(self.scale)) * (1 + float(self.spans.max()))
 
     def covers(self, first: int, count: int) -> bool:
         """Whether all of some rows of the weight are in here."""
@@ -181,10 +187,6 @@ class Stack:
             inside.add_(up, alpha=self.scale)
         else:
             inside.addmm_(up, self.down, alpha=self.scale)
-
-    def lengths_of(self, first: int, stop: int) -> Numbers:
-        """The lengths of some rows of the weight, all in here."""
-        return self.lengths[first - self.place.first : stop - self.place.first]
 
     def errors(self, first: int, stop: int) -> Numbers:
         """How far an element of some own rows of the product may be from the exact value: (stop − first,)."""

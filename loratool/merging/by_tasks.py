@@ -46,11 +46,10 @@ class Scheduler(Protocol):
 
 def words_of(base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, options: MergeOptions) -> Words:
     """The operands of a merge as every process understands them, and the options of one that uses threads."""
-    target = os.fspath(out) if is_in_store(out) else os.path.abspath(out)
     return (
         seen_by_all(base),
         tuple(map(seen_by_all, several(adapters))),
-        target,
+        os.fspath(out) if is_in_store(out) else os.path.abspath(out),
         dataclasses.replace(options, workers=None),
     )
 

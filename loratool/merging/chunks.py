@@ -81,17 +81,13 @@ def ranges_behind(chunk: Chunk) -> Iterator[tuple[SafeFile, int, int]]:
             yield tensor.file, tensor.file.position(tensor.info) + first * stored, (last - first) * stored
 
 
-def ranges_of(chunks: Iterable[Chunk]) -> Iterator[tuple[SafeFile, int, int]]:
+def ranges_of(chunks: Iterable[Chunk]) -> list[tuple[SafeFile, int, int]]:
     """Where chunks that are copied lie in input files, as file, start and count; neighbours are one range."""
-    file: SafeFile | None = None
-    start = stop = 0
+    found: list[tuple[SafeFile, int, int]] = []
     for chunk in chunks:
-        at = chunk.source_start
-        if file is not None and (chunk.source.file is not file or at != stop):
-            yield file, start, stop - start
-            file = None
-        if file is None:
-            file, start = chunk.source.file, at
-        stop = at + chunk.size
-    if file is not None:
-        yield file, start, stop - start
+        file, start, count = chunk.source.file, chunk.source_start, chunk.size
+        if found and found[-1][0] is file and sum(found[-1][1:]) == start:
+            _, start, before = found.pop()
+            count += before
+        found.append((file, start, count))
+    return found

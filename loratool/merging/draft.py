@@ -27,9 +27,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
 from loratool.merging.components import Factors
-from loratool.merging.output_layout import (
-    Origin,
-)
+from loratool.merging.output_layout import Origin
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -278,7 +276,11 @@ class Draft:
             elif tensor not in tied:
                 added.append(Origin(as_weight(value), tensor, usual_dtype(base)))
                 self.notes.append(Note("tensor-added", f"{what}, which the base lacks"))
-        edits = {tensor: tuple(sorted(found, key=replaces_first)) for tensor, found in self.edits.items()}
+        # what replaces a weight comes first, then what replaces rows of it, then what changes it
+        edits = {
+            tensor: tuple(sorted(found, key=lambda e: (not isinstance(e.update, Replace), not e.update.replaces)))
+            for tensor, found in self.edits.items()
+        }
         return Changes(edits, moved, added, config)
 
     def filled_up(self, saved: Mapping[str, StoredTensor]) -> dict[str, Origin]:
@@ -289,10 +291,10 @@ class Draft:
             if any(e.update.shape[1:] != shape[1:] for e in self.edits.get(tensor, ())) or tensor in saved:
                 self.problems.append(f"{printable(tensor)}: one adapter fills it up to {list(shape)}, others do not")
             found[tensor] = Origin(Filled(self.unedited(tensor), shape), tensor, info.dtype)
-            sizes = f"from {list(info.shape)} to {list(shape)}"
-            self.notes.append(
-                Note("tensor-widened", f"{printable(tensor)}: filled up with zeros {sizes}, as it was trained")
+            text = (
+                f"{printable(tensor)}: filled up with zeros from {list(info.shape)} to {list(shape)}, as it was trained"
             )
+            self.notes.append(Note("tensor-widened", text))
         return found
 
     def refuse(self) -> NoReturn:
@@ -303,8 +305,3 @@ class Draft:
                 "the base stores weights in a form that cannot be edited:", dict.fromkeys(self.unsupported)
             )
         raise FitError(f"{owners} does not fit the base '{self.base.name}':", self.problems)
-
-
-def replaces_first(edit: Edit) -> int:
-    """The place of an edit in the order: what replaces the weight, what replaces rows of it, what changes it."""
-    return 0 if isinstance(edit.update, Replace) else 1 if edit.update.replaces else 2

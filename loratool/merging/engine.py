@@ -255,7 +255,7 @@ class Engine:
             if chunk.span.edits and not chunk.number:
                 compare_replaced(chunk.span, output.totals)
         part = output.sink.part(output.place(task.chunks[0]), sum(chunk.size for chunk in task.chunks))
-        runs = [*ranges_of(task.chunks)]
+        runs = ranges_of(task.chunks)
         for file, start, count in runs:
             expect(output.sources.of(file), start, count)
         if task.known or len(digests) == len(task.chunks):

@@ -91,20 +91,9 @@ class Block:
     after: Tensor  # (n, width) of the target dtype
     measure: bool  # whether to measure ‖ΔW‖
     seen: BlockSeen = field(default_factory=BlockSeen)
-    places: list[Tensor] = field(default_factory=list)  # in the flat rows
-    sums: list[Tensor] = field(default_factory=list)  # of W and ΔW, in the working dtype
-    weights: list[Tensor] = field(default_factory=list)  # of W
-    margins: list[Tensor] = field(default_factory=list)  # half the lengths of the intervals of the sums
-
-    def doubt(self, places: Tensor, sums: Tensor, weights: Tensor, margins: Tensor) -> None:
-        """Keep undecided elements."""
-        for all_of, some in (
-            (self.places, places),
-            (self.sums, sums),
-            (self.weights, weights),
-            (self.margins, margins),
-        ):
-            all_of.append(some.cpu())
+    # undecided elements, on the CPU: their places in the flat rows, sums of W and ΔW in the working dtype, and W, and half
+    # the lengths of the intervals of the sums
+    doubts: list[tuple[Tensor, ...]] = field(default_factory=list)
 
 
 class ExactSum:
@@ -147,7 +136,7 @@ class ExactSum:
         elif substitute is not None or not self.merge_product_wide(block, scratch.of(tile, *self.kind)):
             for at in range(0, len(before), tile):
                 self.merge_tile(block, at, min(tile, len(before) - at), scratch, substitute)
-        if block.places:
+        if block.doubts:
             self.decide(block)
             lap("settle")
         return block.seen
@@ -269,7 +258,8 @@ class ExactSum:
         block.seen.largest = max(block.seen.largest, size)
         if len(places):
             sums, weights = change.view(-1)[places], weight.view(-1)[places]
-            block.doubt(places + at * self.width, sums, weights, torch.full_like(sums, margin * GENEROUS))
+            margins = torch.full_like(sums, margin * GENEROUS)
+            block.doubts.append(tuple(each.cpu() for each in (places + at * self.width, sums, weights, margins)))
         lap("round")
 
     def margin(self, largest: float) -> float:
@@ -311,8 +301,7 @@ class ExactSum:
 
     def decide(self, block: Block) -> None:
         """Put the results of undecided elements into a block."""
-        every = (torch.cat(each) for each in (block.places, block.sums, block.weights, block.margins))
-        places, sums, weights, margins = every
+        places, sums, weights, margins = map(torch.cat, zip(*block.doubts, strict=True))
         result = self.singles.rounded(places + block.first * self.width, sums, weights, margins)
         block.after.view(-1)[places.to(block.after.device)] = result.to(block.after.device)
 
@@ -335,9 +324,8 @@ class ExactSum:
             stack.add_to(change, first)
             start, stop = max(first, stack.place.first), min(first + len(weight), stack.place.stop)
             part = errors[start - first : stop - first, stack.place.columns]
-            lengths, spans = (
-                torch.from_numpy(each).to(weight) for each in (stack.lengths_of(start, stop), stack.spans)
-            )
+            own = stack.lengths[start - stack.place.first : stop - stack.place.first]
+            lengths, spans = (torch.from_numpy(each).to(weight) for each in (own, stack.spans))
             part += lengths[:, None] * spans * (abs(stack.scale) * stack.terms * GENEROUS)
         sizes = torch.where(errors != 0, weight.abs() + change.abs() + errors, 0)
         errors = (errors + 4 * sizes) * (ROUNDOFF[self.work.itemsize] * GENEROUS) + (errors != 0) * self.underflow

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -139,19 +139,10 @@ def described(node: object, roles: dict[Path, str]) -> Any:
         case Mapping():
             return [[described(key, roles), described(value, roles)] for key, value in node.items()]
     if dataclasses.is_dataclass(node):
-        return [type(node).__name__, dict(told_fields(node, roles))]
-    if callable(node) and hasattr(node, "__qualname__"):
-        return of_function(node, roles)
+        names = [each.name for each in dataclasses.fields(node)]
+        told = [name for name in names if not (isinstance(node, Edit) and name in UNTOLD)]
+        return [type(node).__name__, {name: described(getattr(node, name), roles) for name in told}]
+    if callable(node) and hasattr(node, "__qualname__"):  # a formula: its name, and the values that it was made with
+        cells = getattr(node, "__closure__", None) or ()
+        return [node.__module__, node.__qualname__, [described(cell.cell_contents, roles) for cell in cells]]
     raise TypeError(f"{type(node).__name__} cannot be part of a fingerprint")
-
-
-def told_fields(node: object, roles: dict[Path, str]) -> Iterator[tuple[str, Any]]:
-    for each in dataclasses.fields(node):  # type: ignore[arg-type]
-        if not (isinstance(node, Edit) and each.name in UNTOLD):
-            yield each.name, described(getattr(node, each.name), roles)
-
-
-def of_function(function: Callable[..., Any], roles: dict[Path, str]) -> list[Any]:
-    """A formula: its name, and the values that it was made with."""
-    cells = getattr(function, "__closure__", None) or ()
-    return [function.__module__, function.__qualname__, [described(cell.cell_contents, roles) for cell in cells]]

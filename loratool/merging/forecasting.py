@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from functools import partial
 
 from loratool.algebra.rounding import round_once
 from loratool.bases.weights import Memory, Room
@@ -15,7 +14,7 @@ from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.seen import Seen, together
 from loratool.lazy import numpy, torch
 from loratool.measuring.sampling import sample
-from loratool.merging.addends import Place
+from loratool.merging.addends import modules_in
 from loratool.merging.gain import Gains, gain_notes, gains_of, measure_kept
 from loratool.merging.loaded_edits import LoadedEdit
 from loratool.merging.numpy_rounding import rounded_once
@@ -46,7 +45,12 @@ def forecast_gains(plan: MergePlan) -> Gains:
     spans = [span for span in plan.edited if plan.rounding == "nearest" and can_forecast(span)]
     spans.sort(key=lambda span: hashlib.sha256(span.placed.name.encode(errors="surrogatepass")).digest())
     shared = SharedUpdates()
-    return gains_of(plan, together(on_all_cores(partial(seen_of, shared=shared), spans[:MOST_WEIGHTS])))
+
+    def look(span: Span) -> Seen:
+        by_numpy = suits(span) and span.placed.dtype == "BF16"
+        return seen_by_numpy(span) if by_numpy else seen_by_torch(span, shared)
+
+    return gains_of(plan, together(on_all_cores(look, spans[:MOST_WEIGHTS])))
 
 
 def can_forecast(span: Span) -> bool:
@@ -60,14 +64,8 @@ def is_here(span: Span) -> bool:
     return all(tensor.file.path.is_file() for tensor in span.weight.tensors)
 
 
-def seen_of(span: Span, shared: SharedUpdates) -> Seen:
-    """What some rows of a weight tell of it."""
-    by_numpy = suits(span) and span.placed.dtype == "BF16"
-    return seen_by_numpy(span) if by_numpy else seen_by_torch(span, shared)
-
-
 def seen_by_numpy(span: Span) -> Seen:
-    """The same of one product added to a weight that goes to the output in bfloat16, without torch."""
+    """What some rows of a weight tell of one product added to a weight that goes to the output in bfloat16, without torch."""
     (edit,), weight = span.edits, readable(span.weight)
     assert weight is not None
     added, memory = Added.by(edit, numpy.float64), Memory()
@@ -94,12 +92,10 @@ def sampled(span: Span) -> tuple[list[tuple[int, int]], int]:
 
 def seen_by_torch(span: Span, shared: SharedUpdates) -> Seen:
     """The same of any edits."""
-    device, wide = torch.device("cpu"), torch.float64
+    device = torch.device("cpu")
     stored, target = (getattr(torch, FLOAT_NAMES[dtype]) for dtype in (span.weight.exact, span.placed.dtype))
-    edits, modules = [], []
-    for edit in span.edits:
-        edits.append(LoadedEdit(edit, shared.load(edit, device, wide), edit.strength))
-        modules.append((edit.target, Place(edit.first_row, edit.rows, edit.columns, span.width)))
+    edits = [LoadedEdit(edit, shared.load(edit, device, torch.float64), edit.strength) for edit in span.edits]
+    modules = modules_in(span.edits, span.width)
     runs, times = sampled(span)
     found: list[Seen] = []
     with OpenSources() as sources:
@@ -112,6 +108,6 @@ def seen_by_torch(span: Span, shared: SharedUpdates) -> Seen:
             rows = torch.arange(first, first + count)
             change = block - base
             kept = measure_kept(before, change, round_once(block, target), rows, modules, times)
-            sizes = [times * float(torch.linalg.vector_norm(each)) ** 2 for each in (base, change)]
-            found.append(Seen(kept=kept, norms={span.placed.name: (sizes[0], sizes[1])}))
+            own, added = (times * float(torch.linalg.vector_norm(each)) ** 2 for each in (base, change))
+            found.append(Seen(kept=kept, norms={span.placed.name: (own, added)}))
     return together(found)

@@ -93,10 +93,11 @@ def hidden_updates(plan: MergePlan, seen: Seen) -> dict[str, float]:
     found: dict[str, float] = {}
     for span in plan.edited:
         name, elements = span.placed.name, span.rows * span.width
+        digits = FLOAT_DIGITS.get(span.placed.dtype, math.inf)
         if name in seen.lost:
             squared = seen.lost[name][0]  # ‖E‖²
-        elif name in seen.norms and is_finer(span.weight.exact, span.placed.dtype):
-            squared = seen.norms[name][0] * (STEP / 2 ** FLOAT_DIGITS[span.placed.dtype]) ** 2 / 12
+        elif name in seen.norms and FLOAT_DIGITS.get(span.weight.exact, 0) > digits:  # W has values that are rounded
+            squared = seen.norms[name][0] * (STEP / 2**digits) ** 2 / 12
             elements = min(elements, SAMPLED)
         else:
             continue
@@ -107,11 +108,6 @@ def hidden_updates(plan: MergePlan, seen: Seen) -> dict[str, float]:
             if noise > UNSURE * math.sqrt(max(1.0, elements * part)):
                 found[edit.target] = max(found.get(edit.target, 0.0), noise * math.sqrt(12))
     return found
-
-
-def is_finer(stored: str, written: str) -> bool:
-    """Whether a dtype has values that another one rounds."""
-    return written in FLOAT_DIGITS and FLOAT_DIGITS.get(stored, 0) > FLOAT_DIGITS[written]
 
 
 @dataclass(frozen=True)

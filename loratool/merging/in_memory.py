@@ -111,8 +111,8 @@ class Filling:
     @cached_property
     def tensor(self) -> Tensor:
         """Memory for all of it."""
-        placed = self.placed
-        return torch.empty(placed.shape, dtype=dtype_of(placed), device=self.device)
+        dtype: torch.dtype = getattr(torch, torch_name(self.placed))
+        return torch.empty(self.placed.shape, dtype=dtype, device=self.device)
 
     def begin(self) -> None:
         """Take the memory, in the consumer's thread: what its stream still does with that memory comes first."""
@@ -302,11 +302,6 @@ def devices_of(device: str) -> tuple[str, ...]:
 def torch_name(info: TensorInfo) -> str:
     """What torch calls the dtype of a tensor."""
     return DTYPES.get(info.dtype, info.dtype)
-
-
-def dtype_of(info: TensorInfo) -> torch.dtype:
-    found: torch.dtype = getattr(torch, torch_name(info))
-    return found
 
 
 def nearest_of(name: str, known: Iterable[str]) -> str:

@@ -217,7 +217,7 @@ def publish(merge: PartedMerge, progress: Progress | None = None, check: Check |
             merged = put_together(merge, stage, records)
             output.publish(stage)
             output.clear()
-            workers = workers_of(records)
+            workers = tuple(sorted({record.worker for record in records.values()}))
             report = make_report(merged, stage, Cost.since(merge.started, merged.device))
     except PublishedError:  # by another one, at the same time
         return complete_already
@@ -230,10 +230,6 @@ def publish(merge: PartedMerge, progress: Progress | None = None, check: Check |
         notes=(*report.notes, *copied_notes(merge.parts)),
     )
     return dataclasses.replace(complete_already, workers=workers, published=True, merge=report, cost=report.cost)
-
-
-def workers_of(records: Mapping[str, PartRecord]) -> tuple[str, ...]:
-    return tuple(sorted({record.worker for record in records.values()}))
 
 
 def copied_notes(parts: Sequence[FilePart]) -> Iterator[Note]:

@@ -35,7 +35,8 @@ def opened_inputs(
     given = base
     base, paths = located(base, adapters)
     if not paths or stack is None:
-        model, read = read_inputs(local(base, "model"), paths, ways)
+        there = local(base, "model")
+        model, read = (open_checkpoint(there), read_all(paths, ways)) if paths else alone(there, ways[0])
         return told_choice(model, given, base), read, paths
     import tempfile
 
@@ -63,11 +64,6 @@ def located(base: PathLike, adapters: Sequence[PathLike]) -> tuple[PathLike, lis
         base, adapters = AUTO, [base]
     paths = [local(adapter, "adapter") for adapter in adapters]
     return chosen_base(base, paths), paths
-
-
-def read_inputs(base: Path, paths: Sequence[Path], ways: Sequence[Reading]) -> tuple[Checkpoint, list[Adapter]]:
-    """The base and the adapters at some places; without adapters, what a model that was saved unmerged holds."""
-    return (open_checkpoint(base), read_all(paths, ways)) if paths else alone(base, ways[0])
 
 
 def read_all(paths: Sequence[Path], ways: Sequence[Reading]) -> list[Adapter]:

@@ -22,7 +22,7 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, torch
-from loratool.merging.addends import Addend, Place
+from loratool.merging.addends import Addend, modules_in
 from loratool.merging.compensated_sums import compensated_sum
 from loratool.merging.exact_rows import ExactSum, Scratch, convert, largest_of
 from loratool.merging.gain import measure_kept, rows_apart
@@ -88,10 +88,6 @@ class LoadedEdits:
             return self.sum
         with OpenSources() as sources:
             return compensated_sum(self.sum, partial(self.read, Room(sources)))
-
-    def prepare(self) -> None:
-        """Make what every block needs, before several workers ask for it at the same time."""
-        _ = self.rounded
 
     @cached_property
     def sum(self) -> ExactSum | None:
@@ -189,14 +185,10 @@ class LoadedEdits:
             from loratool.merging.kernels import compiled, kept_in_rows
 
             own = slice(rows[0] - product.place.first, rows[-1] + 1 - product.place.first, rows.step)
-            found = compiled(kept_in_rows)(before, after, (product.up[own], product.down), product.scale)
-            return (
-                {product.module: (found[0] * self.every, found[1] * self.every)}
-                if all(map(math.isfinite, found))
-                else {}
-            )
-        numbers = numbers_in(rows, before.device)
-        modules = [(stack.module, stack.place) for stack in total.stacks]
+            kept, squared = compiled(kept_in_rows)(before, after, (product.up[own], product.down), product.scale)
+            finite = math.isfinite(kept) and math.isfinite(squared)
+            return {product.module: (kept * self.every, squared * self.every)} if finite else {}
+        numbers, modules = numbers_in(rows, before.device), [(stack.module, stack.place) for stack in total.stacks]
         return measure_kept(before, total.change_of(numbers), after, numbers, modules, self.every)
 
     def substitute(self, rows: torch.Tensor, first: int) -> None:
@@ -214,18 +206,16 @@ class LoadedEdits:
             each.apply(block, first, base)
         after.copy_(convert(block, after.dtype, math.isfinite(largest_of(block))))
         if self.at_random:
-            numbers, finite = random_numbers(self.name, first * self.width, block.numel()), block.isfinite()
+            halves, finite = random_numbers(self.name, first * self.width, block.numel()), block.isfinite()
             flat = block.masked_fill(~finite, 0).flatten()
-            rounded = round_at_random(flat, flat * 0, numbers, after.dtype, lambda at: Fraction(float(flat[at])))
+            rounded = round_at_random(flat, flat * 0, halves, after.dtype, lambda at: Fraction(float(flat[at])))
             after.copy_(torch.where(finite, rounded.view_as(after), after))
         seen.change = float(torch.linalg.vector_norm(block.sub_(base))) ** 2
         rows = self.sampled(first, len(before))
         if rows and not self.replacements:
-            edits = [(each.edit.target, each.edit) for each in self.others]
-            modules = [(target, Place(e.first_row, e.rows, e.columns, self.width)) for target, e in edits]
-            some = slice(rows[0] - first, None, self.every)
-            there = numbers_in(rows, block.device)
-            seen.kept = measure_kept(before[some], block[some], after[some], there, modules, self.every)
+            modules = modules_in((each.edit for each in self.others), self.width)
+            some, numbers = slice(rows[0] - first, None, self.every), numbers_in(rows, block.device)
+            seen.kept = measure_kept(before[some], block[some], after[some], numbers, modules, self.every)
         seen.largest = math.inf  # nobody looked
 
 
@@ -241,27 +231,35 @@ def load_edits(span: Span, shared: SharedUpdates, device: torch.device) -> Loade
     for edit in span.edits:
         if edit.update.replaces:
             exact = held_in(edit.update, exact)
-            update = edit.update
-            if not isinstance(update, Replace):
-                update = load_update(update, device, held_in(update, torch.float32))
-            replacements.append(LoadedEdit(edit, update, 1.0))
+            replacements.append(loaded_replacement(edit, device, held_in(edit.update, torch.float32)))
             continue
         dtype = held_in(edit.update, torch.float32) if sums_products(span) else torch.float64
         update = shared.load(edit, device, dtype)
         if update.needs_weight:
             update = update.prepared(partial(weight_rows, span, edit, device, dtype))
         others.append(LoadedEdit(edit, update, edit.strength))
-    norm = sum(each.update.norm() * abs(each.strength) for each in others)
-    target = getattr(torch, FLOAT_NAMES[span.computed])
-    read = partial(read_rows, span, tuple(replacements))
-    shape = span.rows, span.width
     loaded = LoadedEdits(
-        tuple(replacements), tuple(others), *shape, target, exact, norm, span.placed.name, span.rounding, read
+        tuple(replacements),
+        tuple(others),
+        span.rows,
+        span.width,
+        target=getattr(torch, FLOAT_NAMES[span.computed]),
+        exact=exact,
+        norm=sum(each.update.norm() * abs(each.strength) for each in others),
+        name=span.placed.name,
+        rounding=span.rounding,
+        read=partial(read_rows, span, tuple(replacements)),
     )
-    loaded.prepare()
+    _ = loaded.rounded  # before several workers ask for it at the same time
     if device.type == "cuda":  # the factors must be complete for the streams of other workers too
         torch.cuda.current_stream(device).synchronize()
     return loaded
+
+
+def loaded_replacement(edit: Edit, device: torch.device, dtype: torch.dtype) -> LoadedEdit:
+    """An edit that replaces rows; what replaces all of a weight stays on disk."""
+    update = edit.update
+    return LoadedEdit(edit, update if isinstance(update, Replace) else load_update(update, device, dtype), 1.0)
 
 
 def read_rows(span: Span, replacements: Sequence[LoadedEdit], room: Room, values: NDArray[Any], first: int) -> None:
@@ -332,10 +330,7 @@ def weight_rows(
         own = range(edit.update_row, edit.update_row + edit.rows)
     if count is not None:
         own = range(first, first + count)
-    replacements = [
-        LoadedEdit(e, e.update if isinstance(e.update, Replace) else load_update(e.update, device, dtype), 1)
-        for e in before
-    ]
+    replacements = [loaded_replacement(each, device, dtype) for each in before]
     stored = getattr(torch, FLOAT_NAMES[weight.exact])
     step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
     with OpenSources() as sources:

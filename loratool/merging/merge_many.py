@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
 from loratool.arguments import PathLike, Progress
@@ -27,7 +26,7 @@ from loratool.files.system import free_space
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.in_store import making_in_store
 from loratool.merging.inputs import check_all_there, planned, read_all
-from loratool.merging.merge import Making, make_all, making
+from loratool.merging.merge import make_all, making
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, target_of
 from loratool.merging.parted_merge import PartedMerge, apart_from_inputs, checked_place, stored
@@ -40,11 +39,6 @@ from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
 from loratool.results.profile import Profile
 from loratool.shown import size
 from loratool.stores.names import is_in_store
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from loratool.devices import Runtime
 
 Weighted = tuple[PathLike, float]  # an adapter with its weight
 Adapters = PathLike | Weighted | Sequence[PathLike | Weighted]  # of one output
@@ -82,10 +76,6 @@ class Prepared:
     target: Path
     paths: list[Path]  # of its adapters
 
-    def making(self, runtime: Future[Runtime], started: float) -> Making[MergeReport]:
-        """The making of a local output."""
-        return making((self.plan, self.target, self.paths), self.wanted.out, self.wanted.options, runtime, started)
-
 
 def merge_many(
     base: PathLike, outputs: Outputs, options: MergeOptions, progress: Progress | None = None
@@ -109,7 +99,7 @@ def merge_many(
         makings = [
             making_in_store(into_stores[each.wanted.key], runtime)
             if each.wanted.stored
-            else each.making(runtime, started)
+            else making((each.plan, each.target, each.paths), each.wanted.out, each.wanted.options, runtime, started)
             for each in ready
         ]
         sent = max((merge.output.held(merge.parts) for merge in into_stores.values()), default=0)

@@ -212,7 +212,7 @@ class Tiles:
     """Memory for rows of one width, which are computed some at a time."""
 
     def __init__(self, width: int, result: Result = RESULTS["BF16"]) -> None:
-        self.width, self.rows, self.result = width, rows_of_tile(width), result
+        self.width, self.rows, self.result = width, max(1, TILE // max(1, width)), result
         shape = self.rows, width
         self.weight = numpy.empty(shape, numpy.float32)
         self.sums, self.low = (numpy.empty(shape, result.work) for _ in range(2))
@@ -375,10 +375,6 @@ def places_of(found: NDArray[Any]) -> NDArray[Any]:
     eights = numpy.flatnonzero(found.view(numpy.uint64) != 0)
     places = numpy.flatnonzero(found.reshape(-1, 8).take(eights, 0))
     return eights.take(places >> 3) * 8 + (places & 7)
-
-
-def rows_of_tile(width: int) -> int:
-    return max(1, TILE // max(1, width))
 
 
 def values_of(tensor: StoredTensor) -> NDArray[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.weights import Memory
@@ -16,8 +15,8 @@ from loratool.lazy import NDArray, numpy
 from loratool.merging.compensating import compensated
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import rows_apart
-from loratool.merging.numpy_rounding import RESULTS, Result
-from loratool.merging.numpy_sums import Added, Read, Tiles, readable
+from loratool.merging.numpy_rounding import RESULTS
+from loratool.merging.numpy_sums import Added, Tiles, readable
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
 
@@ -66,16 +65,18 @@ class NumpyWorker:
         tiles = self.tiles[kind]
         if not span.edits:
             return tiles.convert(read, first, after)
-        meant = work.held.of("added", lambda: added_to(span, result))
+        (edit,) = span.edits
+        meant = work.held.of("added", lambda: Added.by(edit, result.work))  # in a dtype that is precise enough
         lap("factors")
         if not meant.is_workable:
             return False
         added = meant
         if span.rounding == "compensated" and span.placed.dtype == "BF16":
-            added = work.held.of("corrected", partial(corrected, meant, read))
+            up, down, scale = meant.up, meant.down, meant.scale
+            added = work.held.of("corrected", lambda: Added(*compensated(up, down, scale, read, "BF16"), 1.0))
         look = bool(work.waiting - work.totals.effective) or not work.totals.changed
-        module, every = span.edits[0].target, rows_apart(span.rows, span.width)
-        seen = tiles.merge(added, read, first, after, every, look, meant, module) if added.is_workable else None
+        every = rows_apart(span.rows, span.width)
+        seen = tiles.merge(added, read, first, after, every, look, meant, edit.target) if added.is_workable else None
         if seen is None:
             return False
         seen.change = meant.norm**2 * len(after) / span.rows
@@ -97,8 +98,7 @@ class NumpyWorker:
         limit = self.resources.max_memory
         if limit is None or has_torch():
             return
-        needed = resident_memory() + runtime_memory()
-        if needed > limit:
+        if (needed := resident_memory() + runtime_memory()) > limit:
             least = -(-needed // 10**6)
             raise UsageError(
                 f"--max-memory: {limit / 10**6:g} MB is too little; {printable(span.placed.name)} has values that only "
@@ -107,20 +107,9 @@ class NumpyWorker:
             )
 
 
-def added_to(span: Span, result: Result) -> Added:
-    """What the one edit of a span adds, in a dtype that is precise enough for its results."""
-    (edit,) = span.edits
-    return Added.by(edit, result.work)
-
-
 def bytes_of_row(span: Span) -> int:
     """Of the output."""
     return span.width * RESULTS[span.placed.dtype].itemsize
-
-
-def corrected(meant: Added, read: Read) -> Added:
-    """What is added in its place, so that rounding leaves all of it."""
-    return Added(*compensated(meant.up, meant.down, meant.scale, read, "BF16"), 1.0)
 
 
 def pages(size: int) -> NDArray[Any]:

@@ -81,7 +81,8 @@ class Tasks:
         gpus = self.cluster.num_gpus
         if gpus is None:
             gpus = int(self.options.device != "cpu" and any(node.get("GPU", 0) >= 1 for node in nodes))
-        cpus = self.cluster.num_cpus or (cpus_beside(gpus, nodes) if gpus else cpus_alone(nodes))
+        without = min([CPUS, *(int(node["CPU"]) for node in nodes)])  # numpy has little use for more
+        cpus = self.cluster.num_cpus or (cpus_beside(gpus, nodes) if gpus else without)
         self.wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         self.room = sum(map(self.room_on, nodes))
         if not self.room:
@@ -125,11 +126,6 @@ class Tasks:
             for left in () if self.joined else pending:
                 self.ray.cancel(left, force=True)
         return found
-
-
-def cpus_alone(nodes: Sequence[Mapping[str, float]]) -> int:
-    """CPUs of a task without a GPU: numpy has little use for more."""
-    return min([CPUS, *(int(node["CPU"]) for node in nodes)])
 
 
 def cpus_beside(gpus: int, nodes: Sequence[Mapping[str, float]]) -> int:

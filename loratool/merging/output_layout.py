@@ -166,7 +166,7 @@ def plan_shards(base: Checkpoint, changes: OutputChanges, dtype: str, shard_size
         said = source.layout.metadata if source else None
         metadata = base.metadata(said, changes.plain, prefix) if isinstance(base, Decoded) else said
         if any(e.name in changes.edits or e.name in changes.moved for e in entries):
-            metadata = still_true(metadata)
+            metadata = metadata and {key: value for key, value in metadata.items() if not is_digest(key)}
         same = file is not None and head == [(t.name, t.dtype, t.shape) for t in file.layout.in_order]
         kept = file is not None and same and metadata == said
         layout = file.layout if file is not None and kept else base.shards[0].layout.like(head, metadata)
@@ -200,13 +200,6 @@ def drafts_of(
 def prefix_of(shard: SafeFile) -> str:
     """What the names of a file's tensors have in front in a pipeline; nothing elsewhere."""
     return shard.prefix if isinstance(shard, Member) else ""
-
-
-def still_true(metadata: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    """A header's entries without the digests of values that are changed; the same mapping where there are none."""
-    if not any(map(is_digest, metadata or ())):
-        return metadata
-    return {key: value for key, value in (metadata or {}).items() if not is_digest(key)}
 
 
 def is_digest(key: str) -> bool:
@@ -345,13 +338,10 @@ def plan_index(base: Checkpoint, shards: Sequence[ShardPlan], component: bool = 
         same_files = set(weight_map.values()) == set(before.values())
         name = base.index.name if same_files else index_name(shards[0].name, component)
         return OutputFile(name, content=index_text(weight_map, total, metadata))
-    if unwritable := {s.name for s in shards if not s.name.isprintable() and not is_utf8(s.name)}:
-        raise InputError("an index cannot contain file names that are not UTF-8:", map(printable, sorted(unwritable)))
+    odd = {shard.name for shard in shards if not shard.name.isprintable()}
+    if unwritable := [name for name in sorted(odd) if name != name.encode(errors="replace").decode()]:
+        raise InputError("an index cannot contain file names that are not UTF-8:", map(printable, unwritable))
     return OutputFile(index_name(shards[0].name, component), content=index_text(weight_map, total, None))
-
-
-def is_utf8(name: str) -> bool:
-    return name == name.encode(errors="replace").decode()
 
 
 def check_names(names: Iterable[str]) -> None:

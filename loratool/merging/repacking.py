@@ -16,7 +16,7 @@ from loratool.files.open_sources import OpenSources
 from loratool.files.seen import summed
 from loratool.files.stopwatch import lap
 from loratool.lazy import Tensor, torch
-from loratool.merging.addends import Place
+from loratool.merging.addends import Place, modules_in
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.gain import kept_of
 from loratool.merging.resources import rows_of_block
@@ -69,9 +69,7 @@ def pack_anew(worker: Worker, work: EditedSpan, sources: OpenSources, block: int
     """
     weight = work.span.matrix
     assert isinstance(weight, Requantizable), "others are refused when the merge is planned"
-    modules = [
-        (edit.target, Place(edit.first_row, edit.rows, edit.columns, work.span.width)) for edit in work.span.edits
-    ]
+    modules = modules_in(work.span.edits, work.span.width)
     own = weight.parameters(Room(sources, held=work.held))
     chosen, measured = Attempt(weight, own), list[Tensor]()
     for first, before, after in merged_rows(worker, work, sources, block):
@@ -97,10 +95,8 @@ def merged_rows(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row, W and W + ΔW of each block, (n, width) of float32; the next block overwrites them."""
     span, weight = work.span, work.span.matrix
-    lines = span.width // weight.line if isinstance(weight, Requantizable) else 1
-    together = max(1, weight.together // lines) if isinstance(weight, Requantizable) else 1
+    assert isinstance(weight, Requantizable)
+    together = max(1, weight.together // (span.width // weight.line))
     step = max(1, rows_of_block(span, block) // together) * together
     for first in range(0, span.rows, step):
-        count = min(step, span.rows - first)
-        before, after = worker.both_rows(work, first, count, sources)
-        yield first, before, after
+        yield first, *worker.both_rows(work, first, min(step, span.rows - first), sources)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,9 @@ def describe(
     effects, gains, errors = effects_of(plan, seen), gains_of(plan, seen), Errors.of(seen.lost)
     check_loss(plan, gains, errors)
     notes = (*effect_notes(effects), *gain_notes(plan, gains))
-    told = dataclasses.replace(plan, notes=(*plan.notes, *notes))
-    table = provenance(told, digests, effects, seen.device or "cpu", invoked)
+    table = provenance(
+        dataclasses.replace(plan, notes=(*plan.notes, *notes)), digests, effects, seen.device or "cpu", invoked
+    )
     table |= {"gain": round(gains.total, GAIN_DIGITS)} if gains.total is not None else {}
     return Merged(plan, seen, effects, gains, errors, (*notes, *size_notes(plan, seen.ratios)), table)
 
@@ -113,6 +114,10 @@ def provenance(
 def make_report(merged: Merged, stage: Stage, cost: Cost) -> MergeReport:
     """What is to be said of a merge that is published, but for how it was run."""
     plan = merged.plan
+    redone = [  # in the report only: the output is the same
+        Note("written-again", f"{printable(name)}: finished by an interrupted run, but {reason}; written again")
+        for name, reason in sorted(stage.redone.items())
+    ]
     return MergeReport(
         out=stage.out,
         edited=len(plan.edited),
@@ -129,16 +134,10 @@ def make_report(merged: Merged, stage: Stage, cost: Cost) -> MergeReport:
         errors_added=merged.errors.tensors,
         nonfinite={**merged.seen.nonfinite},
         left_out=plan.left_out,
-        notes=(*plan.notes, *merged.notes, *of_resuming(stage)),
+        notes=(*plan.notes, *merged.notes, *redone),
         digests={s.name: str(s.digest) for _, s in sorted(stage.finished.items())},
         cost=cost,
     )
-
-
-def of_resuming(stage: Stage) -> Iterator[Note]:
-    """What became of files that an interrupted run had finished. It is in the report only: the output is the same."""
-    for name, reason in sorted(stage.redone.items()):
-        yield Note("written-again", f"{printable(name)}: finished by an interrupted run, but {reason}; written again")
 
 
 def cost(runtime: Future[Runtime], started: float) -> Cost:

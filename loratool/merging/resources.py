@@ -106,8 +106,7 @@ class Resources:
 
 def runtime_for(spans: Sequence[Span], options: RunOptions) -> Future[Runtime]:
     """Torch on its way in the background, and not at all where `needs_torch` does not say so."""
-    needed = needs_torch(spans, options.device, options.max_memory)
-    return start_torch(options.device) if needed else without_torch()
+    return start_torch(options.device) if needs_torch(spans, options.device, options.max_memory) else without_torch()
 
 
 def needs_torch(spans: Sequence[Span], device: str, max_memory: int | None) -> bool:

@@ -18,7 +18,7 @@ from loratool.files.sink import PAGE
 from loratool.files.stopwatch import lap
 from loratool.lazy import torch
 from loratool.merging.edited_spans import EditedSpan
-from loratool.merging.exact_rows import Scratch
+from loratool.merging.exact_rows import Scratch, matrix_in
 from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, itemsize, needs_float64, rows_of_block, tile_elements
 
@@ -78,10 +78,7 @@ class Worker:
 
     def space(self, count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory for merged rows, (count, width): the worker's, but where more rows come together than a block has."""
-        needed = count * width * dtype.itemsize
-        fits = needed <= self.merged.numel()
-        memory = self.merged[:needed] if fits else torch.empty(needed, dtype=torch.uint8, device=self.device)
-        return memory.view(dtype).view(count, width)
+        return matrix_in(self.merged, count, width, dtype)
 
     def lent(self, data: torch.Tensor, shift: int) -> memoryview:
         """Bytes of the host, (n,) of uint8 and no more than a block, as a sink takes them: as from `merged_rows`."""

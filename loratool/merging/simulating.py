@@ -132,7 +132,8 @@ class Load:
 def simulate(plan: MergePlan, workers: Sequence[int], rates: Rates) -> tuple[Simulation, ...]:
     """The merge with each of some numbers of workers."""
     parts: Sequence[FilePart] = upload_parts(plan, Limits(), in_a_bucket) if rates.objects else parts_of(plan)
-    loads = loads_of(plan, parts)
+    spans = {shard.name: {shard.own_name(span): span for span in shard.spans} for shard in plan.shards}
+    loads = {part.name: load_of(part, spans[part.file]) for part in parts}
     return tuple(simulation(plan, parts, loads, count, rates) for count in workers)
 
 
@@ -188,11 +189,8 @@ def finishing(plan: MergePlan, parts: int, rates: Rates) -> float:
 
 def requests_to_finish(plan: MergePlan, parts: int) -> Counter[str]:
     """Those of who publishes: headers, records of parts, an upload to begin, list and complete for each file, small files."""
-    files, small = (
-        len(plan.shards),
-        len(plan.side_files) + 4,
-    )  # a card, the record, and what says that a merge is at work
-    gets = 2 * (len(plan.base.shards) + len(plan.adapters)) + parts
+    files, gets = len(plan.shards), 2 * (len(plan.base.shards) + len(plan.adapters)) + parts
+    small = len(plan.side_files) + 4  # a card, the record, and what says that a merge is at work
     return Counter(GET=gets, POST=2 * files, LIST=files + 1, PUT=small)
 
 
@@ -209,34 +207,18 @@ def summed(loads: Iterable[Load]) -> Load:
     return total
 
 
-def loads_of(plan: MergePlan, parts: Iterable[FilePart]) -> dict[str, Load]:
-    """What each part takes, by its name."""
-    spans = {shard.name: {shard.own_name(span): span for span in shard.spans} for shard in plan.shards}
-    return {
-        part.name: uploaded(part, spans[part.file]) if isinstance(part, UploadPart) else load_of(part, spans[part.file])
-        for part in parts
-    }
-
-
 def load_of(part: FilePart, spans: Mapping[str, Span]) -> Load:
-    """What a part takes of an output file that has these spans."""
-    copied = sum(size for tensor, _, size in part.chunks if spans[tensor].carried is not None)
-    read = sum(stored_bytes(spans[tensor]) * size // spans[tensor].placed.nbytes for tensor, _, size in part.chunks)
-    return Load(read, part.payload - copied, copied, written=part.payload)
-
-
-def uploaded(part: UploadPart, spans: Mapping[str, Span]) -> Load:
-    """What a part of an upload takes, its record included."""
-    pieces = len(part.pieces)
-    if part.source is not None:
-        return Load(copied_in_store=part.size, requests=Counter(COPY=pieces, PUT=1))
-    load = load_of(part, spans)
-    edges = sum(fringe.size for fringe in part.fringes)
-    load.add(Load(edges, copied=edges, written=edges))
-    load.requests.update(GET=-(-load.read // PIECE), PUT=pieces + 1)
+    """What a part takes of an output file that has these spans; of an upload its record is included."""
+    if isinstance(part, UploadPart) and part.source is not None:
+        return Load(copied_in_store=part.size, requests=Counter(COPY=len(part.pieces), PUT=1))
+    load = Load(written=part.payload)
+    for tensor, _, size in part.chunks:
+        span = spans[tensor]
+        load.read += sum(each.info.nbytes for each in span.weight.tensors) * size // span.placed.nbytes
+        load.copied += size if span.carried is not None else 0
+    load.computed = part.payload - load.copied
+    if isinstance(part, UploadPart):
+        edges = sum(fringe.size for fringe in part.fringes)
+        load.add(Load(edges, copied=edges, written=edges))
+        load.requests.update(GET=-(-load.read // PIECE), PUT=len(part.pieces) + 1)
     return load
-
-
-def stored_bytes(span: Span) -> int:
-    """Bytes in the base that an output tensor is computed from."""
-    return sum(tensor.info.nbytes for tensor in span.weight.tensors)

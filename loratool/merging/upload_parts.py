@@ -83,7 +83,10 @@ def cut(number: int, shard: ShardPlan, limits: Limits, least: int, find: Find) -
             yield UploadPart(**vars(part), first=first, cuts=cuts, source=run.source, source_start=run.source_start)
             first += len(cuts) - 1
             continue
-        own = [at for at, chunk in enumerate(chunks) if is_inside(shard, chunk, run)]
+        ends = [(shard.place(each.span), shard.place(each.span, each.span.placed.nbytes)) for each in chunks]
+        own = [
+            at for at, (start, stop) in enumerate(ends) if run.start <= start and stop <= run.stop
+        ]  # of whole tensors
         edges = [places[at] for at in own if at not in tied]
         for start, stop in spread(run, edges, run.size if limits.uniform else max(least, limits.smallest), limits):
             part = part_of(number, shard, start, stop, (chunks[at] for at in own if start <= places[at] < stop))
@@ -106,16 +109,10 @@ def origins_of(shard: ShardPlan, chunks: Sequence[Chunk], find: Find) -> Iterato
         if start > at:
             yield Run(at, start)
         at = start + chunk.size
-        there = stored_copy(chunk, find)
-        yield Run(start, at, *(there or ()))
+        there = find(chunk.source.file.path) if chunk.span.carried is not None else None
+        yield Run(start, at, there, chunk.source_start) if isinstance(there, StoredObject) else Run(start, at)
     if at < shard.layout.size:
         yield Run(at, shard.layout.size)
-
-
-def stored_copy(chunk: Chunk, find: Find) -> tuple[StoredObject, int] | None:
-    """The object that a chunk is a range of, and its first byte there; None for one that is made here."""
-    there = find(chunk.source.file.path) if chunk.span.carried is not None else None
-    return (there, chunk.source_start) if isinstance(there, StoredObject) else None
 
 
 def header_in(chunks: Sequence[Chunk], shard: ShardPlan, find: Find) -> tuple[StoredObject, int] | tuple[()]:
@@ -155,12 +152,6 @@ def large_enough(runs: Sequence[Run], smallest: int) -> list[Run]:
             found[-1] = Run(before.start, stop)
             found.append(Run(stop, run.stop, run.source, run.source_start + stop - run.start))
     return joined(found)
-
-
-def is_inside(shard: ShardPlan, chunk: Chunk, run: Run) -> bool:
-    """Whether all of the tensor that a chunk is of lies in a run."""
-    start = shard.place(chunk.span)
-    return run.start <= start and start + chunk.span.placed.nbytes <= run.stop
 
 
 def spread(run: Run, edges: Sequence[int], least: int, limits: Limits) -> Iterator[tuple[int, int]]:
