@@ -24,8 +24,8 @@ def compensated_sum(total: ExactSum, read: Read) -> ExactSum:
     result: list[Addend] = []
     for group in by_place(parts):
         result += group if group[0].down is None else [corrected(total, group, parts, read)]
-    device = total.parts[0].up.device
-    return ExactSum((on(part, device) for part in result), total.width, total.target, total.exact, total.rows)
+    made = (on(part, total.parts[0].up.device) for part in result)
+    return ExactSum(made, total.width, total.target, total.exact, total.rows)
 
 
 def corrected(total: ExactSum, group: Sequence[Addend], parts: Sequence[Addend], read: Read) -> Addend:

@@ -259,12 +259,8 @@ class Draft:
         for name, of in settled.added:
             begins = as_weight(first[name]) if name in first else weight_of(self.base, of)
             added.append(Origin(begins, name, base[of].dtype))
-            self.notes.append(
-                Note(
-                    "tied-weight-split",
-                    f"{printable(name)}: written as a separate tensor; the base ties it to {printable(of)}",
-                )
-            )
+            text = f"{printable(name)}: written as a separate tensor; the base ties it to {printable(of)}"
+            self.notes.append(Note("tied-weight-split", text))
         moved |= self.filled_up(first)
         for tensor, value in first.items():
             what = f"{printable(tensor)}: {list(value.shape)} as the adapter saved it"

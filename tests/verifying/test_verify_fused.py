@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ from peft_files import save_peft
 from torch import Tensor
 
 import loratool
+from loratool.algebra.updates.additive import LowRank
+from loratool.bases.edits import Edit
+from loratool.bases.weights import Plain
+from loratool.files.safefile import TensorInfo
+from loratool.merging.output_layout import Span
 from loratool.results.verify import Verification
+from loratool.verifying.guesses import parts_of
 
 HIDDEN, INNER, HEADS, KEYS, SIZE, RANK, ALPHA, EXPERTS = 32, 24, 4, 2, 8, 3, 6, 4
 CONFIG = {
@@ -131,6 +138,22 @@ def test_fused_modules_on_a_fused_base(name: str, tmp_path: Path) -> None:
     else:
         told = only(found)
         assert (told.code, told.modules) == ("fused-order", (wrong[0],)), told
+
+
+def test_parts_whose_rows_take_turns_come_in_the_order_of_their_first_rows() -> None:
+    """Of a query_key_value whose rows are one head of q, k and v after the other, for as many heads as there are."""
+    update = LowRank(torch.zeros(8, RANK), torch.zeros(RANK, HIDDEN), 1.0)
+    edits = tuple(
+        Edit("qkv", first_row=24 * head + 8 * part, rows=8, update=update, strength=1, adapter=0, target=name, rule="")
+        for head in range(HEADS)
+        for part, name in enumerate(("value", "key", "query"))
+    )
+    info = TensorInfo("qkv", "F32", (24 * HEADS, HIDDEN), 0, 24 * HEADS * HIDDEN * 4)
+    parts = parts_of(Span(Plain(SimpleNamespace(), info), info, edits))  # type: ignore[arg-type]  # no file is read
+    assert [(part.count, {edit.target for edit in part.edits}) for part in parts] == [
+        (8 * HEADS, {name}) for name in ("value", "key", "query")
+    ]
+    assert [edit.first_row for edit in parts[1].edits] == [0, 8, 16, 24]
 
 
 @pytest.mark.parametrize("swapped", [False, True])
