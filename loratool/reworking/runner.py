@@ -79,6 +79,10 @@ class Maker(ABC, Generic[Task, Told]):
     def draft(self) -> Draft:
         """What will be written; everything that can be refused without looking at every layer is refused here."""
 
+    def inputs(self) -> dict[str, Any]:
+        """What it is made of, as a record has that before there is anything else to tell."""
+        return {"inputs": list(self.at_work.origins)}
+
     @abstractmethod
     def tasks(self) -> Iterable[Task]:
         """What the threads take one by one."""
@@ -115,7 +119,7 @@ def run(
     models = {"models": dict(maker.models)} if maker.models else {}
     header = draft.header({target: form.rank for target, form in draft.forms.items()})
     if not draft.names.form.config_name:
-        made = record_of(maker.command, inputs, options, {"inputs": list(maker.at_work.origins), **models}, ())
+        made = record_of(maker.command, inputs, options, {**maker.inputs(), **models}, ())
         header[MADE_HERE] = json.dumps(made)
     with adapter_output(
         target, draft.forms, draft.carried, draft.dtype, draft.names, options, header, draft.scales

@@ -296,6 +296,11 @@ def test_image_adapters_come_back_in_their_own_dialect(tmp_path: Path) -> None:
     delta = float(found[f"{layer}.alpha"]) / 4 * found[f"{layer}.lora_up.weight"].double() @ found[f"{layer}.lora_down.weight"].double()  # fmt: skip
     wanted = 0.5 * draw(11, 320, 4) @ draw(1, 4, 320)
     assert float((delta - wanted).norm() / wanted.norm()) < 0.04
+    with safe_open(tmp_path / "back.safetensors", "pt") as file:  # a file that stands alone says what made it
+        made = json.loads(file.metadata()["loratool"])
+    assert made["command"] == "loratool expand ./out ./style1 -o out"
+    assert made["shared"]["sha256"]["style1.safetensors"] == digests(tmp_path / "out")["style1.safetensors"]
+    loratool.expand(tmp_path / "out", "style1", tmp_path / "back.safetensors", overwrite=True)
 
 
 @pytest.mark.parametrize("dialect", ["gguf", "torchtune"])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import DIALECTS
 from loratool.adapters.layers import Form
-from loratool.adapters.writer import Carried, adapter_output, called, check_adapter_target
+from loratool.adapters.writer import Carried, Output, check_adapter_target
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, padded
 from loratool.arguments import PathLike, Progress
@@ -21,14 +23,14 @@ from loratool.files.digests import sha256_of
 from loratool.files.hub_cache import name_of
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import torch
-from loratool.measuring.session import session
+from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.provenance.inputs import told_input
 from loratool.provenance.recorded import made_of
 from loratool.results.compress import ExpandReport
 from loratool.reworking.compressing.files import OTHER, Opened, expanded, form_of, member_name, open_member, open_shared
 from loratool.reworking.compressing.options import ExpandOptions
-from loratool.reworking.runner import record_of
+from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
 
 def expand(
@@ -53,24 +55,11 @@ def expand(
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise broken(member, f"{type(error).__name__}: {error}") from None
     target = check_adapter_target(out, [folder], options, form)
-    carried = Carried(
-        {
-            n.removeprefix(OTHER): StoredTensor(member.file, i)
-            for n, i in member.file.tensors.items()
-            if n.startswith(OTHER)
-        }
-    )
-    with session("cpu", ()) as at_work:  # which counts the import of torch
-        dtype = getattr(torch, stored_dtype if options.dtype == "keep" else options.dtype)
-        with adapter_output(target, forms, carried, called(dtype), names, options, header) as output:
-            for done, (layer, shape) in enumerate(forms.items()):
-                output.add(output.rounded(layer, at_rank(bases, member, layer, shape)))
-                if progress:
-                    progress(done + 1, len(forms))
-            output.carry(carried)
-            output.complete(config)
-            facts = {"shared": shared_input(folder, (bases, member))}
-            output.finish(config, record_of("expand", [folder, name], options, facts, ()), {}, [])
+    dtype = stored_dtype if options.dtype == "keep" else options.dtype
+    draft = Stored(forms, names, dtype, carried_by(member), known=header)
+    with session("cpu", ()) as at_work:
+        maker = Expander(at_work, folder, bases, member, draft, config)
+        rest = run(maker, target, [folder, name], options, progress)
         cost = at_work.told(started)
     return ExpandReport(
         out=target,
@@ -78,10 +67,63 @@ def expand(
         name=str(about.get("name", name)),
         dialect=about["dialect"],
         ranks={layer: shape.rank for layer, shape in sorted(forms.items())},
-        dtype=str(dtype).removeprefix("torch."),
-        notes=tuple(notes(member)),
+        dtype=dtype,
+        notes=rest.notes,
         **cost,
     )
+
+
+@dataclass(frozen=True)
+class Stored(Draft):
+    """What is to be written where the header of the file of tensors was stored."""
+
+    known: Mapping[str, str] = field(default_factory=dict)
+
+    def header(self, ranks: Mapping[str, int]) -> dict[str, str]:  # noqa: ARG002 (they are those that it tells)
+        return dict(self.known)
+
+
+@dataclass
+class Expander(Maker[str, None]):
+    """Makes layers of what is shared and what is their own."""
+
+    command = "expand"
+
+    at_work: Session
+    folder: Path
+    bases: Opened
+    member: Opened
+    stored: Stored
+    config: Mapping[str, Any]
+
+    def draft(self) -> Draft:
+        return self.stored
+
+    def inputs(self) -> dict[str, Any]:
+        return self.shared
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        return {"shared": shared_input(self.folder, (self.bases, self.member))}
+
+    def tasks(self) -> Iterable[str]:
+        return self.stored.forms
+
+    def work(self, output: Output, task: str) -> list[Made[None]]:
+        found = at_rank(self.bases, self.member, task, self.stored.forms[task])
+        return [Made((output.rounded(task, found),), None)]
+
+    def take(self, made: Made[None]) -> None:
+        pass
+
+    def rest(self, draft: Draft) -> Rest:  # noqa: ARG002 (everything was stored)
+        return Rest(self.config, self.shared, tuple(notes(self.member)), {}, [])
+
+
+def carried_by(member: Opened) -> Carried:
+    """The tensors that stand beside the factors, as they are."""
+    names = {name: name.removeprefix(OTHER) for name in member.file.tensors if name.startswith(OTHER)}
+    return Carried({name: StoredTensor(member.file, member.file.tensors[there]) for there, name in names.items()})
 
 
 def shared_input(folder: Path, files: Sequence[Opened]) -> dict[str, Any]:
