@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.bases.codecs.byte_values import e4m3
+from loratool.bases.codecs.numbers import BY_DTYPE, Numbers
 from loratool.bases.codecs.parameters import InMemory, LineByLine, Parameters
-from loratool.bases.codecs.parts import TORCH_NAMES, wrong_scales
+from loratool.bases.codecs.parts import wrong_scales
 from loratool.bases.weights import Room
 from loratool.lazy import Tensor, torch
-
-LIMITS = {"I8": (-128, 127), "F8_E4M3": (-448, 448), "F8_E5M2": (-57344, 57344)}  # of the values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +23,16 @@ class Affine(LineByLine):
     bits: int = 8  # of the values that are used
 
     @property
+    def numbers(self) -> Numbers:
+        """Those that bytes on disk are."""
+        return BY_DTYPE[self.tensors[0].info.dtype]
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The smallest and the largest value."""
-        low, high = LIMITS[self.tensors[0].info.dtype]
-        return (low, high) if self.bits == 8 else (-(1 << self.bits - 1), (1 << self.bits - 1) - 1)
+        if self.bits == 8:
+            return self.numbers.least, self.numbers.greatest
+        return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
 
     @property
     def values_shape(self) -> tuple[int, ...]:
@@ -37,7 +41,7 @@ class Affine(LineByLine):
 
     def scaled(self, raw: Tensor, first: int, count: int, parameters: Parameters) -> Tensor:
         scale, zero = self.of_lines(first, count, parameters)
-        values = self.numbers(raw).view(count, self.blocks[-1], -1)
+        values = self.numbers.floats(raw).view(count, self.blocks[-1], -1)
         if zero is not None:
             values.sub_(zero)
         return values.mul_(scale).view(count, self.line)
@@ -52,13 +56,6 @@ class Affine(LineByLine):
             return some.float().view(-1, across, 1)[(rows - low).to(some.device)]
 
         return of_blocks(self.tensors[1]), of_blocks(self.tensors[2]) if self.has_zero else None
-
-    def numbers(self, raw: Tensor) -> Tensor:
-        dtype = self.tensors[0].info.dtype
-        if dtype == "F8_E4M3":
-            return e4m3(raw)
-        stored: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
-        return raw.view(stored).float()
 
     def scale_rows(self, first: int, count: int) -> Tensor:
         """For each of some lines, which row of the scales is its own."""
@@ -95,7 +92,4 @@ class Affine(LineByLine):
         steps = values.reshape(len(values), self.blocks[-1], -1) / scale
         if zero is not None:
             steps.add_(zero)
-        steps.clamp_(*self.limits)
-        dtype = self.tensors[0].info.dtype
-        stored: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
-        return (steps.round_() if dtype == "I8" else steps).to(stored).view(torch.uint8).flatten()
+        return self.numbers.bytes(steps.clamp_(*self.limits)).flatten()

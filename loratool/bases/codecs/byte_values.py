@@ -60,26 +60,6 @@ def regrouped(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return (first & 15) | (second << 4), (first >> 4) | (second & 0xF0)
 
 
-def bit_fields(packed: Tensor, bits: int) -> Tensor:
-    """(n, bytes) of uint8 → (n, fields) of uint8: fields of `bits` that lie one after the other, the lowest bits first.
-
-    Bytes are filled up with zeros to where a byte ends with a field.
-    """
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).int()
-    groups = torch.nn.functional.pad(packed.view(len(packed), -1, bits), (0, 1))  # 8 fields, and a byte of zeros
-    places = [(field * bits // 8, field * bits % 8) for field in range(8)]
-    fields = [groups[:, :, byte] >> shift | groups[:, :, byte + 1] << 8 - shift for byte, shift in places]
-    return torch.stack(fields, 2).bitwise_and_((1 << bits) - 1).to(torch.uint8).view(len(packed), -1)
-
-
-def packed_fields(fields: Tensor, bits: int) -> Tensor:
-    """The other way: (n, fields) of uint8 → (n, bytes) of uint8, filled up with zeros to 8 fields."""
-    fields = torch.nn.functional.pad(fields, (0, -fields.shape[1] % 8)).view(len(fields), -1, 8).long()
-    whole = fields.bitwise_left_shift(torch.arange(8, device=fields.device) * bits).sum(2)
-    places = torch.arange(bits, device=fields.device) * 8
-    return (whole[:, :, None] >> places).bitwise_and_(255).to(torch.uint8).view(len(fields), -1)
-
-
 def packed_nibbles(codes: Tensor) -> Tensor:
     """(n, columns) of uint8 → (n, ⌈columns/2⌉), two columns a byte; the low nibble is the first one."""
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))

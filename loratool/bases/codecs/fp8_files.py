@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 from loratool.bases.codecs.fp8 import scale_names
 from loratool.bases.codecs.mixed import complete
-from loratool.bases.codecs.numbers import FP8, FP8_E5M2, Numbers
+from loratool.bases.codecs.numbers import BY_DTYPE, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, bytes_of, told
 from loratool.bases.codecs.scaled import Scaled, scheme_of
@@ -35,8 +35,8 @@ from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.templates import listed
 
-NUMBERS: Mapping[str, Numbers] = {"F8_E4M3": FP8, "F8_E5M2": FP8_E5M2}
 FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's names
+DTYPES = (*FORMATS.values(),)
 MARK = "scaled_fp8"
 OLD_SCALE, NEW_SCALE = "scale_weight", "weight_scale"
 SAYS = "comfy_quant"
@@ -76,7 +76,7 @@ class Fp8Files(Codec):
             return None  # a config says how weights are packed, and no other codec knew it
         finder = Finder(base)
         formats = formats_in(finder)
-        if not formats and not any(info.dtype in NUMBERS for info in base.tensors.values()):
+        if not formats and not any(info.dtype in DTYPES for info in base.tensors.values()):
             return None
         found: dict[str, Packed] = {}
         unread: dict[str, str] = {}
@@ -93,9 +93,9 @@ class Fp8Files(Codec):
                 finder.note(
                     f"{layer}.{NEW_SCALE}", f"must be F32 [], as {printable(name)} is {said}, but it is missing"
                 )
-            elif info.dtype in NUMBERS and not said and has_other_scales(base, name):
+            elif info.dtype in DTYPES and not said and has_other_scales(base, name):
                 unread[name] = OTHER_SCALES
-            elif info.dtype in NUMBERS:
+            elif info.dtype in DTYPES:
                 with suppress(Unfit):
                     found[name] = weight_of(finder, name, scale)
         marks = [name for name in base.tensors if name.rpartition(".")[2] == MARK]
@@ -135,7 +135,7 @@ class Fp8Files(Codec):
 def weight_of(finder: Finder, name: str, scale: str) -> Packed:
     """The weight whose values a tensor holds. Raises `Unfit` where something is wrong with its scale."""
     base, values, dtype = finder.base, plain_of(finder.base, name), plain_dtype(finder.base)
-    info, numbers = values.info, NUMBERS[values.info.dtype]
+    info, numbers = values.info, BY_DTYPE[values.info.dtype]
     if not scale:
         line = info.shape[-1] if len(info.shape) > 1 else 1
         scheme = f"{numbers.title}, no scale"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from loratool.bases.codecs.byte_values import packed_fields
+from loratool.bases.codecs.bit_fields import packed
 from loratool.bases.codecs.numbers import Numbers
 from loratool.lazy import Tensor, torch
 
@@ -51,7 +51,4 @@ def zero_points(smallest: Tensor, scales: Tensor, numbers: Numbers) -> Tensor:
 def packed_zeros(zeros: Tensor, bits: int) -> Tensor:
     """(matrices, rows, blocks) of whole numbers → (matrices, ⌈rows · bits/32⌉, blocks) of int32, packed along rows."""
     unsigned = (zeros + (1 << bits - 1)).to(torch.uint8).mT.contiguous()
-    packed = packed_fields(unsigned.view(-1, zeros.shape[1]), bits)
-    width = -(-zeros.shape[1] * bits // 32) * 4
-    packed = torch.nn.functional.pad(packed, (0, width - packed.shape[1])).reshape(-1)  # one row may keep an odd stride
-    return packed.view(torch.int32).view(len(zeros), zeros.shape[2], -1).mT.contiguous()
+    return packed(unsigned.view(-1, zeros.shape[1]), bits).view(len(zeros), zeros.shape[2], -1).mT.contiguous()

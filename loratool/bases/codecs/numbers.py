@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from loratool.bases.codecs.bit_fields import unpacked
+from loratool.bases.codecs import bit_fields
 from loratool.bases.codecs.byte_values import (
     E2M1,
     E2M3,
     OFFSET_INT4,
     SIGNED_INT4,
-    bit_fields,
     e4m3,
     looked_up,
     nibbles,
-    packed_fields,
     packed_nibbles,
 )
 from loratool.lazy import Tensor, torch
@@ -43,28 +41,22 @@ class Numbers:
         return values.nan_to_num(0.0, self.greatest, self.least).clamp_(self.least, self.greatest)
 
 
-def e4m3_bytes(values: Tensor) -> Tensor:
-    return values.to(torch.float8_e4m3fn).view(torch.uint8)
+def stored_floats(packed: Tensor, dtype: str) -> Tensor:
+    """Numbers of a dtype of torch, by its name there."""
+    return packed.view(getattr(torch, dtype)).float()
 
 
-def e5m2_floats(packed: Tensor) -> Tensor:
-    return packed.view(torch.float8_e5m2).float()
-
-
-def e5m2_bytes(values: Tensor) -> Tensor:
-    return values.to(torch.float8_e5m2).view(torch.uint8)
-
-
-def int8_floats(packed: Tensor) -> Tensor:
-    return packed.view(torch.int8).float()
+def stored_bytes(values: Tensor, dtype: str) -> Tensor:
+    """The other way."""
+    return values.to(getattr(torch, dtype)).view(torch.uint8)
 
 
 def int8_bytes(values: Tensor) -> Tensor:
-    return values.round().to(torch.int8).view(torch.uint8)
+    return stored_bytes(values.round(), "int8")
 
 
-def e2m1_floats(packed: Tensor) -> Tensor:
-    return nibbles(packed, E2M1)
+def int4_bytes(values: Tensor) -> Tensor:
+    return packed_nibbles(int8_bytes(values) & 15)
 
 
 def e2m1_bytes(values: Tensor) -> Tensor:
@@ -72,19 +64,11 @@ def e2m1_bytes(values: Tensor) -> Tensor:
 
 
 def e2m3_floats(packed: Tensor) -> Tensor:
-    return looked_up(bit_fields(packed, 6), E2M3)
+    return looked_up(bit_fields.unpacked(packed, 6), E2M3)
 
 
 def e2m3_bytes(values: Tensor) -> Tensor:
-    return packed_fields(nearest_codes(values, E2M3), 6)[:, : values.shape[1] * 3 // 4]
-
-
-def int4_floats(packed: Tensor) -> Tensor:
-    return nibbles(packed, SIGNED_INT4)
-
-
-def int4_bytes(values: Tensor) -> Tensor:
-    return packed_nibbles(values.round().to(torch.int8).view(torch.uint8) & 15)
+    return bit_fields.packed(nearest_codes(values, E2M3), 6).view(torch.uint8)[:, : values.shape[1] * 3 // 4]
 
 
 def offset_floats(packed: Tensor, bits: int) -> Tensor:
@@ -93,16 +77,13 @@ def offset_floats(packed: Tensor, bits: int) -> Tensor:
         return nibbles(packed, OFFSET_INT4)
     if bits == 8:
         return packed.bitwise_xor(128).view(torch.int8).float()
-    fields = unpacked(packed, bits) if bits < 4 and packed.shape[1] % bits == 0 else bit_fields(packed, bits)
-    return fields.float().sub_(1 << bits - 1)
+    return bit_fields.unpacked(packed, bits).float().sub_(1 << bits - 1)
 
 
 def offset_bytes(values: Tensor, bits: int) -> Tensor:
     """The other way; each line is filled up with zeros to whole words of 32 bits."""
     unsigned = values.round().to(torch.int16).add_(1 << bits - 1).to(torch.uint8)
-    width = -(-values.shape[1] * bits // 32) * 4
-    packed = packed_fields(unsigned, bits)
-    return torch.nn.functional.pad(packed, (0, width - packed.shape[1]))
+    return bit_fields.packed(unsigned, bits).view(torch.uint8)
 
 
 def nearest_codes(values: Tensor, numbers: tuple[float, ...]) -> Tensor:
@@ -126,10 +107,12 @@ def offset_integers(bits: int) -> Numbers:
     return Numbers(f"int{bits}", *both, -half, half - 1)
 
 
-FP8 = Numbers("FP8", e4m3, e4m3_bytes, -448, 448)
-FP8_E5M2 = Numbers("FP8 E5M2", e5m2_floats, e5m2_bytes, -57344, 57344)
+FP8 = Numbers("FP8", e4m3, partial(stored_bytes, dtype="float8_e4m3fn"), -448, 448)
+E5M2 = partial(stored_floats, dtype="float8_e5m2"), partial(stored_bytes, dtype="float8_e5m2")
+FP8_E5M2 = Numbers("FP8 E5M2", *E5M2, -57344, 57344)
 FP6 = Numbers("FP6", e2m3_floats, e2m3_bytes, -7.5, 7.5)
-FP4 = Numbers("FP4", e2m1_floats, e2m1_bytes, -6, 6)
-INT8 = Numbers("int8", int8_floats, int8_bytes, -128, 127)
-FP4_OF_TWO_ROWS = Numbers("FP4", e2m1_floats, e2m1_bytes, -6, 6, paired=True)
-INT4_OF_TWO_ROWS = Numbers("int4", int4_floats, int4_bytes, -8, 7, paired=True)
+FP4 = Numbers("FP4", partial(nibbles, values=E2M1), e2m1_bytes, -6, 6)
+INT8 = Numbers("int8", partial(stored_floats, dtype="int8"), int8_bytes, -128, 127)
+FP4_OF_TWO_ROWS = replace(FP4, paired=True)
+INT4_OF_TWO_ROWS = Numbers("int4", partial(nibbles, values=SIGNED_INT4), int4_bytes, -8, 7, paired=True)
+BY_DTYPE = {"I8": INT8, "F8_E4M3": FP8, "F8_E5M2": FP8_E5M2}  # of tensors with a number in each byte
