@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,10 +120,7 @@ def tokenizer_files(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
     for adapter in adapters:
         names = [p.name for p in sorted(adapter.folder.iterdir()) if p.name in TOKENIZER_FILES]
         names += [f"{MORE_TEMPLATES}/{p.name}" for p in sorted((adapter.folder / MORE_TEMPLATES).glob("*.jinja"))]
-        if odd := special_files(adapter.folder, names):
-            raise InputError(
-                f"{printable(adapter.folder)}: contains something that is not a regular file; remove it:", odd
-            )
+        refuse_special(adapter.folder, names)
         own = {n: adapter.folder / n for n in names if (adapter.folder / n).is_file() and not leaves(adapter.folder, n)}
         if not own:
             continue
@@ -144,10 +141,7 @@ def module_files_of(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
     found: dict[str, Path] = {}
     for adapter in adapters:
         own = {name: path for name, path in module_files(adapter.folder).items() if not leaves(adapter.folder, name)}
-        if odd := special_files(adapter.folder, own):
-            raise InputError(
-                f"{printable(adapter.folder)}: contains something that is not a regular file; remove it:", odd
-            )
+        refuse_special(adapter.folder, own)
         if not found and own:
             found = own
             shown = ", ".join(printable(name) for name in own)
@@ -156,6 +150,12 @@ def module_files_of(adapters: Sequence[Adapter], notes: list[Note]) -> dict[str,
             text = f"{adapter.name}: its modules for sentence-transformers differ from those of the first adapter"
             notes.append(Note("modules-differ", f"{text}, which are used"))
     return found
+
+
+def refuse_special(folder: Path, names: Iterable[str]) -> None:
+    """Raise `InputError` naming the files that are none, such as pipes."""
+    if odd := special_files(folder, names):
+        raise InputError(f"{printable(folder)}: contains something that is not a regular file; remove it:", odd)
 
 
 def edited_config(config: Mapping[str, Any], edits: Sequence[ConfigEdit]) -> bytes:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from loratool.adapters.adapter import Adapter, Flattened, StoredTensor
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.bases.binding import Bound
+from loratool.bases.binding import Bound, Place
 from loratool.bases.tied_weights import Ties
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
@@ -52,10 +53,18 @@ class View(Checkpoint):
 
 @dataclass(frozen=True)
 class AnySize(Replace):
-    """A saved tensor that takes the place of one of any size: for asking which one is meant."""
+    """Something of a shape that takes the place of a tensor of any size: for asking which one is meant."""
+
+    value: Shaped  # type: ignore[assignment]  # never loaded
 
     def fit(self, shape: Shape) -> Update | None:
         return self if len(shape) == len(self.shape) else None
+
+
+class Shaped(NamedTuple):
+    """A shape, to ask with."""
+
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -76,16 +85,10 @@ def usual_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def held_by(base: Checkpoint) -> Mapping[str, TensorInfo]:
-    """The tensors of a base without those that are assumed."""
-    return base.held if isinstance(base, View) else base.tensors
-
-
 def assume(base: Checkpoint, shapes: Mapping[str, Shape]) -> Checkpoint:
     """`base` with some more tensors, or tensors of another shape, to plan with."""
-    if not shapes:
-        return base
-    return View(**{f.name: getattr(base, f.name) for f in fields(Checkpoint)}, held=held_by(base), assumed=shapes)
+    held = base.held if isinstance(base, View) else base.tensors
+    return base.seen_as(View, held=held, assumed=shapes) if shapes else base
 
 
 def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, new_tensors: bool) -> Trained:
@@ -99,17 +102,18 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
         new_tensors: whether the adapter may bring modules that the base has not.
     """
     heads = {name: base.tensors[group.names[0]].shape for group in ties.groups for name in group.missing}
-    seen = assume(base, heads)
-    bound = without_rows(adapter, binder(adapter, seen), seen, ties, binder)
-    widened = widened_by(adapter, bound, seen, binder)
-    if widened:
-        seen = assume(base, {**heads, **widened})
-        bound = without_rows(adapter, binder(adapter, seen), seen, ties, binder)
+
+    def bound_in(shapes: Mapping[str, Shape]) -> tuple[Checkpoint, Bound]:
+        seen = assume(base, {**heads, **shapes})
+        return seen, without_rows(adapter, binder(adapter, seen), seen, ties, binder)
+
+    seen, bound = bound_in({})
+    if widened := widened_by(adapter, bound, seen, binder):
+        seen, bound = bound_in(widened)
     whole = {target: value for target in bound.problems if (value := saved_whole(adapter, target)) is not None}
     if not whole:
         return Trained(seen, bound, widened=widened)
-    loose = {target: AnySize(value) for target, value in whole.items()}  # type: ignore[arg-type]  # never loaded
-    meant = binder(replace(adapter, updates={**adapter.updates, **loose}, bases={}), seen).places
+    meant = meant_by(adapter, {target: value.shape for target, value in whole.items()}, seen, binder)
     saved: dict[str, StoredTensor] = {}
     refused: dict[str, str] = {}
     trained_parts = {t.partition(".")[0] for t, u in adapter.updates.items() if not isinstance(u, Replace)}
@@ -123,8 +127,10 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
             case () if isinstance(target, Flattened):  # it names nothing new
                 continue
             case () if target in adapter.updates and target.partition(".")[0] not in trained_parts:
-                name, allowed = target, f"the base has no such weight; pass {NEW_TENSORS} to add it to the output"
-                reason = "" if new_tensors else allowed
+                name = target
+                reason = (
+                    "" if new_tensors else f"the base has no such weight; pass {NEW_TENSORS} to add it to the output"
+                )
             case _:  # inside the body of the model a name is wrong, as binding has said
                 continue
         if reason:
@@ -136,8 +142,15 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
         if found := [shapes[name] for name in group.names if name in shapes]:
             for name in ties.together(group):
                 shapes.setdefault(name, found[0])
-    seen = assume(base, {**heads, **shapes})
-    return Trained(seen, without_rows(adapter, binder(adapter, seen), seen, ties, binder), saved, refused, widened)
+    return Trained(*bound_in(shapes), saved, refused, widened)
+
+
+def meant_by(
+    adapter: Adapter, shapes: Mapping[str, Shape], seen: Checkpoint, binder: Binder
+) -> Mapping[str, tuple[Place, ...]]:
+    """The places that some targets would have if updates of these shapes fitted tensors of any size."""
+    loose = {target: AnySize(Shaped(shape)) for target, shape in shapes.items()}
+    return binder(replace(adapter, updates={**adapter.updates, **loose}, bases={}), seen).places
 
 
 def widened_by(adapter: Adapter, bound: Bound, seen: Checkpoint, binder: Binder) -> dict[str, Shape]:
@@ -152,8 +165,7 @@ def widened_by(adapter: Adapter, bound: Bound, seen: Checkpoint, binder: Binder)
     }
     if not wide:
         return {}
-    loose = {target: AnySize(Sized(shape)) for target, shape in wide.items()}  # type: ignore[arg-type]  # never loaded
-    meant = binder(replace(adapter, updates={**adapter.updates, **loose}, bases={}), seen).places
+    meant = meant_by(adapter, wide, seen, binder)
     return {
         place.tensor: shape
         for target, shape in wide.items()
@@ -171,27 +183,18 @@ def without_rows(adapter: Adapter, bound: Bound, seen: Checkpoint, ties: Ties, b
     }
     if not odd:
         return bound
-    loose = {target: AnySize(Sized((rows, 1))) for target, rows in odd.items()}  # type: ignore[arg-type]
-    meant = binder(replace(adapter, updates={**adapter.updates, **loose}, bases={}), seen).places
+    meant = meant_by(adapter, {target: (rows, 1) for target, rows in odd.items()}, seen, binder)
     problems = dict(bound.problems)
     for target, rows in odd.items():
         for place in meant.get(target, ())[:1]:
-            before = seen.tensors[place.tensor].shape
-            mine = adapter.updates[target].shape
-            grown = rows > before[0] if isinstance(adapter.updates[target], ReplaceRows) else rows != before[0]
-            if grown and mine[1:] == before[1:] and is_of_tokens(place.tensor, before, ties):
+            before, update = seen.tensors[place.tensor].shape, adapter.updates[target]
+            grown = rows > before[0] if isinstance(update, ReplaceRows) else rows != before[0]
+            if grown and update.shape[1:] == before[1:] and is_of_tokens(place.tensor, before, ties):
                 problems[target] = (
                     f"was trained with at least {rows} tokens, but {printable(place.tensor)} has {before[0]} and the "
                     f"adapter does not contain the other rows; {RESIZED}"
                 )
     return replace(bound, problems=problems)
-
-
-@dataclass(frozen=True)
-class Sized:
-    """Something of a shape, to ask with."""
-
-    shape: Shape
 
 
 def tokens_of(update: Update) -> int:
@@ -213,9 +216,7 @@ def why_not_this_size(tensor: str, shape: Shape, before: Shape, ties: Ties, allo
     sizes = f"the adapter's is {list(shape)}, but {printable(tensor)} is {list(before)}"
     if len(shape) != len(before) or shape[1:] != before[1:]:
         return sizes
-    if is_of_tokens(tensor, before, ties):
-        return ""
-    if allowed:
+    if allowed or is_of_tokens(tensor, before, ties):
         return ""
     return f"{sizes}: the numbers of labels differ; pass {NEW_TENSORS} to use the adapter's and update config.json"
 

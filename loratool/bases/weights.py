@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Made = TypeVar("Made")
+Whole = TypeVar("Whole", bound="StoredWeight")
 WIDENED = ("BF16", "F16", "F32")  # what numpy reads as float32
 
 
@@ -218,6 +219,12 @@ class OfAnother:
     def tensors(self) -> tuple[StoredTensor, ...]:
         return self.whole.tensors
 
+    def matrix(self: Whole, columns: int) -> Whole:
+        """Itself: its rows are those of a matrix. Raises `ValueError` for another number of columns."""
+        if columns != math.prod(self.shape[1:]):
+            raise ValueError(f"rows of {math.prod(self.shape[1:])} columns cannot be reshaped to {columns} columns")
+        return self
+
 
 @dataclass(frozen=True)
 class Slice(OfAnother):
@@ -235,12 +242,6 @@ class Slice(OfAnother):
     def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         return self.whole.rows(self.first + first, count, device, dtype, room)[:, self.columns]
 
-    def matrix(self, columns: int) -> StoredWeight:
-        """Itself: it is a matrix. Raises `ValueError` for another number of columns."""
-        if columns != self.shape[1]:
-            raise ValueError(f"a slice of {self.shape[1]} columns cannot be reshaped to {columns} columns")
-        return self
-
 
 @dataclass(frozen=True)
 class Filled(OfAnother):
@@ -257,12 +258,6 @@ class Filled(OfAnother):
             rows = self.whole.rows(first, there, device, dtype, room).view(there, *self.whole.shape[1:])
             result[tuple(map(slice, rows.shape))] = rows
         return result.view(count, -1)
-
-    def matrix(self, columns: int) -> StoredWeight:
-        """Itself: its rows are those of a matrix. Raises `ValueError` for another number of columns."""
-        if columns != math.prod(self.shape[1:]):
-            raise ValueError(f"a weight of rows of {math.prod(self.shape[1:])} cannot be reshaped to {columns} columns")
-        return self
 
 
 @dataclass(frozen=True)

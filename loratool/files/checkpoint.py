@@ -6,11 +6,11 @@ import json
 import os
 import stat
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from loratool.errors import InputError, printable
 from loratool.files.containers import PICKLES, foreign_file, is_pointer, sharded_folder
@@ -36,6 +36,8 @@ from loratool.shown import Shown
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+View = TypeVar("View", bound="Checkpoint")
+
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint(Shown):
@@ -56,6 +58,10 @@ class Checkpoint(Shown):
     @property
     def name(self) -> str:
         return name_of(self.root)
+
+    def seen_as(self, view: type[View], **more: Any) -> View:
+        """The same files as a view that has `more` fields, or other values of these."""
+        return view(**{each.name: getattr(self, each.name) for each in fields(Checkpoint)} | more)
 
     @property
     def is_gguf(self) -> bool:

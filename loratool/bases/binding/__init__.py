@@ -102,13 +102,20 @@ def bind_components(
             shares.append((part.prefix, share, replace(found, notes=tuple(n.under(part.shown) for n in found.notes))))
     for prefix, share, found in shares:
         bound = joined(bound, found, prefix, share)
-    problems = dict(bound.problems)
-    places = dict(bound.places)
-    for target, (tensor, other) in rivals(places).items():
-        del places[target]
-        problems[target] = f"{printable(tensor)} is already edited by {printable(other)}"
+    places, problems = without_rivals(bound.places, bound.problems)
     ordered = {target: places[target] for target in adapter.updates if target in places}
     return replace(bound, places=ordered, problems={t: problems[t] for t in sorted(problems)})
+
+
+def without_rivals(
+    places: Mapping[str, tuple[Place, ...]], problems: Mapping[str, str]
+) -> tuple[Mapping[str, tuple[Place, ...]], dict[str, str]]:
+    """Places and problems, where a target that edits what another one does is a problem."""
+    taken = {
+        target: f"{printable(tensor)} is already edited by {printable(other)}"
+        for target, (tensor, other) in rivals(places).items()
+    }
+    return {target: every for target, every in places.items() if target not in taken}, {**problems, **taken}
 
 
 def portion_of(adapter: Adapter, share: Mapping[str, str]) -> Adapter:
@@ -166,10 +173,8 @@ def bind_model(
             if str(misfit) or not (target in adapter.optional or adds_zero(update)):
                 reasons[target] = str(misfit)
     notes = by_suffix(resolver, adapter, matches, reasons)
-    places = settle(adapter, base, matches, fan_in_fan_out, reasons, notes)
-    for target, (tensor, other) in rivals(places).items():
-        del places[target]
-        reasons[target] = f"{printable(tensor)} is already edited by {printable(other)}"
+    placed = settle(adapter, base, matches, fan_in_fan_out, reasons, notes)
+    places, reasons = without_rivals(placed, reasons)
     missing = {t: kind for t in reasons if not reasons[t] and (kind := kind_of(t))}
     elsewhere = in_another_shard(base)
     near = Nearest(resolver.disk.templates, base.tensors)
@@ -185,8 +190,8 @@ def bind_model(
         for t in sorted(reasons)
     }
     notes += [*found_otherwise(places), *holes(adapter, places, base.tensors)]
-    placed = {own.get(t, t): places[t] for t in adapter.updates if t in places}
-    return Bound(placed, problems, tuple(notes), missing, frozenset(proposed))
+    named = {own.get(t, t): places[t] for t in adapter.updates if t in places}
+    return Bound(named, problems, tuple(notes), missing, frozenset(proposed))
 
 
 def in_another_shard(base: Checkpoint) -> str:
@@ -220,8 +225,8 @@ def by_suffix(resolver: Resolver, adapter: Adapter, matches: dict[str, Match], r
     if all(update.replaces for update in lost.values()):
         return []  # a head of the adapter's own, whose name may end as some other's does
     found, change = resolver.by_suffix(lost)
-    for target, match in found.items():
-        matches[target] = match
+    matches |= found
+    for target in found:
         del reasons[target]
     if not found:
         return []

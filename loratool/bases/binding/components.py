@@ -6,7 +6,7 @@ A pipeline has each in a folder, a single file has them under prefixes, and a fi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loratool.adapters.adapter import Flattened
@@ -101,7 +101,7 @@ def components_of(base: Checkpoint) -> tuple[Component, ...]:
     parts: list[Component] = []
     for name, prefix, config in found:
         held = {
-            local: TensorInfo(local, info.dtype, info.shape, info.start, info.stop)
+            local: replace(info, name=local)
             for full, info in base.tensors.items()
             if full.startswith(prefix) and (prefix or not any(map(full.startswith, known)))
             for local in [full[len(prefix) :]]
@@ -109,13 +109,9 @@ def components_of(base: Checkpoint) -> tuple[Component, ...]:
         families = DENOISERS if name in ("denoiser", *DENOISER, *SECOND_DENOISERS) else TEXT_ENCODERS
         family = family_of(held, (VAE,) if name == "vae" else families)
         settings = config or {"_class_name": family.name if family else ""}
-        parts.append(Component(name, prefix, (), portion(base, held, settings), family))
+        model = base.seen_as(Portion, held=held, settings=settings, components={})
+        parts.append(Component(name, prefix, (), model, family))
     return with_words(parts)
-
-
-def portion(base: Checkpoint, held: Mapping[str, TensorInfo], settings: Mapping[str, object]) -> Portion:
-    own = {field.name: getattr(base, field.name) for field in fields(Checkpoint) if field.name != "components"}
-    return Portion(**own, held=held, settings=settings)
 
 
 def prefixes_of(names: Iterable[str]) -> list[tuple[str, str]]:

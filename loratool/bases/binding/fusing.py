@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratool.adapters.model_settings import model_types, setting
@@ -62,7 +62,7 @@ def whole(update: Update, info: TensorInfo, rule: Rule) -> Match:
     """An update of a whole tensor."""
     shape = info.shape
     if isinstance(update, ExpertFactors) and len(shape) == 3:
-        pair = (update.fit(shape, False), update.fit(shape, True))
+        pair = either_way(update, shape)
     else:
         pair = (update.fit(shape), turned(update, shape))
     match = Match(*(() if u is None else (all_of(u, info, rule),) for u in pair))
@@ -79,8 +79,7 @@ def turned(update: Update, shape: tuple[int, ...]) -> Update | None:
 
 
 def all_of(update: Update, info: TensorInfo, rule: Rule) -> Place:
-    rows = info.rows * math.prod(info.shape[1 : update.fold])
-    return Place(info.name, rule, update, 0, rows, fold=update.fold)
+    return Place(info.name, rule, update, 0, math.prod(info.shape[: update.fold]), fold=update.fold)
 
 
 def into_fused(
@@ -167,8 +166,7 @@ def into_experts(
     other = update.turned if update.turnable and fits[1] else None
     places: list[tuple[Place, ...]] = [(), ()]
     if fits[0]:
-        at = expert * shape[1] + part * out
-        places[0] = (Place(info.name, rule, update, at, out, fold=2),)
+        places[0] = (Place(info.name, rule, update, expert * shape[1] + part * out, out, fold=2),)
     if fits[1] and other is not None:
         columns = slice(part, None, count) if interleaved else slice(part * out, (part + 1) * out)
         columns = ALL if count == 1 else columns
@@ -198,8 +196,7 @@ def out_of_fused(parts: Sequence[TensorInfo], times: int, update: Update, rule: 
 
 def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule: Rule, interleaved: bool) -> Match:
     """An update of all experts' fused tensor into the tensors of each expert's parts, all (out, in)."""
-    first = experts[0]
-    shapes = [part.shape for part in first]
+    shapes = [part.shape for part in experts[0]]
     if any([part.shape for part in parts] != shapes for parts in experts) or any(len(s) != 2 for s in shapes):
         raise Misfit("the experts of the base differ in shape")
     if any(shape[1] != shapes[0][1] for shape in shapes):
@@ -208,23 +205,14 @@ def out_of_experts(experts: Sequence[Sequence[TensorInfo]], update: Update, rule
         raise Misfit("gate and up alternate in the adapter's rows but are separate in the base, which is not supported")
     each = sum(shape[0] for shape in shapes)
     shape = (len(experts), each, shapes[0][1])
-    pair = (
-        (update.fit(shape, False), update.fit(shape, True))
-        if isinstance(update, ExpertFactors)
-        else (update.fit(shape), None)
-    )
     offsets = [sum(shape[0] for shape in shapes[:n]) for n in range(len(shapes))]
 
-    def places(fitted: Update | None) -> tuple[Place, ...]:
-        if fitted is None or fitted.fold != 2:
-            return ()
-        return tuple(
-            Place(info.name, rule, fitted, 0, info.shape[0], number * each + offset)
-            for number, parts in enumerate(experts)
-            for info, offset in zip(parts, offsets, strict=True)
-        )
+    def places(fitted: Update) -> Iterator[Place]:
+        for number, parts in enumerate(experts):
+            for info, offset in zip(parts, offsets, strict=True):
+                yield Place(info.name, rule, fitted, 0, info.shape[0], number * each + offset)
 
-    match = Match(*map(places, pair))
+    match = of_stack(update, shape, places)
     if not match.tensors:
         raise Misfit(f"the update is {described(update)}, but the base's experts together are {list(shape)}")
     return match
@@ -237,26 +225,28 @@ def stacked(parts: Sequence[TensorInfo], update: Update, rule: Rule) -> Match:
         raise Misfit("its parts in the base differ in more than their rows")
     experts, each = shapes[0][0], sum(s[1] for s in shapes)
     shape = (experts, each, shapes[0][2])
-    pair = (
-        (update.fit(shape, False), update.fit(shape, True))
-        if isinstance(update, ExpertFactors)
-        else (update.fit(shape), None)
-    )
     offsets = [sum(s[1] for s in shapes[:n]) for n in range(len(shapes))]
 
-    def places(fitted: Update | None) -> tuple[Place, ...]:
-        if fitted is None or fitted.fold != 2:
-            return ()
-        return tuple(
-            Place(info.name, rule, fitted, e * info.shape[1], info.shape[1], e * each + offset, fold=2)
-            for info, offset in zip(parts, offsets, strict=True)
-            for e in range(experts)
-        )
+    def places(fitted: Update) -> Iterator[Place]:
+        for info, offset in zip(parts, offsets, strict=True):
+            for e in range(experts):
+                yield Place(info.name, rule, fitted, e * info.shape[1], info.shape[1], e * each + offset, fold=2)
 
-    match = Match(*map(places, pair))
+    match = of_stack(update, shape, places)
     if not match.tensors:
         raise Misfit(f"the update is {described(update)}, but its parts in the base are {list(shape)} together")
     return match
+
+
+def of_stack(update: Update, shape: tuple[int, ...], places: Callable[[Update], Iterable[Place]]) -> Match:
+    """An update of all experts' fused tensor of this shape, at the places that it has once it is fitted."""
+    pair = either_way(update, shape) if isinstance(update, ExpertFactors) else (update.fit(shape), None)
+    return Match(*(tuple(places(fitted)) if fitted and fitted.fold == 2 else () for fitted in pair))
+
+
+def either_way(update: ExpertFactors, shape: tuple[int, ...]) -> tuple[Update | None, Update | None]:
+    """An update of a stack of matrices as A and B are meant for (out, in), and for (in, out)."""
+    return update.fit(shape, False), update.fit(shape, True)
 
 
 def described(update: Update) -> str:

@@ -6,7 +6,7 @@ Targets are bound in that view. What binding finds is then told in the names of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from loratool.adapters.gguf_names import in_model, order_of
@@ -35,13 +35,13 @@ class Named(Checkpoint):
     """A base under the names of transformers. All of its matrices are (out, in)."""
 
     rows: Mapping[str, Row] = field(default_factory=dict)  # by the names of the file
-    held: Mapping[str, TensorInfo] = field(default_factory=dict)  # by the same names
+    held: Checkpoint = None  # type: ignore[assignment]  # always given: the same under the names of its file
 
     is_linear = True
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {self.rows[name].name: replace(info, name=self.rows[name].name) for name, info in self.held.items()}
+        return {row.name: replace(self.held.tensors[name], name=row.name) for name, row in self.rows.items()}
 
     @cached_property
     def in_files(self) -> Mapping[str, str]:
@@ -63,7 +63,7 @@ class Named(Checkpoint):
     def why_not(self, place: Place) -> str:
         """Empty where an update can be put into the file's order; else the reason it cannot."""
         name = self.in_files[place.tensor]
-        row, info = self.rows[name], self.held[name]
+        row, info = self.rows[name], self.held.tensors[name]
         where = f"a GGUF file stores {printable(name)}"
         if row.shifted and place.update.replaces:
             return f"it is saved whole, but {where} with 1 added to it, which is not supported"
@@ -97,14 +97,12 @@ def named(base: Checkpoint) -> Named | None:
         return None
     kind = first.text("general.architecture")
     if (architecture := ARCHITECTURES.get(kind)) is None:
-        known = ", ".join(ARCHITECTURES)
         raise InputError(
             f"{printable(first.path)}: a GGUF file of the architecture {printable(repr(kind))}, whose names are not known; "
-            f"known: {known}"
+            f"known: {', '.join(ARCHITECTURES)}"
         )
     rows = {name: row_of(name, kind, architecture, first) for name in base.tensors}
-    own = {each.name: getattr(base, each.name) for each in fields(Checkpoint)}
-    return Named(**own, rows=rows, held=base.tensors)
+    return base.seen_as(Named, rows=rows, held=base)
 
 
 def row_of(name: str, kind: str, architecture: Architecture, file: GgufFile) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,10 +19,11 @@ from loratool.algebra.updates.base import Update
 from loratool.bases.binding import fusing
 from loratool.bases.binding.fusing import Misfit
 from loratool.bases.binding.names import Alias, Disk, Moves, by_template, components, unwrapped
+from loratool.bases.binding.orientation import is_conv1d, module_of
 from loratool.bases.binding.places import Match, Place, Rule
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
-from loratool.layouts.architectures import CONV1D_MODULES, REORDERED, TOWERS
+from loratool.layouts.architectures import REORDERED, TOWERS
 from loratool.layouts.fusions import Fusion
 from loratool.templates import Numbers, first_few, template_of
 
@@ -53,8 +55,7 @@ class Resolver:
         self.disk = Disk(base.tensors)
         self.fusions = fusing.fusions_of(base.config)
         self.interleaved = fusing.is_interleaved(base.config)
-        types = model_types(base.config)
-        self.reordered = [name for kind, names in REORDERED if kind in types for name in names]
+        self.reordered = [name for kind, names in REORDERED if kind in model_types(base.config) for name in names]
         self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
 
     @cached_property
@@ -114,12 +115,10 @@ class Resolver:
         done, coming = self.levels[template]
         while len(done) <= depth:
             ways = (way for alias in next(coming) for way in self.ways_at(alias))
-            done.append([way for way in ways if not self.crosses(template, way.templates[0])])
+            # no way leads from one tower of a multimodal model to another; a base without the first has but one
+            own = tower(template)
+            done.append([way for way in ways if own not in self.towers or tower(way.templates[0]) == own])
         return done[depth]
-
-    def crosses(self, template: str, there: str) -> bool:
-        """Whether a way leads from one tower of a multimodal model to another; a base without the first has but one."""
-        return tower(template) != tower(there) and tower(template) in self.towers
 
     def ways_at(self, alias: Alias) -> Iterator[Way]:
         """The ways from a template that take no more renames."""
@@ -155,12 +154,11 @@ class Resolver:
         if self.reordered and any(f".{name}." in template for template in way.templates for name in self.reordered):
             raise Misfit("the base stores its rows in another order (for rotary positions), which is not supported")
         if fusion is None:
-            info = self.tensor(way.templates[0], numbers)
-            if info is None:
+            if (info := self.tensor(way.templates[0], numbers)) is None:
                 return None
             match = self.whole(info, update, rule)
             renamed = any(code == "renamed" for code, _ in rule.steps)
-            if match.turned and update.turnable and renamed and not is_conv1d(info.name):
+            if match.turned and update.turnable and renamed and not is_conv1d(module_of(info.name)):
                 # a name that is only guessed at and a shape that fits the wrong way round are no match
                 match = Match(match.straight)
                 if not match.straight:
@@ -253,8 +251,9 @@ class Resolver:
         try:
             return packed_match([info], update, rule) or fusing.whole(update, info, rule)
         except Misfit:
-            described = fusing.described(update)
-            raise Misfit(f"the update is {described}, but {printable(info.name)} is {list(info.shape)}") from None
+            raise Misfit(
+                f"the update is {fusing.described(update)}, but {printable(info.name)} is {list(info.shape)}"
+            ) from None
 
     def by_suffix(self, targets: Mapping[str, Update]) -> tuple[dict[str, Match], str]:
         """Places of targets whose beginning alone is unknown, by the one change of prefix that explains most of them.
@@ -271,16 +270,11 @@ class Resolver:
                     continue
                 if tower(template) != tower(there):
                     continue
+                rule = Rule(("suffix-match", f"suffix {removed}… → {added}…"))
                 for target, numbers in every:
-                    info = self.tensor(there, numbers)
-                    if info is None:
-                        continue
-                    try:
-                        matched[target] = self.whole(
-                            info, targets[target], Rule(("suffix-match", f"suffix {removed}… → {added}…"))
-                        )
-                    except Misfit:
-                        continue
+                    if info := self.tensor(there, numbers):
+                        with suppress(Misfit):
+                            matched[target] = self.whole(info, targets[target], rule)
             scores[removed, added] = matched
         best = max(map(len, scores.values()), default=0)
         winners: dict[object, tuple[tuple[str, str], dict[str, Match]]] = {}
@@ -310,11 +304,6 @@ def tower(template: str) -> str:
     """The tower of a multimodal model that a name belongs to."""
     parts = set(template.split("."))
     return next((name for name, marks in TOWERS.items() if name != "text" and marks & parts), "text")
-
-
-def is_conv1d(weight: str) -> bool:
-    """Whether a weight has the name of one that Conv1D layers keep (in, out)."""
-    return weight.rpartition(".")[0].rpartition(".")[2] in CONV1D_MODULES
 
 
 def short(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from loratool.bases.decoded import Decoded, PackedModel
@@ -22,10 +22,7 @@ def decoded(base: Checkpoint) -> Checkpoint:
     Raises `InputError` where a packed weight is incomplete.
     """
     models = tuple(filter(None, (quantised(model, prefix) for prefix, model in models_in(base))))
-    if not models:
-        return base
-    own = {each.name: getattr(base, each.name) for each in fields(Checkpoint)}
-    return Decoded(**own, models=models)
+    return base.seen_as(Decoded, models=models) if models else base
 
 
 def quantised(model: Checkpoint, prefix: str) -> PackedModel | None:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapters.formats import FORMATS
+from loratool.bases.binding.named import Named
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
-from loratool.bases.renamed import Renamed, renamed
+from loratool.bases.renamed import renamed
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.notes import Note
@@ -33,8 +34,8 @@ def open_model(path: Path, role: str) -> Checkpoint:
 
 def check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
     """Raise `FitError` where one of two models is llama.cpp's and the other is not: it holds some weights otherwise."""
-    if isinstance(base, Renamed) != isinstance(tuned, Renamed):
-        gguf, other = (base, tuned) if isinstance(base, Renamed) else (tuned, base)
+    if isinstance(base, Named) != isinstance(tuned, Named):
+        gguf, other = (base, tuned) if isinstance(base, Named) else (tuned, base)
         raise FitError(
             f"{gguf.name} is a GGUF model and {other.name} is not; pass both models as GGUF, or both as they were before "
             "they were converted"
@@ -43,7 +44,7 @@ def check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
 
 def check_packed(models: Sequence[Checkpoint]) -> list[Note]:
     """Notes on packed weights of some models. Raises `InputError` naming those that cannot be decoded."""
-    every = [model.held if isinstance(model, Renamed) else model for model in models]
+    every = [model.held if isinstance(model, Named) else model for model in models]
     return [note for model in every if isinstance(model, Decoded) for note in model.check(model.weights)]
 
 

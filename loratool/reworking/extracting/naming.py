@@ -11,7 +11,7 @@ from loratool.adapters.layers import Kind, Layer
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.components import components_of
-from loratool.bases.renamed import Renamed
+from loratool.bases.binding.named import Named
 from loratool.bases.weights import Slice, Stacked, StoredWeight
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ WAY_OUT = "extract with --to peft, then run `loratool convert` on the adapter"
 def manner_of(asked: str | None, base: Checkpoint) -> Manner:
     """The dialect that is asked for, else that of a pipeline's tools, of llama.cpp, or PEFT's. Raises `UsageError` for one of other models."""
     plain = WRITTEN.dialects[0]
-    dialect = asked or ("diffusers" if base.components else "gguf" if isinstance(base, Renamed) else plain)
+    dialect = asked or ("diffusers" if base.components else "gguf" if isinstance(base, Named) else plain)
     of_images = dialect in LAYOUTS and dialect != plain
     if (of_images and not components_of(base)) or (dialect != plain and dialect in WRITTEN.dialects):
         raise UsageError(f"extract does not write {dialect} of such a model; {WAY_OUT}")

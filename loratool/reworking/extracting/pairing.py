@@ -15,7 +15,7 @@ from loratool.adapters.model_settings import language_parts, model_types
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
 from loratool.bases.packed import Packed
-from loratool.bases.renamed import Renamed, weight_of
+from loratool.bases.renamed import weight_of, why_not
 from loratool.bases.tied_weights import find_ties
 from loratool.bases.weights import Plain, StoredWeight
 from loratool.errors import FitError, InputError, printable
@@ -243,7 +243,7 @@ class Sorter:
             module_of(name) in LABEL_HEADS and not any(n.startswith(f"{module}.") for n in self.base.tensors)
         ):
             return "only TUNED has it"
-        if isinstance(self.tuned, Renamed) and (reason := self.tuned.why_not(name)):
+        if reason := why_not(self.tuned, name):
             return reason
         if not module:
             return "it is not in a module, and PEFT saves only modules"
