@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,6 @@ def gathered(a: Sequence[StoredTensor], b: Sequence[StoredTensor], by_rows: bool
         return None
     whole_a = (rank, columns) if by_rows else (rank, columns * count)
     return (
-        Derived(whole_a, tuple(a), formulas.of_ranks(0 if by_rows else 1)),
-        Derived((rows * count, rank), tuple(b), formulas.of_ranks(0, parts)),
+        Derived(whole_a, tuple(a), partial(formulas.of_ranks, 0 if by_rows else 1, 1)),
+        Derived((rows * count, rank), tuple(b), partial(formulas.of_ranks, 0, parts)),
     )

@@ -1,9 +1,13 @@
-"""How the factors of updates are worked out of what files hold; each works on loaded tensors."""
+"""How the factors of updates are worked out of what files hold; each works on loaded tensors.
+
+What a formula takes besides tensors comes first, so that `functools.partial` makes one for an adapter's settings.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from loratool.errors import FitError
 from loratool.lazy import Tensor, torch
@@ -22,18 +26,14 @@ def flat(vector: Tensor) -> Tensor:
     return vector.reshape(-1)
 
 
-def part_of_rows(part: int, parts: int) -> Formula:
-    """The formula of one of several equal shares of a tensor's rows."""
-    return lambda factor: factor.chunk(parts, dim=0)[part]
+def part_of_rows(part: int, parts: int, factor: Tensor) -> Tensor:
+    """One of several equal shares of a tensor's rows."""
+    return factor.chunk(parts, dim=0)[part]
 
 
-def of_ranks(dimension: int, parts: int = 1) -> Formula:
-    """The formula of a tensor of which processes hold slices along a dimension; of several parts each holds its own slice."""
-
-    def formula(*ranks: Tensor) -> Tensor:
-        return torch.cat([rank.chunk(parts, dimension)[part] for part in range(parts) for rank in ranks], dimension)
-
-    return formula
+def of_ranks(dimension: int, parts: int, *ranks: Tensor) -> Tensor:
+    """A tensor of which processes hold slices along a dimension; of several parts each holds its own slice."""
+    return torch.cat([rank.chunk(parts, dimension)[part] for part in range(parts) for rank in ranks], dimension)
 
 
 def scaled_columns(matrix: Tensor, factors: Tensor) -> Tensor:
@@ -66,31 +66,17 @@ def diagonal(blocks: Iterable[Tensor]) -> Tensor:
     return whole
 
 
-def block_diagonal(blocks: int) -> Formula:
-    """The formula of BD-LoRA (Wang et al. 2025): pieces of the first dimension on the diagonal."""
-
-    def formula(factor: Tensor) -> Tensor:
-        return diagonal(factor.chunk(blocks, dim=0))
-
-    return formula
+def block_diagonal(blocks: int, factor: Tensor) -> Tensor:
+    """Pieces of the first dimension on the diagonal: BD-LoRA (Wang et al. 2025)."""
+    return diagonal(factor.chunk(blocks, dim=0))
 
 
-def first_rows(rows: int) -> Formula:
-    """The product diag(factors) · the first rows of a shared matrix: VeRA's B."""
+def first_rows(rows: int, shared: Tensor, factors: Tensor) -> Tensor:
+    """The product diag(factors) · the first rows of a shared matrix: VeRA's B.
 
-    def formula(shared: Tensor, factors: Tensor) -> Tensor:
-        return scaled_rows(shared[:rows], factors)
-
-    return formula
-
-
-def first_both(rows: int) -> Formula:
-    """The same with the first of both: PVeRA's A, whose means come before its variances."""
-
-    def formula(shared: Tensor, factors: Tensor) -> Tensor:
-        return scaled_rows(shared[:rows], factors[:rows])
-
-    return formula
+    Of the factors the first ones count as well: PVeRA's A has its means before its variances.
+    """
+    return scaled_rows(shared[:rows], factors[:rows])
 
 
 def normalised_left(up: Tensor, down: Tensor, strength: Tensor) -> Tensor:
@@ -99,17 +85,13 @@ def normalised_left(up: Tensor, down: Tensor, strength: Tensor) -> Tensor:
     return scaled_columns(up, strength / down.shape[0] / norms)
 
 
-def chosen(first: int) -> Formula:
+def chosen(first: int, logits: Tensor, bank: Tensor) -> Tensor:
     """Vectors of a bank mixed by the softmax of the `first` largest logits.
 
     VB-LoRA (Li et al. 2024, arXiv:2405.15179).
     """
-
-    def formula(logits: Tensor, bank: Tensor) -> Tensor:
-        largest, index = logits.topk(first, dim=-1)
-        return mixed(largest.softmax(-1), index, bank)
-
-    return formula
+    largest, index = logits.topk(first, dim=-1)
+    return mixed(largest.softmax(-1), index, bank)
 
 
 def given(weights: Tensor, index: Tensor, bank: Tensor) -> Tensor:
@@ -122,22 +104,14 @@ def mixed(weights: Tensor, index: Tensor, bank: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * bank[index.long()]).sum(-2)
 
 
-def bank_rows(formula: Formula) -> Formula:
+def bank_rows(formula: Formula, *parts: Tensor) -> Tensor:
     """A of VB-LoRA, (r, in): its vectors side by side."""
-
-    def rows(*parts: Tensor) -> Tensor:
-        return as_matrix(formula(*parts))
-
-    return rows
+    return as_matrix(formula(*parts))
 
 
-def bank_columns(formula: Formula) -> Formula:
+def bank_columns(formula: Formula, *parts: Tensor) -> Tensor:
     """B of VB-LoRA, (out, r): its vectors below each other."""
-
-    def columns(*parts: Tensor) -> Tensor:
-        return transpose(formula(*parts)).flatten(0, 1)
-
-    return columns
+    return transpose(formula(*parts)).flatten(0, 1)
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
@@ -191,23 +165,18 @@ def neumann(skewed: Tensor, terms: int) -> Tensor:
     return total
 
 
-def rotations(size: int, terms: int | None, bound: float | None, transposed: bool) -> Formula:
-    """The formula of OFT's blocks: a Cayley transform, exact without `terms`.
+def rotations(size: int, terms: int | None, bound: float | None, transposed: bool, upper: Tensor) -> Tensor:
+    """OFT's blocks out of their upper triangles: a Cayley transform, exact without `terms`.
 
     `bound` is the most that a block's generator may measure (constrained OFT). For a linear layer, whose weight is
     multiplied by the transpose, the blocks come `transposed`.
     """
-
-    def formula(upper: Tensor) -> Tensor:
-        q = skew(upper, size)
-        if bound is not None:
-            limit = bound / math.sqrt(q.shape[0])
-            norms = q.norm(dim=(1, 2), keepdim=True)
-            q = q * (limit / norms.clamp(min=limit))
-        blocks = cayley(q) if terms is None else neumann(q, terms)
-        return transpose(blocks) if transposed else blocks
-
-    return formula
+    q = skew(upper, size)
+    if bound is not None:
+        limit = bound / math.sqrt(q.shape[0])
+        q = q * (limit / q.norm(dim=(1, 2), keepdim=True).clamp(min=limit))
+    blocks = cayley(q) if terms is None else neumann(q, terms)
+    return transpose(blocks) if transposed else blocks
 
 
 def transpose(blocks: Tensor) -> Tensor:
@@ -255,13 +224,9 @@ def positive(tensor: Tensor) -> Tensor:
     return tensor.clamp(min=0)
 
 
-def times(factor: float) -> Formula:
+def times(factor: float, tensor: Tensor) -> Tensor:
     """The product with a number."""
-
-    def formula(tensor: Tensor) -> Tensor:
-        return tensor * factor
-
-    return formula
+    return tensor * factor
 
 
 def orthogonal(directions: Tensor) -> Tensor:
@@ -279,13 +244,9 @@ def stacked(*layers: Tensor) -> Tensor:
     return torch.stack(layers)
 
 
-def first_bases(count: int) -> Formula:
+def first_bases(count: int, shared: Tensor) -> Tensor:
     """RandLoRA's B, (longest side, bases, r), as a matrix of its first bases."""
-
-    def formula(shared: Tensor) -> Tensor:
-        return shared[:, :count].flatten(1)
-
-    return formula
+    return shared[:, :count].flatten(1)
 
 
 def scaled_bases(shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -293,26 +254,23 @@ def scaled_bases(shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (left[:, :, None] * shared[:, :, : right.shape[1]] * right[None]).flatten(0, 1)
 
 
-def mixed_projections(layer: str, seed: int, layers: int, each: int) -> Formula:
+def mixed_projections(
+    layer: str, seed: int, layers: int, each: int, projections: Tensor, down: Tensor, *vectors: Tensor
+) -> Tensor:
     """The product (Σ vᵢ Pᵢ) @ A of TinyLoRA, v being the vector of the layer's group of `each`.
 
     Which of `layers` the layer is, its P tells: that of layer n is what torch draws from `seed` + n.
     """
-
-    def formula(projections: Tensor, down: Tensor, *vectors: Tensor) -> Tensor:
-        number = 0
-        if len(vectors) > 1:
-            found = (n for n in range(layers) if is_projection(projections, seed + n))
-            number = next(found, -1)
-        if number < 0:
-            raise FitError(
-                f"{layer}: its tinylora_P does not match projection_seed in the adapter's config for any layer, so "
-                "its vector in tinylora_v cannot be determined"
-            )
-        vector = vectors[min(number // each, len(vectors) - 1)]
-        return torch.einsum("i,ijk->jk", vector, projections) @ down
-
-    return formula
+    number: int | None = 0
+    if len(vectors) > 1:
+        number = next((n for n in range(layers) if is_projection(projections, seed + n)), None)
+    if number is None:
+        raise FitError(
+            f"{layer}: its tinylora_P does not match projection_seed in the adapter's config for any layer, so "
+            "its vector in tinylora_v cannot be determined"
+        )
+    vector = vectors[min(number // each, len(vectors) - 1)]
+    return torch.einsum("i,ijk->jk", vector, projections) @ down
 
 
 def is_projection(stored: Tensor, seed: int) -> bool:
@@ -330,50 +288,40 @@ def picked(vector: Tensor, index: Tensor, scale: Tensor) -> Tensor:
 ROAD_ROWS = {"road_1": 2.0, "road_2": 1.0, "road_4": 0.5}  # rows of the weight for an angle, by variant
 
 
-def turns(variant: str, size: int, function: str) -> Formula:
+def turns(variant: str, size: int, function: str, angles: Tensor, lengths: Tensor) -> Tensor:
     """RoAd's factor of each row, length · cos(angle), or with `function` "sin" that of its partner.
 
     In variant 1 the two halves of a group of `size` rows have their angles in common, in variant 2 each row has its
     own, and in variant 4 cosines and sines are of different ones.
     """
 
-    def formula(angles: Tensor, lengths: Tensor) -> Tensor:
-        parts = []
-        for each in (angles, lengths):
-            if variant == "road_1":
-                parts.append(each.reshape(-1, size // 2).repeat_interleave(2, dim=0).flatten())
-            elif variant == "road_2":
-                parts.append(each)
-            else:
-                parts.append(each.reshape(-1, 2, size)[:, 0 if function == "cos" else 1].flatten())
-        angle, length = parts
-        return length * (torch.cos(angle) if function == "cos" else torch.sin(angle))
+    def of_rows(each: Tensor) -> Tensor:
+        if variant == "road_1":
+            return each.reshape(-1, size // 2).repeat_interleave(2, dim=0).flatten()
+        return each if variant == "road_2" else each.reshape(-1, 2, size)[:, 0 if function == "cos" else 1].flatten()
 
-    return formula
+    angle = of_rows(angles)
+    return of_rows(lengths) * (torch.cos(angle) if function == "cos" else torch.sin(angle))
 
 
-def activation(name: str, **settings: object) -> Formula:
-    """A function of torch.nn.functional."""
-
-    def formula(tensor: Tensor) -> Tensor:
-        result: Tensor = getattr(torch.nn.functional, name)(tensor, **settings)
-        return result
-
-    return formula
+def activated(function: str, tensor: Tensor, **settings: object) -> Tensor:
+    """What a function of torch.nn.functional gives."""
+    result: Tensor = getattr(torch.nn.functional, function)(tensor, **settings)
+    return result
 
 
 # As transformers names them.
 ACTIVATIONS: dict[str, Formula] = {
-    "relu": activation("relu"),
-    "relu6": activation("relu6"),
-    "leaky_relu": activation("leaky_relu"),
-    "gelu": activation("gelu"),
-    "gelu_new": activation("gelu", approximate="tanh"),
-    "gelu_pytorch_tanh": activation("gelu", approximate="tanh"),
-    "silu": activation("silu"),
-    "swish": activation("silu"),
-    "mish": activation("mish"),
-    "sigmoid": activation("sigmoid"),
-    "tanh": activation("tanh"),
+    "relu": partial(activated, "relu"),
+    "relu6": partial(activated, "relu6"),
+    "leaky_relu": partial(activated, "leaky_relu"),
+    "gelu": partial(activated, "gelu"),
+    "gelu_new": partial(activated, "gelu", approximate="tanh"),
+    "gelu_pytorch_tanh": partial(activated, "gelu", approximate="tanh"),
+    "silu": partial(activated, "silu"),
+    "swish": partial(activated, "silu"),
+    "mish": partial(activated, "mish"),
+    "sigmoid": partial(activated, "sigmoid"),
+    "tanh": partial(activated, "tanh"),
     "linear": same,
 }

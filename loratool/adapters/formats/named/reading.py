@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from loratool.adapters.adapter import Flattened, StoredTensor, derived
@@ -89,7 +89,7 @@ class Group:
             what = f"{update.shape[0]} rows" if uneven else "tensors of another method than LoRA"
             raise RoleProblem([Problem(f"{printable(self.name)}: has {what}, for {' + '.join(self.targets)}")])
         for number, target in enumerate(self.targets):
-            own = part_of_rows(number, len(self.targets))
+            own = partial(part_of_rows, number, len(self.targets))
             yield target, replace(update, up=derived((rows, update.rank), own, update.up))
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from loratool.adapters.adapter import derived
@@ -34,7 +35,7 @@ def deft(module: Module) -> Updates:
         stored = module.tensor("deft_R")
         module.require(stored.shape[0] == rank, "deft_P and deft_R have different ranks")
         alpha = draft.number("alpha", 0) if draft.config.get("alpha") is not None else 0.0
-        down = derived(stored.shape, formulas.times(alpha / rank if alpha else 1.0), stored)
+        down = derived(stored.shape, partial(formulas.times, alpha / rank if alpha else 1.0), stored)
     left, right = (derived((rows, rank), formula, direction) for formula in sides)
     return {"weight": Injection(left, right, down)}
 
@@ -75,7 +76,8 @@ def road(module: Module) -> Updates:
     rows = int(count * formulas.ROAD_ROWS[variant])
     module.require(size % 2 == 0 and rows % size == 0, f"its {rows} rows are not a multiple of the group size {size}")
     own, other = (
-        derived((rows,), formulas.turns(variant, size, function), angles, lengths) for function in ("cos", "sin")
+        derived((rows,), partial(formulas.turns, variant, size, function), angles, lengths)
+        for function in ("cos", "sin")
     )
     draft.optional.add(f"{module.name}.bias")
     return {"weight": Pairs(own, other, size), "bias": Pairs(own, other, size, dimensions=1)}

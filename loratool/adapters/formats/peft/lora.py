@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from loratool.adapters.adapter import derived
@@ -175,7 +176,7 @@ class Reader:
                 not chosen or factor.shape[0] % blocks == 0,
                 f"{name} has {factor.shape[0]} rows, which is not a multiple of {blocks} blocks",
             )
-        laid_out = formulas.block_diagonal(blocks)
+        laid_out = partial(formulas.block_diagonal, blocks)
         if in_a:
             down = derived((down.shape[0], down.shape[1] * blocks), laid_out, down)
         elif in_b:

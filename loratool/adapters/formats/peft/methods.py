@@ -117,8 +117,8 @@ def vera(module: Module, prefix: str, halved: bool = False) -> Updates:
     )
     return {
         "weight": Shared(
-            derived((left.shape[0], rank), formulas.first_rows(left.shape[0]), b, left),
-            derived((rank, a.shape[1]), formulas.first_both(rank), a, right),
+            derived((left.shape[0], rank), partial(formulas.first_rows, left.shape[0]), b, left),
+            derived((rank, a.shape[1]), partial(formulas.first_rows, rank), a, right),
         )
     }
 
@@ -156,7 +156,7 @@ def oft(module: Module) -> Updates:
     draft = module.draft
     terms = draft.whole("num_cayley_neumann_terms", 5) if draft.flag("use_cayley_neumann", True) else None
     bound = draft.number("eps", 6e-5) if draft.flag("coft") else None
-    formula = formulas.rotations(size, terms, bound, transposed=not embedding)
+    formula = partial(formulas.rotations, size, terms, bound, not embedding)
     return {"weight": Rotation(derived((count, size, size), formula, stored), shared=draft.flag("block_share"))}
 
 
@@ -291,11 +291,11 @@ def vblora(module: Module) -> Updates:
         else:
             stored = module.tensor(logits, (3,))
             module.require(stored.shape[2] == bank.shape[0] >= first, f"{logits} does not match the vector bank")
-            found.append((stored.shape, formulas.chosen(first), (stored, bank)))
+            found.append((stored.shape, partial(formulas.chosen, first), (stored, bank)))
     (a, mix_a, of_a), (b, mix_b, of_b) = found
     length = bank.shape[1]
-    down = derived((a[0], a[1] * length), formulas.bank_rows(mix_a), *of_a)
-    up = derived((b[0] * length, b[1]), formulas.bank_columns(mix_b), *of_b)
+    down = derived((a[0], a[1] * length), partial(formulas.bank_rows, mix_a), *of_a)
+    up = derived((b[0] * length, b[1]), partial(formulas.bank_columns, mix_b), *of_b)
     return {"weight": low_rank(module, up, down, 1.0)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from loratool.adapters.adapter import derived
@@ -34,7 +35,7 @@ def randlora(module: Module) -> Updates:
     )
     return {
         "weight": Bases(
-            derived((large.shape[0], count * rank), formulas.first_bases(count), large),
+            derived((large.shape[0], count * rank), partial(formulas.first_bases, count), large),
             derived((rank * count, side), formulas.scaled_bases, small, left, right),
             module.draft.number("randlora_alpha", 640) / rank,
         )
@@ -63,7 +64,7 @@ def tinylora(draft: Draft) -> Reader:
         a, b, random = module.tensor("tinylora_A"), module.tensor("tinylora_B"), module.tensor("tinylora_P", (3,))
         wanted = (every[0].shape[0], b.shape[1], a.shape[0])
         module.require(random.shape == wanted, f"tinylora_P is {list(random.shape)}; expected {list(wanted)}")
-        formula = formulas.mixed_projections(module.shown, seed, len(layers), each)
+        formula = partial(formulas.mixed_projections, module.shown, seed, len(layers), each)
         return {"weight": low_rank(module, b, derived((b.shape[1], a.shape[1]), formula, random, a, *every), 1.0)}
 
     return read

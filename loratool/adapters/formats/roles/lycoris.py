@@ -160,8 +160,8 @@ def oft_of_inputs(slots: Slots) -> Update:
         f"{slots.name(role)} is {list(stored.shape)}; no square matrix has such upper triangles",
     )
     if marker in slots and slots.number(marker):
-        stored = derived(stored.shape, formulas.times(0.5 / math.sqrt(size - 1)), stored)
-    blocks = derived((count, size, size), formulas.rotations(size, TERMS, None, transposed=True), stored)
+        stored = derived(stored.shape, partial(formulas.times, 0.5 / math.sqrt(size - 1)), stored)
+    blocks = derived((count, size, size), partial(formulas.rotations, size, TERMS, None, True), stored)
     slots.remark(
         Note("oft-series", f"OFT of inputs is worked out with {TERMS} terms of its series, as OneTrainer and PEFT do")
     )
