@@ -136,7 +136,7 @@ def exact_sums(start: Numbers, terms: Sequence[Term], dtype: torch.dtype) -> Ten
         from loratool.algebra.rational import nearest, sum_of
 
         exact = sum_of(float(start[at]), ((left[:, at], right[:, at], scale) for left, right, scale in terms))
-        negative = exact < 0 or (exact == 0 and is_minus_zero(start[at]))
+        negative = exact < 0 or (exact == 0 == start[at] and numpy.signbit(start[at]))
         rounded[at] = nearest(exact, dtype) or math.copysign(0.0, -1.0 if negative else 1.0)
     return rounded
 
@@ -159,10 +159,6 @@ def sums_of_few(start: Numbers, terms: Sequence[Term]) -> tuple[Numbers, Numbers
     high = [math.fsum(numbers) for numbers in every]
     low = [math.fsum((*numbers, -sum_)) for numbers, sum_ in zip(every, high, strict=True)]
     return numpy.array(high) + 0.0, numpy.array(low)
-
-
-def is_minus_zero(value: float) -> bool:
-    return value == 0 and math.copysign(1.0, value) < 0
 
 
 def decided(high: Numbers, low: Numbers, rest: Numbers, dtype: torch.dtype) -> tuple[Tensor, NDArray[numpy.bool_]]:

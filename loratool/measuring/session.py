@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Batch = tuple[str, ...]  # targets of layers of one form and rank, which are worked on together
 Origins = tuple[dict[str, Any], ...]  # adapters, as provenance names them
 CPU_BATCH = 1 << 20  # bytes of factors in float64 that are decomposed at a time
 CUDA_BATCH = 1 << 30
@@ -161,13 +162,6 @@ def copying(origins: Future[Origins]) -> Iterator[Session]:
     yield Session(("cpu",), False, 0.0, origins.result())
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Layers of one form and rank, worked on together."""
-
-    targets: tuple[str, ...]
-
-
 def batches(layers: Mapping[str, Layer], device: torch.device) -> Iterator[Batch]:
     """All layers, those that can be stacked together, as many as a batch may hold."""
     alike = by_key(((*layer.form, layer.rank), target) for target, layer in layers.items())
@@ -176,4 +170,4 @@ def batches(layers: Mapping[str, Layer], device: torch.device) -> Iterator[Batch
         layer = layers[targets[0]]
         count = max(1, most // max(1, 8 * layer.parameters * layer.rank))
         for at in range(0, len(targets), count):
-            yield Batch(tuple(targets[at : at + count]))
+            yield tuple(targets[at : at + count])

@@ -228,7 +228,7 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
 
     def load(self, batch: Batch) -> Product:
         """The products of a batch of layers, stacked."""
-        loaded = [self.contents.load(target, self.at_work.device, self.at_work.dtype) for target in batch.targets]
+        loaded = [self.contents.load(target, self.at_work.device, self.at_work.dtype) for target in batch]
         rounding = max(p.rounding for p in loaded)
         return Product(torch.stack([p.up for p in loaded]), torch.stack([p.down for p in loaded]), rounding)
 
@@ -239,7 +239,7 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
         def work(batch: Batch) -> list[tuple[str, list[float]]]:
             values = singular_values(self.weighed(batch, self.load(batch)))
             values = values * (values > negligible(values) * values[..., :1])
-            return list(zip(batch.targets, added_up(values).tolist(), strict=True))
+            return list(zip(batch, added_up(values).tolist(), strict=True))
 
         for some in self.at_work.spread(work, batches(self.contents.layers, self.at_work.device)):
             found |= some
@@ -252,14 +252,14 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
         """
         if not self.grams:
             return whole
-        return Product(whole.up, torch.stack([root_of(self.grams[target].to(whole.up)) for target in batch.targets]))
+        return Product(whole.up, torch.stack([root_of(self.grams[target].to(whole.up)) for target in batch]))
 
     def resized(self, batch: Batch, whole: Product, ranks: Mapping[str, int]) -> Iterator[tuple[str, Product, Resized]]:
         """Each layer of a batch, before and at its rank."""
         found = joint([self.weighed(batch, whole)]).sum([1.0])
         energies = added_up(found.values)
-        cut = found.product(max(ranks[target] for target in batch.targets))
-        for at, target in enumerate(batch.targets):
+        cut = found.product(max(ranks[target] for target in batch))
+        for at, target in enumerate(batch):
             rank, one = ranks[target], whole[at]
             kept = Product(cut.up[at][..., :rank], cut.down[at][..., :rank, :])
             if self.grams:  # the outputs that matter most, and what ΔW has of them

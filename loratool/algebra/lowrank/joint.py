@@ -65,10 +65,7 @@ class Spectrum(WithSingularValues):
 
 
 def added(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return sum(parts[1:], start=parts[0])
 
 
 def joint(products: Sequence[Product]) -> Joint:

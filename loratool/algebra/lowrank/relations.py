@@ -38,8 +38,9 @@ def relate(one: Product, other: Product, first: Decomposition, second: Decomposi
     a, b = (d.truncated(d.significant) for d in (first, second))
     sizes = [float(d.values.double().norm()) for d in (a, b)]
     rows, columns = one.shape
+    most = max(len(a.values), len(b.values))
     if not all(sizes):
-        return nothing_shared(rows, columns, a, b)
+        return Relation(None, None, None, None, most / rows, most / columns, (), (), None, None, None, None, None)
     out, into = a.left.mT @ b.left, a.right @ b.right.mT
     least = min(len(a.values), len(b.values))
     product = float((a.values[:, None] * out * into * b.values).double().sum()) / (sizes[0] * sizes[1])
@@ -49,8 +50,8 @@ def relate(one: Product, other: Product, first: Decomposition, second: Decomposi
         norm_ratio=sizes[1] / sizes[0],
         overlap_out=float(out.double().square().sum()) / least,
         overlap_in=float(into.double().square().sum()) / least,
-        random_out=max(len(a.values), len(b.values)) / rows,
-        random_in=max(len(a.values), len(b.values)) / columns,
+        random_out=most / rows,
+        random_in=most / columns,
         angles_out=angles(out),
         angles_in=angles(into),
         clash=float((a.values[:, None] * out).norm()) / sizes[0],
@@ -59,11 +60,6 @@ def relate(one: Product, other: Product, first: Decomposition, second: Decomposi
         sign_conflict=conflict,
         weighted_conflict=weighted,
     )
-
-
-def nothing_shared(rows: int, columns: int, a: Decomposition, b: Decomposition) -> Relation:
-    most = max(len(a.values), len(b.values))
-    return Relation(None, None, None, None, most / rows, most / columns, (), (), None, None, None, None, None)
 
 
 def angles(between: Tensor) -> tuple[float, ...]:

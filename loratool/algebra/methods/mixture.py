@@ -101,11 +101,9 @@ def made(shared: Joint, weights: Tensor, combination: Combination, noise: float)
     method = METHODS[combination.method]
 
     def calibrated(product: Product) -> Product:
-        return (
-            spectral.svc(decompose(product), products, weights.tolist(), noise).product()
-            if combination.svc
-            else product
-        )
+        if not combination.svc:
+            return product
+        return spectral.svc(decompose(product), products, weights.tolist(), noise).product()
 
     if (
         method.family == GRAM
@@ -170,8 +168,7 @@ def uncut(
 def weighted_sum(products: Sequence[Product], weights: Tensor, combination: Combination) -> tuple[Product, str]:
     """Σ cᵢ ΔWᵢ by factors side by side, and what cancels."""
     if combination.row_wise:
-        left = [p.up.double() for p in products]
-        table = rows_gram(products, left)
+        table = rows_gram(products)
         noise = rows_noise(products, table)
         each, opposite = coefficients.slerp(table, t_of(weights), coefficients.STRAIGHT_FROM, noise)
         parts = [replace(p, up=p.up * each[:, i, None].to(p.up)) for i, p in enumerate(products)]
@@ -184,9 +181,8 @@ def of_gram(
     table: Tensor, weights: Tensor, combination: Combination, products: Sequence[Product]
 ) -> tuple[Tensor, str]:
     """The coefficients of a method that needs inner products only, and what cancels."""
-    angle = MARGIN * math.hypot(
-        *sorted(p.precision for p in products)[-2:]
-    )  # between two that are one but for rounding
+    angle = MARGIN * math.hypot(*sorted(p.precision for p in products)[-2:])  # of two that are one but for rounding
+    opposite = False
     match combination.method:
         case "slerp":
             chosen, opposite = coefficients.slerp(table, t_of(weights), noise=angle)
@@ -195,9 +191,9 @@ def of_gram(
         case "karcher":
             chosen, opposite = coefficients.karcher(table, weights, angle)
         case "model_stock":
-            chosen, opposite = coefficients.model_stock(table), False
+            chosen = coefficients.model_stock(table)
         case _:
-            chosen, opposite = coefficients.linear(weights, combination.setting.normalize), False
+            chosen = coefficients.linear(weights, combination.setting.normalize)
     return chosen, UNSCALED if opposite else ""
 
 
@@ -206,14 +202,13 @@ def t_of(weights: Tensor) -> float:
     return float(weights[1] / weights.sum())
 
 
-def rows_gram(products: Sequence[Product], ups: Sequence[Tensor]) -> Tensor:
+def rows_gram(products: Sequence[Product]) -> Tensor:
     """Inner products of the rows of the updates: (rows, n, n)."""
-    count = len(products)
-    table = torch.zeros(products[0].shape[0], count, count, dtype=torch.float64)
-    for i in range(count):
-        for j in range(count):
-            between = products[i].down.double() @ products[j].down.double().mT
-            table[:, i, j] = ((ups[i] @ between) * ups[j]).sum(1).cpu()
+    wide = [(p.up.double(), p.down.double()) for p in products]
+    table = torch.zeros(products[0].shape[0], len(wide), len(wide), dtype=torch.float64)
+    for i, (up, down) in enumerate(wide):
+        for j, (other_up, other_down) in enumerate(wide):
+            table[:, i, j] = ((up @ (down @ other_down.mT)) * other_up).sum(1).cpu()
     return table
 
 

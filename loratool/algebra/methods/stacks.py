@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from loratool.algebra.lowrank.products import Product
+from loratool.algebra.lowrank.products import Product, padded
 from loratool.lazy import Tensor, torch
 
 CPU_TILE = 1 << 20  # entries of all matrices in a tile: near a core's cache
@@ -76,8 +76,6 @@ class Formed:
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Up (n, rows, rank) and down (n, rank, columns), smaller ranks filled up with zeros."""
-        from loratool.algebra.lowrank.products import padded
-
         rank = max(p.rank for p in self.products)
         even = [padded(p.to(torch.float64), rank) for p in self.products]
         return torch.stack([p.up for p in even]), torch.stack([p.down for p in even])

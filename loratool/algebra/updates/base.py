@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from loratool.lazy import Tensor
+from loratool.lazy import Tensor, torch
 
 ANY = -1  # a size that the weight decides
 
@@ -146,6 +146,21 @@ class Wrapped(Update):
     @property
     def rank(self) -> int:
         return self.inner.rank
+
+
+def whole(weight: WeightRows) -> Tensor:
+    """All rows of a weight."""
+    return torch.cat([block for _, block in weight()])
+
+
+def passed(first_row: int, rows: int, each: int) -> Iterator[tuple[int, int, slice]]:
+    """The parts, `each` rows high, that a block of rows goes through: number, first row within it, and rows of the block."""
+    at = 0
+    while at < rows:
+        number, within = divmod(first_row + at, each)
+        count = min(each - within, rows - at)
+        yield number, within, slice(at, at + count)
+        at += count
 
 
 def agree(wanted: tuple[int, ...], shape: tuple[int, ...]) -> bool:

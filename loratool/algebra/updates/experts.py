@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loratool.algebra.updates.additive import LowRank
-from loratool.algebra.updates.base import ANY, Product, Update
+from loratool.algebra.updates.base import ANY, Product, Update, passed
 from loratool.lazy import Tensor, torch
 
 
@@ -60,22 +59,11 @@ class ExpertLowRank(Update):
         every = [torch.matmul(*self.factors(expert)) for expert in range(self.experts)]
         return (self.scale * torch.stack(every)).to(weight.dtype)
 
-    def parts(self, first_row: int, rows: int) -> Iterator[tuple[int, int, int]]:
-        """(expert, first row within it, rows) of the experts that a block of rows goes through."""
-        each = self.shape[1]
-        at = first_row
-        while at < first_row + rows:
-            expert, within = divmod(at, each)
-            count = min(each - within, first_row + rows - at)
-            yield expert, within, count
-            at += count
-
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        at = 0
-        for expert, within, count in self.parts(first_row, rows.shape[0]):
+        for expert, within, own in passed(first_row, rows.shape[0], self.shape[1]):
             up, down = self.factors(expert)
-            rows[at : at + count].addmm_(up[within : within + count], down, alpha=self.scale * strength)
-            at += count
+            part = rows[own]
+            part.addmm_(up[within : within + len(part)], down, alpha=self.scale * strength)
 
     def norm(self) -> float:
         squared = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from loratool.algebra.updates.base import ANY, Update, WeightRows, Wrapped
+from loratool.algebra.updates.base import ANY, Update, WeightRows, Wrapped, passed
 from loratool.algebra.updates.formulas import diagonal
 from loratool.lazy import Tensor, torch
 
@@ -272,11 +272,8 @@ class BlockAffine(Update):
         return changed.transpose(1, 2).reshape(weight.shape)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        size, at = self.blocks.shape[1], 0
-        while at < rows.shape[0]:
-            number, within = divmod(first_row + at, size)
-            count = min(size - within, rows.shape[0] - at)
-            block = self.blocks[number]
-            part = rows[at : at + count].view(count, -1, size)
-            part.add_(part @ block + block[within : within + count, None, :], alpha=strength)
-            at += count
+        size = self.blocks.shape[1]
+        for number, within, own in passed(first_row, rows.shape[0], size):
+            block, part = self.blocks[number], rows[own]
+            parted = part.view(len(part), -1, size)
+            parted.add_(parted @ block + block[within : within + len(part), None, :], alpha=strength)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import LowRank
-from loratool.algebra.updates.base import ANY, Oriented, Sized, Update, WeightRows
+from loratool.algebra.updates.base import ANY, Oriented, Sized, Update, WeightRows, passed
 from loratool.algebra.updates.formulas import diagonal
 from loratool.lazy import Tensor, torch
 
@@ -118,13 +118,9 @@ class Grid(Update):
         return (self.scale * torch.cat([torch.cat(row, dim=1) for row in blocks])).to(weight.dtype)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        size, at = self.left.shape[1], 0
-        while at < rows.shape[0]:
-            p, within = divmod(first_row + at, size)
-            count = min(size - within, rows.shape[0] - at)
-            up = self.left[p][within : within + count]
-            rows[at : at + count].addmm_(up, self.across(p), alpha=self.scale * strength)
-            at += count
+        for p, within, own in passed(first_row, rows.shape[0], self.left.shape[1]):
+            part = rows[own]
+            part.addmm_(self.left[p][within : within + len(part)], self.across(p), alpha=self.scale * strength)
 
 
 @dataclass(frozen=True)

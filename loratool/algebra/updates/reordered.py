@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from loratool.algebra.updates.base import Product, Update, WeightRows, Wrapped
+from loratool.algebra.updates.base import Product, Update, WeightRows, Wrapped, whole
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
 
@@ -71,9 +71,9 @@ class Reordered(Wrapped):
 
     def prepared(self, weight: WeightRows) -> Update:
         def in_order(first: int = self.start, count: int | None = None) -> Iterator[tuple[int, Tensor]]:
-            whole = torch.cat([block for _, block in weight()])
             some = slice(first - self.start, None if count is None else first - self.start + count)
-            yield first, whole[self.order.back(self.rows)[some].to(whole.device)]
+            every = whole(weight)
+            yield first, every[self.order.back(self.rows)[some].to(every.device)]
 
         return replace(self, inner=self.inner.prepared(in_order))
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from loratool.algebra.updates.additive import LowRank, stack
-from loratool.algebra.updates.base import Update, WeightRows, Wrapped
+from loratool.algebra.updates.base import Update, WeightRows, Wrapped, whole
 from loratool.lazy import Tensor, torch
 
 ROUNDOFF, GENEROUS = 2.0**-24, 64  # of float32; times what one decomposition loses for its backward error
@@ -67,8 +67,7 @@ class Residual(Wrapped):
         return GENEROUS * ROUNDOFF * float(values[0]) * inside / gap / math.sqrt(weight.numel())
 
     def prepared(self, weight: WeightRows) -> Update:
-        whole = torch.cat([block for _, block in weight()])
-        return stack([(self.inner, 1.0), (self.taken(whole), -1.0)])
+        return stack([(self.inner, 1.0), (self.taken(whole(weight)), -1.0)])
 
     def delta(self, weight: Tensor) -> Tensor:
         return self.inner.delta(weight) - self.taken(weight).delta(weight)

@@ -6,12 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loratool.algebra.updates.additive import Add, LowRank
-from loratool.algebra.updates.base import ANY, Oriented, Update, WeightRows
+from loratool.algebra.updates.base import ANY, Oriented, Update, WeightRows, whole
 from loratool.lazy import Tensor, torch
-
-
-def whole(weight: WeightRows) -> Tensor:
-    return torch.cat([block for _, block in weight()])
 
 
 def image(left: Tensor, weight: WeightRows) -> Tensor:
@@ -48,8 +44,7 @@ class Injection(Oriented):
 
     def prepared(self, weight: WeightRows) -> Update:
         if self.in_out:
-            right = self.right.double()
-            seen = torch.cat([block.double() @ right for _, block in weight()]).T
+            seen = torch.cat([block.double() @ self.right.double() for _, block in weight()]).T
         else:
             seen = image(self.right, weight)
         down = -seen if self.down is None else self.down.double() - seen
