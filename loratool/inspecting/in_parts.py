@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool import __version__
 from loratool.adapters.reading import ReadingOptions
 from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError, printable
-from loratool.files.partials import Partials
 from loratool.inspecting.inspect import inspect
 from loratool.inspecting.options import InspectOptions
-from loratool.measuring.shared_work import do_share
+from loratool.measuring.shared_work import do_share, partials_in
 from loratool.options.described import described_by
 from loratool.options.shared import NamingOptions, OrientationOption
-from loratool.results.base import Cost
-from loratool.results.partial import PartialReport
 from loratool.results.values import Measured, MeasuredOnBase, Values
 
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
     from loratool.bases.adapter_fit import Fit
+    from loratool.files.partials import Partials
     from loratool.measuring.modules import Look
     from loratool.options.sharing import Share
     from loratool.results.facts import OneFacts
+    from loratool.results.partial import PartialReport
 
 COMMAND = "inspect"
 UNIT = 8  # modules that are measured together
@@ -46,7 +41,7 @@ def inspect_part(
 ) -> PartialReport:
     """Do one worker's share; `loratool.commands.partial` says all of it."""
     started = time.monotonic()
-    counts: list[int] = []
+    reports: list[PartialReport] = []
 
     def measured(adapter: Adapter, fit: Fit | None, device: str, _progress: Progress | None) -> Values:
         from loratool.measuring.modules import check_packed, layers_in, looked_at
@@ -61,13 +56,13 @@ def inspect_part(
             def work(unit: int) -> tuple[Mapping[str, Any], bytes]:
                 return {"modules": [told(look) for look in looked_at(layers, units[unit], fit, at_work)]}, b""
 
-            counts.extend((*do_share(partials, share, work, progress or (lambda _done, _all: None)), len(units)))
+            reports.append(do_share(partials, share, work, progress, started))
         raise MeasuredError
 
     try:
         inspect(path, with_values(options), None, None, measured)
     except MeasuredError:
-        return PartialReport(Path(into), str(share), *counts, cost=Cost.since(started))
+        return reports[0]
     raise UsageError(f"{printable(path)}: not an adapter, whose values --part measures")
 
 
@@ -102,14 +97,12 @@ def units_of(
     units = [names[at : at + UNIT] for at in range(0, len(names), UNIT)]
     base = fit.checkpoint if fit else None
     facts = [
-        __version__,
         sorted(adapter.digests().values()),
         [sampled(shard) for shard in base.shards] if base else [],
         {name: value for name, value in options.keywords().items() if name in DECISIVE},
         names,
     ]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return units, Partials(into, COMMAND, fingerprint, [float(len(unit)) for unit in units])
+    return units, partials_in(into, COMMAND, facts, [float(len(unit)) for unit in units])
 
 
 def told(look: Look) -> dict[str, Any]:

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool import __version__
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.digests import sha256_of
 from loratool.files.folders import record_for
 from loratool.files.partials import Partials
-from loratool.files.process import peak_memory
-from loratool.measuring.shared_work import do_share
+from loratool.measuring.shared_work import do_share, partials_in
 from loratool.provenance import record
-from loratool.results.base import Cost
-from loratool.results.partial import PartialReport
 from loratool.verifying.records import fetched, verify_record
 from loratool.verifying.verify import by_record
 
 if TYPE_CHECKING:
     from loratool.arguments import PathLike, Progress
     from loratool.options.sharing import Share
+    from loratool.results.partial import PartialReport
     from loratool.results.verify import Verification
     from loratool.verifying.options import VerifyOptions
     from loratool.verifying.pairing import Pair
@@ -46,7 +41,6 @@ def verify_part(
 ) -> PartialReport:
     """Do one worker's share; `loratool.commands.partial` says all of it."""
     started = time.monotonic()
-    tell = progress or (lambda _done, _all: None)
     if by_record(base, adapters, options):
         folder, names, partials = of_record(merged, into)
 
@@ -61,9 +55,7 @@ def verify_part(
             told = {n: {key: v for key, v in vars(each).items() if key != "lock"} for n, each in found.items()}
             return {"distances": told, "bytes_read": verifier.bytes_read - before}, b""
 
-    made, kept = do_share(partials, share, work, tell)
-    cost = Cost(seconds=time.monotonic() - started, peak_memory=peak_memory())
-    return PartialReport(Path(into), str(share), made, kept, len(partials.costs), cost=cost)
+    return do_share(partials, share, work, progress, started)
 
 
 def finish_verify(
@@ -122,13 +114,11 @@ def of_tensors(
     verifier.check()
     units = units_of(verifier.pairing.pairs)
     facts = [
-        __version__,
         content_fingerprint(plan, [adapter.digests() for adapter in plan.adapters]),
         [sampled(shard) for shard in verifier.merged.shards],
         dataclasses.replace(options, device="auto").words(),
     ]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return verifier, units, Partials(into, COMMAND, fingerprint, [sum(p.nbytes for p in unit) for unit in units])
+    return verifier, units, partials_in(into, COMMAND, facts, [sum(p.nbytes for p in unit) for unit in units])
 
 
 def units_of(pairs: Sequence[Pair]) -> list[list[Pair]]:

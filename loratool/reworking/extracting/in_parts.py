@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratool import __version__
 from loratool.adapters.writer import Output, Rounded
 from loratool.algebra.lowrank.products import Product
 from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError
-from loratool.files.partials import Partials
 from loratool.lazy import torch
 from loratool.measuring.session import session
-from loratool.measuring.shared_work import do_share
+from loratool.measuring.shared_work import do_share, partials_in
 from loratool.merging.fingerprints import sampled
-from loratool.results.base import Cost
 from loratool.results.extract import ExtractedLayer
-from loratool.results.partial import PartialReport
 from loratool.reworking.extracting.extract import Extractor, Models, Outcome, extract
 
 if TYPE_CHECKING:
+    from loratool.files.partials import Partials
     from loratool.options.sharing import Share
     from loratool.results.extract import ExtractReport
+    from loratool.results.partial import PartialReport
     from loratool.reworking.extracting.options import ExtractOptions
     from loratool.reworking.extracting.pairing import Change
 
@@ -70,9 +65,7 @@ def extract_part(
             every = map(outcomes, tasks) if len(tasks) == 1 else at_work.spread(outcomes, tasks)
             return packed([outcome for each in every for outcome in each])
 
-        made, kept = do_share(partials, share, work, progress or (lambda _done, _all: None))
-    cost = Cost.since(started, ", ".join(map(str, at_work.devices)))
-    return PartialReport(Path(into), str(share), made, kept, len(units), cost=cost)
+        return do_share(partials, share, work, progress, started, ", ".join(map(str, at_work.devices)))
 
 
 def finish_extract(
@@ -115,14 +108,12 @@ def units_of(extractor: Extractor, options: ExtractOptions, into: PathLike) -> t
     units += [small[at : at + TOGETHER] for at in range(0, len(small), TOGETHER)]
     pairing = extractor.pairing
     facts = [
-        __version__,
         *([sampled(shard) for shard in model.shards] for model in (pairing.base, pairing.tuned)),
         dataclasses.replace(options, device="auto").words(),
         [change.target for unit in units for task in unit for change in task],
     ]
-    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     costs = [float(sum(math.prod(c.shape) * c.experts for task in unit for c in task)) for unit in units]
-    return units, Partials(into, COMMAND, fingerprint, costs)
+    return units, partials_in(into, COMMAND, facts, costs)
 
 
 def packed(outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], bytes]:
