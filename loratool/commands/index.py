@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.arguments import several
 from loratool.commands.library import library_function
 from loratool.inspecting.fleet import indexing
 from loratool.inspecting.fleet.indexing import IndexOptions
@@ -40,5 +40,4 @@ def index(
         UsageError: the file exists, and may not be replaced.
         InputError: no adapter was found, or none that can be sketched.
     """
-    every = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    return indexing.index(every, out, made_of(IndexOptions, keywords, "index"), progress)
+    return indexing.index(several(paths), out, made_of(IndexOptions, keywords, "index"), progress)

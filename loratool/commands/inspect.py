@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loratool.arguments import several
 from loratool.commands.library import library_function
 from loratool.errors import UsageError
 from loratool.inspecting import inspect as inspecting
@@ -49,7 +50,7 @@ def inspect(
         return inspecting.inspect(path, options, progress)
     from loratool.inspecting.fleet.table import table_of
 
-    return table_of([path] if isinstance(path, (str, os.PathLike)) else list(path), options, progress)
+    return table_of(several(path), options, progress)
 
 
 def is_table(paths: Sequence[PathLike], options: InspectOptions) -> bool:

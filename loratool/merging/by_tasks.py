@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from loratool.arguments import PathLike
+from loratool.arguments import PathLike, several
 from loratool.errors import UsageError, printable
 from loratool.files.part_records import FilePart, PartRecord
 from loratool.merging.in_parts import make_parts, publish
-from loratool.merging.inputs import several
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.parted_merge import PartedMerge, open_parts
 from loratool.results.merge import MergeReport

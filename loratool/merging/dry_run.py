@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.arguments import PathLike
+from loratool.arguments import PathLike, several
 from loratool.errors import UsageError
 from loratool.merging.forecasting import with_forecast
-from loratool.merging.inputs import opened_inputs, planned, several
+from loratool.merging.inputs import opened_inputs, planned
 from loratool.merging.merge import prepare
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file

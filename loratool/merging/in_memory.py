@@ -18,7 +18,7 @@ from functools import cached_property
 from itertools import chain, count, groupby, pairwise
 from typing import TYPE_CHECKING
 
-from loratool.arguments import PathLike, Progress
+from loratool.arguments import PathLike, Progress, several
 from loratool.bases.binding.telling import nearest
 from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra, resident_memory
 from loratool.errors import InputError, printable
@@ -30,7 +30,7 @@ from loratool.merging.chunks import chunks_of
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import gain_notes, gains_of
-from loratool.merging.inputs import opened_inputs, planned, several
+from loratool.merging.inputs import opened_inputs, planned
 from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import ChangeOptions, RunOptions
 from loratool.merging.resources import (

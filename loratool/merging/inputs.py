@@ -47,11 +47,6 @@ def opened_inputs(
     return told_choice(model, given, base), read_all(paths, ways), paths
 
 
-def several(adapters: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
-    """One adapter or several, as several."""
-    return [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
-
-
 def check_all_there(base: PathLike, adapters: Sequence[PathLike]) -> None:
     """Raise `InputError` for the first of the inputs that is not there; a base that the adapters name is none of them."""
     check_there(*([] if os.fspath(base) == AUTO else [base]), *adapters)

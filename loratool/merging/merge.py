@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratool.adapters.formats import replaceable
-from loratool.arguments import PathLike, Progress
+from loratool.arguments import PathLike, Progress, several
 from loratool.bases.extra_weights import name_beside
 from loratool.devices import Runtime, kind_of
 from loratool.errors import FitError, LoratoolError, printable
@@ -23,7 +23,7 @@ from loratool.files.staging import clearing_spent, staged
 from loratool.files.stopwatch import lap
 from loratool.merging.engine import Engine
 from loratool.merging.fingerprints import content_fingerprint, local_state
-from loratool.merging.inputs import check_all_there, opened_inputs, planned, several
+from loratool.merging.inputs import check_all_there, opened_inputs, planned
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, is_file, target_of
 from loratool.merging.reporting import cost, describe, make_report

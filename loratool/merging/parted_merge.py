@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
-from loratool.arguments import PathLike
+from loratool.arguments import PathLike, several
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.bases import told_choice
 from loratool.fetching.stores import brought
@@ -26,7 +26,7 @@ from loratool.files.sink import PAGE
 from loratool.files.weight_formats import read_weight_file
 from loratool.merging.dealing import parts_of
 from loratool.merging.fingerprints import content_fingerprint
-from loratool.merging.inputs import located, opened_inputs, planned, several
+from loratool.merging.inputs import located, opened_inputs, planned
 from loratool.merging.merge import prepare
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, is_file

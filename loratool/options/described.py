@@ -89,12 +89,8 @@ def place_word(place: PathLike) -> str:
 class PathKind(Kind):
     """A path."""
 
-    name: str = "FILE"
+    metavar: str = "FILE"
     beside: bool = False  # or the name of a file in the folder of an input, as which a record has it
-
-    @property
-    def metavar(self) -> str:
-        return self.name
 
     annotation = "str | os.PathLike[str]"
 
@@ -114,7 +110,7 @@ class PathKind(Kind):
 class PlaceKind(PathKind):
     """A path or a place on the Hub, of a model unless `role` says otherwise."""
 
-    name: str = "BASE"
+    metavar: str = "BASE"
     role: Literal["model", "any"] = "model"
 
     def plain(self, value: Any) -> str:
@@ -321,16 +317,13 @@ class Pairs(Kind):
     def metavar(self) -> str:
         return f"{self.key}=FACTOR"
 
-    @property
-    def noun(self) -> str:
-        return "pattern" if self.key == "REGEX" else self.key.lower()
-
     def taken(self, value: Any, flag: str) -> Any:
         pattern, _, number = value.rpartition("=") if isinstance(value, str) else ("", "", "")
         factor = NUMBER.number(number)
         if not pattern or factor is None or not math.isfinite(factor) or not factor:
+            noun = "pattern" if self.key == "REGEX" else self.key.lower()
             raise UsageError(
-                f"{flag} must be {self.metavar}, a {self.noun} and a finite number other than 0, such as {self.example} "
+                f"{flag} must be {self.metavar}, a {noun} and a finite number other than 0, such as {self.example} "
                 f"(got {printable(repr(value))})"
             )
         return value
@@ -431,9 +424,9 @@ class Options:
 
     def keywords(self) -> dict[str, Any]:
         """What `words` says, as keywords of the library and as JSON holds them."""
-        chosen = {name: (o, getattr(self, name)) for name, (o, d) in described_by(type(self)).items() if o.recorded}
-        defaults = {name: default for name, (_, default) in described_by(type(self)).items()}
-        return {n: o.plain(value) for n, (o, value) in chosen.items() if value is not None and value != defaults[n]}
+        every = described_by(type(self)).items()
+        given = ((name, o, getattr(self, name)) for name, (o, _) in every if o.recorded and self.is_given(name))
+        return {name: o.plain(value) for name, o, value in given if value is not None}
 
 
 def described_by(options: type[Options]) -> dict[str, tuple[Option, Any]]:

@@ -132,9 +132,7 @@ def number(environ: Mapping[str, str], name: str) -> int:
 class ShareKind(Kind):
     """One of several workers."""
 
-    @property
-    def metavar(self) -> str:
-        return "I/N"
+    metavar = "I/N"
 
     def taken(self, value: Any, flag: str) -> Any:
         return value if isinstance(value, Share) else Share.of(super().taken(value, flag))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import time
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import stored_tensors
 from loratool.adapters.formats.known import PEFT_CONFIG
-from loratool.arguments import PathLike, Progress
+from loratool.arguments import PathLike, Progress, several
 from loratool.errors import HubError, InputError, UsageError, VerificationError, printable
 from loratool.fetching import HubPath, local
 from loratool.fetching.bases import chosen_base, told_choice
@@ -96,7 +95,7 @@ def stream(
     started = time.monotonic()
     check_fits_streaming(options)
     check_message(options.message)
-    words = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters
+    words = several(adapters)
     ways = options.readings(len(words))
     check_all_there(base, words)
     paths = [local(adapter, "adapter") for adapter in words]

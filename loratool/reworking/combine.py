@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from loratool.algebra.lowrank.products import Product, change, decompose, gram, 
 from loratool.algebra.methods.coefficients import LEAST_ALIKE, cancel, mean_cosine
 from loratool.algebra.methods.mixture import UNSCALED, ZERO, Combination, Mixture, mix, mix_factors
 from loratool.algebra.methods.table import FACTORWISE, GRAM, METHODS
-from loratool.arguments import PathLike, Progress
+from loratool.arguments import PathLike, Progress, several
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.lazy import torch
@@ -48,7 +47,7 @@ def combine(
 ) -> CombineReport:
     """Write several adapters of one base as one adapter; `loratool.commands.combine` says all of it."""
     started = time.monotonic()
-    operands = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+    operands = several(adapters)
     combination = combination_of(options, len(operands))
     weights = options.adapter_weights(len(operands))
     ways = options.readings(len(operands))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
-from loratool.arguments import PathLike, Progress
+from loratool.arguments import PathLike, Progress, several
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
@@ -21,7 +21,7 @@ from loratool.fetching.bases import AUTO as AUTO_BASE
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
-from loratool.merging.inputs import opened_inputs, planned, several
+from loratool.merging.inputs import opened_inputs, planned
 from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS
 from loratool.merging.output_layout import Span

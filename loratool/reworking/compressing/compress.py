@@ -18,7 +18,7 @@ from loratool.adapters.writer import append, kept_dtype
 from loratool.algebra.lowrank.joint import truncated
 from loratool.algebra.lowrank.products import Product, inner
 from loratool.algebra.lowrank.shared_bases import Fitter, frame, shared_bases
-from loratool.arguments import PathLike, Progress
+from loratool.arguments import PathLike, Progress, several
 from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.fetching import local
 from loratool.files.containers import ENDING, SHARED
@@ -76,20 +76,16 @@ def compress(
         return compressor.report(target, at_work.told(started))
 
 
-def each_of(operands: Sequence[PathLike] | PathLike) -> list[PathLike]:
-    return [operands] if isinstance(operands, (str, os.PathLike)) else list(operands)
-
-
 def as_typed(operands: Sequence[PathLike] | PathLike, options: CompressOptions) -> dict[str, str]:
     """The entry "command" of a record: with a folder of adapters as that folder, of which "operands" has each adapter."""
-    paths = [local(operand, "any") for operand in each_of(operands)]
+    paths = [local(operand, "any") for operand in several(operands)]
     return {"command": command("compress", paths, options, options.into is None)}
 
 
 def adapters_at(operands: Sequence[PathLike] | PathLike) -> list[Path]:
     """The adapters that some operands mean: each itself, or those in a folder of them."""
     found: list[Path] = []
-    for operand in each_of(operands):
+    for operand in several(operands):
         path = local(operand, "any")
         inside = sorted(path.iterdir()) if path.is_dir() and not has_adapter(path) else []
         found += [entry for entry in inside if is_adapter(entry)] or [path]
