@@ -21,14 +21,12 @@ from loratool.reworking.extracting.pairing import Pairing
 
 def open_model(path: Path, role: str) -> Checkpoint:
     """The checkpoint at `path`; a GGUF model as transformers has it. Raises `InputError` for an adapter."""
-    here = [form for form in FORMATS if path.is_dir() and (path / form.config_name).is_file()]
-    if here:
-        own = {form.weights_name for form in here}
-        others = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors")} - own
-        if not others:
-            raise InputError(
-                f"{printable(path)}: this is an adapter, but {role} must be a model; merge it into its base first"
-            )
+    names = {entry.name for entry in os.scandir(path)} if path.is_dir() else set[str]()
+    own = {form.weights_name for form in FORMATS if form.config_name in names and (path / form.config_name).is_file()}
+    if own and not any(name.endswith(".safetensors") for name in names - own):
+        raise InputError(
+            f"{printable(path)}: this is an adapter, but {role} must be a model; merge it into its base first"
+        )
     return renamed(decoded(open_checkpoint(path)))
 
 
@@ -50,8 +48,8 @@ def check_packed(models: Sequence[Checkpoint]) -> list[Note]:
 
 def check_saved(found: Pairing) -> None:
     """Raise `InputError` naming what is to be saved whole and contains NaN or infinite values."""
-    broken = [name for name, tensor in (found.whole | found.biases | found.same_biases).items() if not tensor.finite()]
-    if broken:
+    every = found.whole | found.biases | found.same_biases
+    if broken := [name for name, tensor in every.items() if not tensor.finite()]:
         raise InputError(
             f"{found.tuned.name}: cannot make an adapter from these tensors:",
             (f"{printable(name)} contains NaN or infinite values" for name in broken),

@@ -195,10 +195,6 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
 
         self.stacked_rank = max(self.at_work.spread(work, [c for c in together if not c.same]), default=0)
 
-    def targets(self, change: Change) -> tuple[str, ...]:
-        """What is written for a change: its own factors, and the same for the heads that are tied to it."""
-        return (change.target, *self.pairing.mirrors.get(change.target, ()))
-
     def forms(self) -> dict[str, Form]:
         """What is known of every layer that may be written."""
         found: dict[str, Form] = {}
@@ -207,7 +203,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
             if not self.stacked.isdisjoint(change.target for change in group):
                 most = max(self.limit(self.pairing.changes[target]) for target in self.stacked)
             for change in group:
-                for target in self.targets(change):
+                for target in (change.target, *self.pairing.mirrors.get(change.target, ())):
                     kind = change.kind if target == change.target else kind_of_tied(target)
                     found[target] = Form(kind, *change.layer, most, change.experts, change.kernel)
         return found
@@ -242,8 +238,13 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         return [Made(outcome.factors, outcome) for outcome in outcomes]
 
     def rest(self, draft: Draft) -> Rest:
+        if not self.layers and not self.noise:
+            raise FitError("the two models are identical")
         if not self.layers:
-            raise FitError(nothing_left(self.noise, self.rule))
+            raise FitError(
+                f"all {len(self.noise)} matrices differ by no more than rounding to their dtype can explain; pass --rank "
+                f"{self.rule.most} to extract them anyway"
+            )
         before, after = self.pairing.base, self.pairing.tuned
         written = {target: draft.forms[target] for target in self.ranks}
         kinds = {t: form.kind for t, form in written.items()}
@@ -346,15 +347,6 @@ def told(parts: Sequence[Part], rank: int, rounding: float) -> ExtractedLayer:
         math.sqrt(lost / squared),
         math.sqrt((lost + rounding) / squared),  # the one lies in the space that is kept, the other outside of it
         max(part.above_noise for part in parts),
-    )
-
-
-def nothing_left(noise: Mapping[str, ExtractedLayer], rule: Rule) -> str:
-    if not noise:
-        return "the two models are identical"
-    return (
-        f"all {len(noise)} matrices differ by no more than rounding to their dtype can explain; pass --rank "
-        f"{rule.most} to extract them anyway"
     )
 
 

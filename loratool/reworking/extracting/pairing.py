@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
-from loratool.adapters.adapter import StoredTensor
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.formats.format import Format
 from loratool.adapters.layers import ATTENTION, Kind, is_expert
@@ -30,7 +30,6 @@ from loratool.layouts.architectures import (
     TASK_CLASSES,
 )
 from loratool.layouts.fusions import EXPERT_COUNTS, FLAGGED_EXPERTS
-from loratool.lazy import Tensor
 from loratool.notes import Note
 from loratool.reworking.extracting.differences import same_values
 from loratool.reworking.extracting.selecting import Selection, nearest_names
@@ -134,13 +133,8 @@ class Pairing:
     def carried(self, form: Format, dialect: str) -> Carried:
         """What is written beside the factors."""
         names = form.spelling({target: change.kind for target, change in self.changes.items()}, dialect=dialect)
-        tensors: dict[str, StoredTensor | Tensor] = {
-            names.whole(target, False): tensor for target, tensor in self.whole.items()
-        }
-        tensors.update(
-            {names.whole(target, True): tensor for target, tensor in (self.biases | self.same_biases).items()}
-        )
-        return Carried(tensors)
+        inside = {names.whole(target, True): bias for target, bias in (self.biases | self.same_biases).items()}
+        return Carried({**{names.whole(target, False): tensor for target, tensor in self.whole.items()}, **inside})
 
 
 def pair(
@@ -155,17 +149,13 @@ def pair(
     Raises `FitError` where the two have no tensor in common or nothing tells how one is stored, `UsageError` for
     patterns that mean nothing.
     """
-    refuse_adapters(base, tuned)
-    return Sorter(base, tuned, fan_in_fan_out).sort(include, exclude)
-
-
-def refuse_adapters(base: Checkpoint, tuned: Checkpoint) -> None:
     for role, checkpoint in (("BASE", base), ("TUNED", tuned)):
         if any(".lora_" in name for name in checkpoint.tensors):
             raise InputError(
-                f"{printable(checkpoint.root)}: this is an adapter, but {role} must be a model; merge it "
-                "into its base first"
+                f"{printable(checkpoint.root)}: this is an adapter, but {role} must be a model; merge it into its base "
+                "first"
             )
+    return Sorter(base, tuned, fan_in_fan_out).sort(include, exclude)
 
 
 class Sorter:
@@ -178,7 +168,8 @@ class Sorter:
         self.tied = tied_heads(base), tied_heads(tuned)
         names = dict.fromkeys([*base.tensors, *tuned.tensors, *self.tied[0], *self.tied[1]])
         self.pairs = {name: (self.resolved(0, name), self.resolved(1, name)) for name in names}
-        self.containers = {outer for name in names for outer in outer_modules(name)}
+        # the modules around those that tensors belong to
+        self.containers = {outer for name in names for outer in accumulate(name.split(".")[:-2], "{}.{}".format)}
         self.whole: set[str] = set()  # modules
         self.unclear: dict[str, str] = {}  # matrices of which nobody knows how they are stored → why
 
@@ -189,8 +180,7 @@ class Sorter:
         return weight_of(checkpoint, name) if name in checkpoint.tensors else None
 
     def sort(self, include: Sequence[str], exclude: Sequence[str]) -> Pairing:
-        common = {name: (one, two) for name, (one, two) in self.pairs.items() if one and two}
-        if not common:
+        if not any(one and two for one, two in self.pairs.values()):
             raise FitError(
                 f"{self.base.name} and {self.tuned.name} have no tensor in common:",
                 nearest_names(list(self.tuned.tensors), list(self.base.tensors)),
@@ -201,7 +191,7 @@ class Sorter:
         for name, (one, two) in self.pairs.items():
             if self.mirrored(name):
                 continue
-            if one and two and one.shape == two.shape and same_values(one, two):
+            if not self.differs(name):
                 self.found.identical += 1
             elif paths[name] not in selected:
                 self.found.excluded += 1
@@ -354,18 +344,18 @@ class Sorter:
         weight = f"{module}.weight"
         one, two = self.pairs.get(weight, (None, None))
         attention = self.found.attention_of(weight)
-        if attention:
-            self.whole.add(attention)
-        elif not one or not two or one.shape != two.shape or one.dtype not in FLOAT_NAMES:
-            self.whole.add(module)
-        elif self.kind(weight, one) in (Kind.LINEAR, Kind.CONVOLUTION):
-            if weight not in self.found.changes and (change := self.change(weight, one, two, same=True)):
-                self.found.changes[weight] = change
-            tensor = self.pairs[name][1]
-            assert isinstance(tensor, Plain), "no bias is packed"
-            self.found.biases[name] = tensor
-        else:
-            self.whole.add(module)
+        if (
+            attention
+            or not (one and two and one.shape == two.shape and one.dtype in FLOAT_NAMES)
+            or self.kind(weight, one) not in (Kind.LINEAR, Kind.CONVOLUTION)
+        ):
+            self.whole.add(attention or module)
+            return
+        if weight not in self.found.changes and (change := self.change(weight, one, two, same=True)):
+            self.found.changes[weight] = change
+        tensor = self.pairs[name][1]
+        assert isinstance(tensor, Plain), "no bias is packed"
+        self.found.biases[name] = tensor
 
     def complete_biases(self) -> None:
         """Where PEFT looks for the trained bias of one layer, it looks for those of all."""
@@ -409,13 +399,9 @@ class Sorter:
 
     def check_parameters(self) -> None:
         """Parameters of one module must be told apart by the order in which modules of that kind register them."""
-        by_module: dict[str, set[str]] = {}
-        for target, change in self.found.changes.items():
-            if change.kind is Kind.PARAMETER:
-                module, _, parameter = target.rpartition(".")
-                by_module.setdefault(module, set()).add(parameter)
-        for module, names in by_module.items():
-            if len(names) > 1 and not WRITTEN.tells_apart(names):
+        parameters = (t.rpartition(".") for t, change in self.found.changes.items() if change.kind is Kind.PARAMETER)
+        for module, names in by_key((module, name) for module, _, name in parameters).items():
+            if len(names) > 1 and not WRITTEN.tells_apart(set(names)):
                 self.whole.add(module)
 
     def save_whole(self) -> None:
@@ -464,14 +450,6 @@ def tied_heads(checkpoint: Checkpoint) -> dict[str, str]:
     """Tensor → the one that it is tied to, for all that are one in memory."""
     ties = find_ties(checkpoint, [])
     return {name: group.names[0] for group in ties.groups if not group.one_role for name in ties.together(group)[1:]}
-
-
-def outer_modules(name: str) -> Iterator[str]:
-    """The modules around the one that a tensor belongs to."""
-    parts = name.split(".")[:-2]
-    while parts:
-        yield ".".join(parts)
-        parts.pop()
 
 
 def is_table(module: str) -> bool:
