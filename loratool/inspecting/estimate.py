@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -242,31 +242,17 @@ def choose(base: Base, targets: Sequence[str]) -> dict[str, Shape]:
     return {name: shape for name, shape in matrices.items() if name in found}
 
 
-def remarks(base: Base, chosen: Mapping[str, Shape]) -> list[Note]:
+def remarks(base: Base, chosen: Mapping[str, Shape]) -> Iterator[Note]:
     """What a count from names on disk cannot show."""
-    told: list[Note] = []
     if saved := {leaf(name) for name in chosen} & {"embed_tokens", "lm_head"}:
         names = [name for name in chosen if leaf(name) in saved]
-        told.append(
-            Note(
-                "saved-embeddings",
-                f"PEFT saves all of {' and '.join(sorted(saved))} with the adapter, "
-                f"{sum(math.prod(base.weights[name]) for name in names):,} parameters more; pass "
-                "save_embedding_layers=False to save_pretrained to avoid that",
-            )
+        yield Note(
+            "saved-embeddings",
+            f"PEFT saves all of {' and '.join(sorted(saved))} with the adapter, "
+            f"{sum(math.prod(base.weights[name]) for name in names):,} parameters more; pass "
+            "save_embedding_layers=False to save_pretrained to avoid that",
         )
     if any(name in base.shared for name in chosen):
-        told.append(
-            Note("tied-head", "the head is tied to the embedding, but LoRA on one of them does not affect the other")
-        )
+        yield Note("tied-head", "the head is tied to the embedding, but LoRA on one of them does not affect the other")
     if any(EXPERT.match(name) for name in chosen):
-        told.append(
-            Note(
-                "experts-split",
-                "each expert counts as a layer, as in the files; transformers 5 fuses them",
-            )
-        )
-    return told
-
-
-# Where the shapes come from
+        yield Note("experts-split", "each expert counts as a layer, as in the files; transformers 5 fuses them")

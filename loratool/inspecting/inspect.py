@@ -26,7 +26,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import SHARED, compressed_in
 from loratool.files.folders import PROVENANCE, holds_weights
 from loratool.files.pipelines import itself
-from loratool.files.safefile import SafeFile, TensorInfo
+from loratool.files.safefile import SafeFile
 from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.grouping import by_key
 from loratool.inspecting.health import examine, examine_model, tell_unreadable, with_record
@@ -311,8 +311,7 @@ def rest_of(adapter: Adapter) -> dict[str, str]:
 
 def layer_in(target: str, update: Update) -> Layer | None:
     """The low-rank layer that this update is, or that others are built around."""
-    layer = layer_of(target, update)
-    if layer is not None:
+    if (layer := layer_of(target, update)) is not None:
         return layer
     inner = getattr(update, "inner", None)
     return layer_in(target, inner) if inner is not None else None
@@ -423,11 +422,7 @@ def listed(files: Iterable[SafeFile]) -> Iterable[TensorFacts]:
     for file in files:
         name = printable(file.path.name)
         for info in file.tensors.values():
-            yield tensor_facts(info, name)
-
-
-def tensor_facts(info: TensorInfo, file: str) -> TensorFacts:
-    return TensorFacts(printable(info.name), info.dtype, info.shape, info.nbytes, file)
+            yield TensorFacts(printable(info.name), info.dtype, info.shape, info.nbytes, name)
 
 
 def weight_facts(groups: Mapping[tuple[str, tuple[int, ...]], list[int]]) -> tuple[WeightFacts, ...]:
@@ -443,5 +438,4 @@ def leaf(name: str) -> str:
     parts = name.removesuffix(".weight").split(".")
     if len(parts) == 1:
         return OF_BLOCK.sub("", parts[0]) or parts[0]
-    short = parts[-1] == "bias" or parts[-1].isdecimal()
-    return ".".join(parts[-2:]) if short and len(parts) > 1 else parts[-1]
+    return ".".join(parts[-2:]) if parts[-1] == "bias" or parts[-1].isdecimal() else parts[-1]

@@ -110,13 +110,8 @@ def listed(path: str) -> list[str]:
 
 def holds_fleet(folder: Path | None) -> bool:
     """Whether a folder is no adapter and no model itself, and holds several adapters, or one further inside."""
-    if folder is None:
-        return False
-    try:
-        names = frozenset(os.listdir(folder))
-    except OSError:
-        return False
-    if is_unit(names) or is_model(names):
+    names = names_in(folder) if folder is not None else frozenset()
+    if folder is None or not names or is_unit(names) or is_model(names):
         return False
     own = len(list(islice(NAMED.adapters_in(folder), 2)))
     deeper = list(islice((path for path in walk(folder) if path.parent != folder or path.is_dir()), 2))

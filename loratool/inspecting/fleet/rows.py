@@ -201,14 +201,9 @@ def measured(row: FleetRow, adapter: Adapter, base: Checkpoint | None) -> tuple[
     except (InputError, FitError) as error:
         if any(code_of(problem) == NOT_FINITE for problem in error.problems):
             return replace(row, health=NOT_FINITE, reason=error.problems[0], exit_code=error.exit_code), None
-        return not_sketched(row, error), None
+        reason = error.problems[0] if error.problems else error.message
+        return (replace(row, health=NOT_SKETCHED, reason=f"no sketch: {reason}") if row.health == OK else row), None
     row = replace(row, norm=sketch.norm, sketch=sketch.numbers, sketched=sketch.facts)
     if not sketch.norm and row.health == OK:
         row = replace(row, health=UNTRAINED, reason="every update is zero (B = 0, or alpha is 0)")
     return row, sketch
-
-
-def not_sketched(row: FleetRow, error: LoratoolError) -> FleetRow:
-    """The row of an adapter whose updates are no products."""
-    reason = error.problems[0] if error.problems else error.message
-    return replace(row, health=NOT_SKETCHED, reason=f"no sketch: {reason}") if row.health == OK else row

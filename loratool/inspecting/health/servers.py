@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import WRITTEN, format_of
-from loratool.adapters.training import Training
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
@@ -91,10 +90,6 @@ class Served:
     path: Path
     fit: Fit | None
 
-    @property
-    def training(self) -> Training:
-        return self.adapter.training
-
     @cached_property
     def ranks(self) -> list[int]:
         """Ranks of the low-rank updates, the largest last."""
@@ -114,7 +109,7 @@ class Served:
 
     def spelled(self, *words: str) -> list[str]:
         """Those of some features that it has, as its config spells them."""
-        return [self.training.features[word] for word in words if word in self.training.features]
+        return [self.adapter.training.features[word] for word in words if word in self.adapter.training.features]
 
     def of(self, *kinds: type[Update]) -> list[str]:
         """Targets with an update of some kinds."""
@@ -170,7 +165,7 @@ def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[F
 
 
 def vllm(served: Served) -> Iterator[Finding]:
-    training, largest = served.training, served.ranks[-1] if served.ranks else 0
+    training, largest = served.adapter.training, served.ranks[-1] if served.ranks else 0
     if largest > VLLM_RANKS[-1]:
         yield note(
             "vllm-rank",
@@ -227,7 +222,7 @@ def vllm_layers(served: Served) -> Iterator[Finding]:
 
 def sglang(served: Served) -> Iterator[Finding]:
     if served.scaled:
-        weak = "; with rsLoRA the update is √r too weak" if "rslora" in served.training.features else ""
+        weak = "; with rsLoRA the update is √r too weak" if "rslora" in served.adapter.training.features else ""
         yield note(
             "sglang-scaling",
             f"always scales by lora_alpha / r and ignores {', '.join(served.scaled)}{weak}",
@@ -240,8 +235,7 @@ def sglang(served: Served) -> Iterator[Finding]:
     paths = (module.rpartition(".") for module in served.modules)
     layers = [{*names} for names in by_key((parent, name) for parent, _, name in paths).values()]
     for together in FUSED:
-        lacking = {name for found in layers if found & set(together) for name in set(together) - found}
-        if lacking:
+        if lacking := {name for found in layers if found & set(together) for name in set(together) - found}:
             yield note(
                 "sglang-fused",
                 f"fuses {', '.join(together)}; earlier releases fail if one of them has no factors (here "
@@ -257,11 +251,13 @@ def llama_cpp(served: Served) -> Iterator[Finding]:
             f"copies only lora_alpha and ignores {', '.join(served.scaled)}, so modules get a different strength",
             served.plain,
         )
-    refused = ["DoRA's magnitudes"] if served.of(Magnitude) else []
-    refused += ["modules saved whole"] if served.of(Replace) or served.adapter.bases else []
-    refused += ["lora_B.bias"] if served.of(Add) else []
-    refused += ["token rows"] if served.of(ReplaceRows) else []
-    if refused:
+    tensors = {
+        "DoRA's magnitudes": served.of(Magnitude),
+        "modules saved whole": [*served.of(Replace), *served.adapter.bases],
+        "lora_B.bias": served.of(Add),
+        "token rows": served.of(ReplaceRows),
+    }
+    if refused := [what for what, targets in tensors.items() if targets]:
         yield note(
             "llama.cpp-tensors",
             f"stops at any tensor that is neither A nor B: {', '.join(refused)}",

@@ -192,15 +192,12 @@ class Newcomer:
                 self.layers[target] = Stored("", {}, product.to(self.stated.dtype), layer.rank, 0.0)
                 continue
             self.curves[target] = alone_curve(product, 1 / squared, self.side(product))
-            tried = [self.stored(product, target, cluster, squared) for cluster in self.clusters(target)]
+            clusters = ("", *self.bases.clusters.get(target, ()))  # an empty word for none
+            tried = [self.stored(product, target, cluster, squared) for cluster in clusters]
             self.layers[target] = max(tried, key=lambda found: self.worth(found, self.norms[target] ** 2, squared))
 
     def load(self, target: str) -> Product:
         return self.source.load(target, self.at_work.device, self.at_work.dtype).to(torch.float64)
-
-    def clusters(self, target: str) -> tuple[str, ...]:
-        """The clusters of a layer, and none of them, which is an empty word."""
-        return ("", *self.bases.clusters.get(target, ()))
 
     def side(self, product: Product) -> float:
         """Bytes of a triple."""
@@ -281,7 +278,8 @@ def reported(
     modules: dict[str, CompressedModule] = {}
     adapters: dict[str, CompressedAdapter] = {}
     for newcomer in newcomers:
-        cut, errors = truncation(newcomer), relative(newcomer)
+        cut, sizes = truncation(newcomer), newcomer.norms
+        errors = {t: math.sqrt(one.error) / sizes[t] if sizes[t] else 0.0 for t, one in newcomer.layers.items()}
         for target, layer in newcomer.layers.items():
             known = modules.get(target, CompressedModule((), (), {}, {}))
             modules[target] = CompressedModule(
@@ -340,18 +338,11 @@ def strangers(newcomers: Iterable[Newcomer]) -> Iterator[Note]:
             )
 
 
-def relative(newcomer: Newcomer) -> dict[str, float]:
-    """‖ΔW − ΔW'‖ / ‖ΔW‖ of each layer."""
-    sizes = newcomer.norms
-    return {t: math.sqrt(one.error) / sizes[t] if sizes[t] else 0.0 for t, one in newcomer.layers.items()}
-
-
 def truncation(newcomer: Newcomer) -> dict[str, float]:
-    """The same of truncation that spends as many bytes."""
-    targets = list(newcomer.curves)
-    choices, _ = spend([((newcomer.curves[target],),) for target in targets], newcomer.bytes)
+    """The relative error of each layer by truncation that spends as many bytes."""
+    choices, _ = spend([((curve,),) for curve in newcomer.curves.values()], newcomer.bytes)
     found = {}
-    for target, choice in zip(targets, choices, strict=True):
-        kept = newcomer.curves[target].kept
+    for (target, curve), choice in zip(newcomer.curves.items(), choices, strict=True):
+        kept = curve.kept
         found[target] = math.sqrt(max(0.0, 1 - kept[choice.ranks[0]] / kept[-1])) if kept[-1] else 0.0
     return found

@@ -43,9 +43,9 @@ def expand(
     folder = folder.parent if folder.name == SHARED else folder
     name = member_name(name)
     member = open_member(folder, name, bases)
-    forms = forms_of(member)
     about = member.about
     try:
+        forms = {str(target): form_of(record) for target, record in about["layers"].items()}
         form = DIALECTS[about["dialect"]].format
         names = form.spelling({t: f.kind for t, f in forms.items()}, about["release"], about["dialect"])
         config, header = dict(about["config"]), {str(k): str(v) for k, v in about["header"].items()}
@@ -140,14 +140,6 @@ def at_rank(bases: Opened, member: Opened, layer: str, shape: Form) -> Product:
     if found.shape != (shape.rows, shape.columns):
         raise broken(member, f"{printable(layer)} is {found.shape}, and its header says {(shape.rows, shape.columns)}")
     return padded(truncated(found, min(shape.rank, found.rank))[0], shape.rank)
-
-
-def forms_of(member: Opened) -> dict[str, Form]:
-    """The layers that the header of a small file describes."""
-    try:
-        return {str(target): form_of(record) for target, record in member.about["layers"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise broken(member, f"{type(error).__name__}: {error}") from None
 
 
 def broken(member: Opened, why: str) -> InputError:
