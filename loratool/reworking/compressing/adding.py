@@ -40,8 +40,7 @@ from loratool.provenance.record import versions
 from loratool.results.compress import CompressedAdapter, CompressedModule, CompressedTotals, CompressReport
 from loratool.reworking.aligned_layers import contents_apart
 from loratool.reworking.compressing.compress import adapters_at, as_typed, file_name, file_names, stored_core
-from loratool.reworking.compressing.files import DIGEST, OWN, Opened, open_shared
-from loratool.reworking.compressing.members import Member, told
+from loratool.reworking.compressing.files import DIGEST, OWN, Member, Opened, open_shared, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import alone_curve
 from loratool.reworking.dialects import Manner, in_manner
@@ -256,9 +255,8 @@ def list_files(folder: Path, newcomers: Sequence[Newcomer], command: str) -> Non
     """Add the new files to the folder's record, with the command that made them."""
     place = folder / PROVENANCE
     record = dict(read_json(place, LARGEST_RECORD, lenient=True)) if place.is_file() else {}
-    files = dict(record.get("files", {}))
-    for newcomer in newcomers:
-        files[newcomer.name + ENDING] = digest_of(folder / (newcomer.name + ENDING)).record()
+    names = [newcomer.name + ENDING for newcomer in newcomers]
+    files = record.get("files", {}) | {name: digest_of(folder / name).record() for name in names}
     record |= {
         "files": dict(sorted(files.items())),
         "added": [*record.get("added", []), command],

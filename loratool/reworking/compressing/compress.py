@@ -35,8 +35,7 @@ from loratool.provenance.cards import command
 from loratool.provenance.record import versions
 from loratool.results.compress import CompressReport
 from loratool.reworking.aligned_layers import align_layers, contents_apart, told_bases
-from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OWN, VERSION
-from loratool.reworking.compressing.members import Member, told
+from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OWN, VERSION, Member, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import CORE, Fleet, Module, Plan, Prices, look_at, plan, widest_of
 from loratool.reworking.compressing.reporting import Named, Outcome, reported
@@ -141,8 +140,10 @@ class Compressor:
         fixed = sum(a.layer.parameters * a.layer.rank for t in fleet.kept for a in fleet.layers[t])
         self.plan: Plan = plan(self.looked_at(prices), options, fixed * prices.factor)
         ranks = self.ranks()
-        for source, before, own in zip(fleet.sources, self.before, ranks, strict=True):
-            self.members.append(Member.of(source, before, self.manner, own, self.dtype))
+        self.members = [
+            Member.of(source, before, self.manner, own, self.dtype)
+            for source, before, own in zip(fleet.sources, self.before, ranks, strict=True)
+        ]
         if nothing := [s.name for s, own in zip(fleet.sources, ranks, strict=True) if own and not any(own.values())]:
             raise UsageError(
                 f"{options.rule} is too small: no directions are left for these adapters:", map(printable, nothing)

@@ -79,12 +79,9 @@ def magnitudes(contents: Contents, name: str, target: Target) -> Tensor | None:
         raise FitError(
             f"{printable(name)}: it would hold layers with and without DoRA; convert to a dialect that has them apart"
         )
-    loaded: dict[str, Tensor] = {}
-    dtypes: list[torch.dtype] = []
-    for source, magnitude in own.items():
-        stored: Any = magnitude.magnitude if magnitude else None
-        loaded[source] = stored.load(torch.device("cpu"), torch.float64)
-        dtypes += [torch_dtype(tensor.info.dtype) for tensor in stored_tensors(stored)]
+    stored = {source: unloaded(magnitude.magnitude) for source, magnitude in own.items() if magnitude}
+    loaded = {source: lengths.load(torch.device("cpu"), torch.float64) for source, lengths in stored.items()}
+    dtypes = [torch_dtype(tensor.info.dtype) for lengths in stored.values() for tensor in stored_tensors(lengths)]
     dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
     if target.is_whole(contents.layers):  # lengths of columns too
         return loaded[target.sources[0]].to(dtype)

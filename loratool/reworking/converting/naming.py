@@ -80,22 +80,20 @@ def flat(module: str) -> str:
     return module.replace(".", "_")
 
 
-def component_of(word: str, architecture: str) -> str:
-    """The component of an architecture that a word means; empty where it has no such."""
+@cache
+def components_of(architecture: str) -> Mapping[str, str]:
+    """The components of an architecture by the words that mean them; an empty word means the denoiser."""
     texts = ARCHITECTURES[architecture].texts
-    if word in DENOISER:
-        return DENOISING
-    if word in texts:
-        return word
-    if word in ("te", "text_encoder"):
-        return texts[0] if texts else ""
-    if word.startswith("text_encoder_"):
-        number = int(word.rpartition("_")[2]) - 1
-        return texts[number] if number < len(texts) else ""
-    by_kohya = {own: text for text, own in KOHYA_TEXTS.items() if text in texts}
-    if word in by_kohya:
-        return by_kohya[word]
-    return "t5xxl" if word in ("te2", "t5") and "t5xxl" in texts else ""  # OneTrainer counts the encoders of Flux
+    return {
+        **{
+            word: text for text in texts if text == "t5xxl" for word in ("te2", "t5")
+        },  # as OneTrainer counts those of Flux
+        **{own: text for text, own in KOHYA_TEXTS.items() if text in texts},
+        **{f"text_encoder_{number}": text for number, text in enumerate(texts, 1)},
+        **{word: text for text in texts[:1] for word in ("te", "text_encoder")},
+        **{text: text for text in texts},
+        **dict.fromkeys(("", *DENOISER), DENOISING),
+    }
 
 
 def candidates(target: str) -> Sequence[tuple[str, str]]:
@@ -139,7 +137,7 @@ def refuse_image_modules(targets: Collection[str], dialect: str) -> None:
 def found_in(target: str, architecture: str, layout: str) -> Known | None:
     """The module of an architecture that a target is, with the denoiser's names in a layout."""
     for word, module in candidates(target):
-        if component := component_of(word, architecture) if word else DENOISING:
+        if component := components_of(architecture).get(word):
             modules = names_of(architecture, component)[layout if component == DENOISING else DIFFUSERS]
             if module in modules:
                 return modules[module]

@@ -113,14 +113,12 @@ class Target:
         """Its factors, multiplied by `scales` of the layers that they come from."""
         if self.kind is not Kind.PARAMETER:
             return padded(joined(self.experts[0], load, scales), rank)
-        there = [any(rows.target for rows in parts) for parts in self.experts]
         own = [
-            padded(joined(parts, load, scales), rank)
-            for parts, any_rows in zip(self.experts, there, strict=True)
-            if any_rows
+            padded(joined(parts, load, scales), rank) if any(rows.target for rows in parts) else None
+            for parts in self.experts
         ]
-        zero, rest = own[0].scaled(0.0), iter(own)
-        every = [next(rest) if any_rows else zero for any_rows in there]
+        zero = next(product for product in own if product is not None).scaled(0.0)
+        every = [zero if product is None else product for product in own]
         return Product(torch.stack([p.up for p in every]), torch.stack([p.down for p in every]))
 
 
