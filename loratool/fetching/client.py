@@ -40,8 +40,7 @@ def api() -> hub.HfApi:
         raise HubError(f"HF_ENDPOINT must be an address such as https://huggingface.co (got {found})")
     if not (sys.stderr and sys.stderr.isatty()):
         hub_utils.disable_progress_bars()
-    handlers = logging.getLogger("huggingface_hub").handlers
-    for handler in handlers:
+    for handler in logging.getLogger("huggingface_hub").handlers:
         if shown not in handler.filters:
             handler.addFilter(shown)
     return hub.HfApi(library_name="loratool", library_version=__version__)

@@ -132,8 +132,11 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
         refuse_pickle(root)
         if root.suffix == ".gguf":
             return Checkpoint(root, read_splits(root))
-        alone = Note("single-file", "BASE is a single file, so only weights are written")
-        return Checkpoint(root, (read_safefile(root),), notes=(alone,))
+        return Checkpoint(
+            root,
+            (read_safefile(root),),
+            notes=(Note("single-file", "BASE is a single file, so only weights are written"),),
+        )
     if (inside := gguf_alone(root)) is not None:
         return open_files(inside, is_adapter)
     return open_folder(root, None, is_adapter)

@@ -299,8 +299,11 @@ def unproven(wanted: Digest, find: Finder) -> dict[str, Reference]:
     """The tensors that `why_unlike` cannot compare, for the file that they are from is not there."""
     if wanted.tree is None or wanted.sha256:
         return {}
-    listed = wanted.tree.tensors.items()
-    return {n: each for n, each in listed if isinstance(each, Reference) and not each.version and find(each) is None}
+    return {
+        n: each
+        for n, each in wanted.tree.tensors.items()
+        if isinstance(each, Reference) and not each.version and find(each) is None
+    }
 
 
 def why_unlike(path: Path, wanted: Digest, find: Finder = nowhere, in_order: bool = False) -> str:
@@ -333,8 +336,7 @@ def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[Copi
         return f"{OTHER} (its header cannot be read)"
     if digest_of_part(file.layout.header, begin) != wanted.header or file.tensors.keys() != wanted.tensors.keys():
         return f"{OTHER} (its header)"
-    order = file.layout.in_order
-    if root_of(wanted.header, (wanted.tensors[info.name] for info in order), begin) != wanted.root:
+    if root_of(wanted.header, (wanted.tensors[info.name] for info in file.layout.in_order), begin) != wanted.root:
         return "does not have the root digest that is listed for it"
     ranges = [*tensor_ranges(file, wanted, begin, find), *copied_ranges(file, copies)]
     with file.open() as source:

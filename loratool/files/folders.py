@@ -54,10 +54,16 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.{PROVENANCE}")
 
 
-def record_for(folder: Path, only: str = "") -> Path:
-    """The record of a folder, or of one file of it, which may have its own."""
-    sidecar = sidecar_of(folder / only) if only else folder / PROVENANCE
-    return sidecar if sidecar.is_file() else folder / PROVENANCE
+def folder_and_name(place: Path) -> tuple[Path, str]:
+    """A folder and no name, or the folder and the name of one file."""
+    return (place, "") if place.is_dir() else (place.parent, place.name)
+
+
+def record_for(place: Path) -> Path:
+    """The record of a folder, or of one file, which may have its own."""
+    folder, only = folder_and_name(place)
+    sidecar = sidecar_of(place)
+    return sidecar if only and sidecar.is_file() else folder / PROVENANCE
 
 
 class LeftOut(NamedTuple):

@@ -98,8 +98,7 @@ class GgufLayout(Layout):
             sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
             entries.append(struct.pack("<Q", len(raw)) + raw + sizes + struct.pack("<IQ", TYPES[dtype].code, at))
             at = padded(stop, self.alignment)
-        count = struct.pack("<Q", len(placed))
-        header = b"".join((self.header[:8], count, self.header[16 : self.table], *entries))
+        header = b"".join((self.header[:8], struct.pack("<Q", len(placed)), self.header[16 : self.table], *entries))
         header += b"\0" * (-len(header) % self.alignment)
         return GgufLayout(header, placed, None, self.values, self.table, self.alignment, at)
 

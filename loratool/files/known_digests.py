@@ -77,5 +77,4 @@ class KnownDigests:
             return None
         if found is None or found.tree is None or found.size != file.layout.size or changed:
             return None
-        header = digest_of_part(file.layout.header, HASHES[found.tree.function])
-        return found if found.tree.header == header else None
+        return found if found.tree.header == digest_of_part(file.layout.header, HASHES[found.tree.function]) else None

@@ -32,8 +32,10 @@ def check_local(out: Path, flag: str = "") -> None:
     """Raise `UsageError` for an address in a store, as an output that is written here only; `flag` is what names it."""
     if slashed(out).startswith("s3://") and not os.path.lexists(out):
         named = f"{flag} {printable(out)}" if flag else printable(out)
-        hint = ANOTHER_OUT if flag in ("", "-o") else ""
-        raise UsageError(f"{named}: this cannot be written into a store; choose a local path", hint=hint)
+        raise UsageError(
+            f"{named}: this cannot be written into a store; choose a local path",
+            hint=ANOTHER_OUT if flag in ("", "-o") else "",
+        )
 
 
 def check_target(
@@ -68,8 +70,9 @@ def check_target(
             f"{shown}: the folder {printable(out.parent)} does not exist; create it first", hint=shell_line(parents)
         ) from None
     except NotADirectoryError:
-        told = f"{shown}: {printable(out.parent)} is not a folder; choose another OUT"
-        raise StorageError(told, hint=ANOTHER_OUT) from None
+        raise StorageError(
+            f"{shown}: {printable(out.parent)} is not a folder; choose another OUT", hint=ANOTHER_OUT
+        ) from None
     except OSError as error:
         raise StorageError(f"{shown}: cannot create it in {printable(out.parent)}: {error.strerror}") from error
     around = identities(out)

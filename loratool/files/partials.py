@@ -110,8 +110,7 @@ class Partials:
 
     def lines_of(self, name: str) -> dict[str, Any] | None:
         """The table of a file whose digest is right."""
-        raw = self.bytes_of(name, LARGEST)
-        line, _, rest = (raw or b"").partition(b"\n")
+        line, _, rest = (self.bytes_of(name, LARGEST) or b"").partition(b"\n")
         if rest.strip() != hashlib.sha256(line).hexdigest().encode():
             return None
         table = json.loads(line)

@@ -108,8 +108,9 @@ def files_of(root: Path, is_adapter: Callable[[Path], bool]) -> tuple[list[str],
 
 def component_names(root: Path) -> list[str]:
     """The folders of a pipeline's components that hold weights to read, in the order of its index."""
-    table = read_json(root / MODEL_INDEX)
-    named = [name for name, value in table.items() if isinstance(value, list) and name.isidentifier()]
+    named = [
+        name for name, value in read_json(root / MODEL_INDEX).items() if isinstance(value, list) and name.isidentifier()
+    ]
     return [name for name in named if any(n.endswith(".safetensors") for n in names_in(root / name))]
 
 

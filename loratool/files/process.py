@@ -53,8 +53,7 @@ PLAIN = dict(
 def resident_memory() -> int | None:
     """Bytes of this process in memory now; None where the system does not tell."""
     try:
-        pages = int((STATUS / "statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        return int((STATUS / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
 

@@ -111,8 +111,7 @@ class OpenFile:
         if not piece:
             return
         with self.keeping:
-            pieces = self.kept.setdefault(at // PAGE, [])
-            pieces.append((at, bytes(piece)))
+            self.kept.setdefault(at // PAGE, []).append((at, bytes(piece)))
             full = len(self.kept) > MOST_KEPT and self.kept.pop(at // PAGE)
         if full:
             self.write_together(full)

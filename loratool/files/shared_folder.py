@@ -124,8 +124,7 @@ class SharedFolder(SharedOutput):
             put_new(draft, self.home / JOURNAL)
         finally:
             draft.unlink(missing_ok=True)
-        found = self.check()
-        if found is None:
+        if self.check() is None:
             raise StorageError(f"{printable(self.home)}: keeps disappearing; is another run using it?")
         for name in (MODEL, PARTS):
             with suppress(FileExistsError):

@@ -88,8 +88,7 @@ def open_folder(folder: Path) -> int:
     """A descriptor of a folder, for its lock or for syncing it. Raises `OSError` (ENOTDIR, ELOOP) for anything else."""
     if not hasattr(os, "O_NOFOLLOW"):
         refuse_link(folder)
-    flags = os.O_RDONLY | ALWAYS | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(folder, flags)
+    descriptor = os.open(folder, os.O_RDONLY | ALWAYS | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0))
     if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -294,8 +293,7 @@ def exchange(new: Path, old: Path, aside: Path) -> None:
 
     renameat2 = getattr(c_library(), "renameat2", None)
     if renameat2 is not None:
-        failed = renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE)
-        if not failed:
+        if not renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE):
             return
         if ctypes.get_errno() not in UNSUPPORTED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))

@@ -59,8 +59,9 @@ class TensorFile:
 
     def digest(self) -> str:
         """SHA-256 of the bytes of all tensors, in their order."""
-        whole = LocalSource(self.path, self.descriptor)
-        return digest_of_range(whole, self.reserved, self.reserved + self.at, hashlib.sha256)
+        return digest_of_range(
+            LocalSource(self.path, self.descriptor), self.reserved, self.reserved + self.at, hashlib.sha256
+        )
 
 
 @contextmanager

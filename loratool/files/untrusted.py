@@ -190,8 +190,7 @@ def json_value(raw: bytes, *, repeated: bool = False, lenient: bool = False) -> 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            raise RepeatedKeyError(counts.most_common(1)[0][0])
+            raise RepeatedKeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
         return found
 
     def no_minus_zero(literal: str) -> int:

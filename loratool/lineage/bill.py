@@ -11,12 +11,12 @@ from typing import Any
 
 from loratool.errors import InputError, VerificationError, escaped, printable
 from loratool.files.digests import Digest, is_hex, read_recorded, sha256_of
-from loratool.files.folders import record_for
+from loratool.files.folders import folder_and_name, record_for
 from loratool.files.hub_cache import HUB_ID
 from loratool.files.names import is_plain
 from loratool.files.process import cores
 from loratool.provenance import record
-from loratool.provenance.recorded import ancestors_of, record_at
+from loratool.provenance.recorded import ancestors_of, record_at, table_of, text_of
 
 LARGEST_NUMBER = 1e30  # of a record; none of ours comes near
 
@@ -65,11 +65,10 @@ def bill_of(place: Path) -> Part:
         VerificationError: its files are not those of the record.
     """
     table = record_at(place)
-    folder, only = (place, "") if place.is_dir() else (place.parent, place.name)
-    if problems := record.compare(folder, only).problems:
+    if problems := record.compare(place).problems:
         raise VerificationError(f"{printable(place)}: is not what its record says; {record.WAY_OUT}:", problems)
     listed: Mapping[str, Digest | None] = read_recorded(table) or {place.name: None}
-    path = record_for(folder, only)
+    folder, path = folder_and_name(place)[0], record_for(place)
     names = [*listed, *([path.name] if path.is_file() else [])]
     with ThreadPoolExecutor(cores()) as pool:
         known = {name: digest.sha256 for name, digest in listed.items() if digest and digest.sha256}
@@ -111,7 +110,7 @@ def part_of(role: str, entry: Mapping[str, Any]) -> Part:
         license_link=text_of(entry.get("license_link")),
         weight=number_of(entry.get("weight")),
         files=contents_of(entry),
-        command=text_of(made.get("command"), whole=True),
+        command=escaped(command) if isinstance(command := made.get("command"), str) else "",
         versions={printable(k): text_of(v) for k, v in table_of(made.get("versions")).items()},
         options=table_of(made.get("options")),
         gain=number_of(made.get("gain")),
@@ -138,15 +137,6 @@ def contents_of(entry: Mapping[str, Any]) -> tuple[Content, ...]:
 
 def hex_of(value: object) -> str:
     return str(value) if is_hex(value) else ""
-
-
-def table_of(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def text_of(value: object, whole: bool = False) -> str:
-    """A text of a record; a command is shown in any length."""
-    return (escaped(value) if whole else printable(value)) if isinstance(value, str) else ""
 
 
 def number_of(value: object) -> float | None:

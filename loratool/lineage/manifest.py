@@ -52,8 +52,7 @@ def read_manifest(path: Path, makers: Makers) -> list[Step]:
     shown = printable(path)
     if is_in_store(path):
         raise InputError(f"{shown}: a manifest must be a local file; its steps may name s3:// addresses")
-    root = parsed(path)
-    table = entries(root, shown)
+    table = entries(parsed(path), shown)
     if unknown := sorted(table.keys() - {"steps"}):
         raise InputError(f"{shown}: has unknown keys: {', '.join(map(printable, unknown))}; only steps is known")
     if "steps" not in table or not isinstance(table["steps"], yaml.SequenceNode) or not table["steps"].value:

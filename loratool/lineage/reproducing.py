@@ -112,13 +112,12 @@ def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers:
             **{each.role: path for each, path in zip(run.models, paths, strict=True)},
         }
         run.maker.function(**run.maker.arguments(operands), out=target, overwrite=options.overwrite, **keywords)
-    differences = tuple(compared(place, here(target), table))
     return ReproduceReport(
         out=target,
         command=run.command,
         inputs=tuple(FoundInput(each.role, printable(each.name), at.path, at.how) for each, at in found),
         files=len(read_recorded(table)) + 1,
-        differences=differences,
+        differences=tuple(compared(place, here(target), table)),
         notes=tuple(remarks(run)),
         cost=Cost.since(started),
     )
@@ -156,8 +155,7 @@ def with_files(run: Run, search: Search) -> dict[str, Any]:
 def compared(place: Path, target: Path, table: Mapping[str, Any]) -> Iterator[Difference]:
     """What differs between an output and the new one, whose record is `table` of the first."""
     single = place.is_file()
-    folder, only = (place.parent, place.name) if single else (place, "")
-    for problem in records.compare(folder, only).problems:
+    for problem in records.compare(place).problems:
         yield Difference(printable(place), f"is no longer what its record says: {problem}")
     listed = read_recorded(table)
     for name, digest in sorted(listed.items()):
@@ -170,8 +168,7 @@ def compared(place: Path, target: Path, table: Mapping[str, Any]) -> Iterator[Di
     for name in sorted(read_recorded(again).keys() - listed.keys()):
         if not single:
             yield Difference(printable(name), "was not written before")
-    unlike = {key for key in {*table, *again} - APART if table.get(key) != again.get(key)}
-    if keys := sorted(unlike):
+    if keys := sorted({key for key in {*table, *again} - APART if table.get(key) != again.get(key)}):
         yield Difference("loratool.json", f"differs in {', '.join(map(printable, keys))}")
 
 

@@ -51,8 +51,7 @@ def run(
         done.append(looked_at(step, pending) if options.dry_run else seen_to(step))
         if told is not None:
             told(done[-1])
-    cost = Cost.since(started)
-    return RunReport(manifest=path, steps=tuple(done), dry_run=options.dry_run, cost=cost)
+    return RunReport(manifest=path, steps=tuple(done), dry_run=options.dry_run, cost=Cost.since(started))
 
 
 def check_outputs(steps: Collection[Step]) -> None:
@@ -126,8 +125,7 @@ def why_stale(step: Step) -> str:
         for name, facts in Wanted(os.fspath(place), role, entry).files.items():
             if reason := why_unlike_facts(home / name, facts):
                 return f"{printable(place_word(place))}: {printable(name)} {reason}"
-    folder, only = (made.parent, made.name) if made.is_file() else (made, "")
-    if problems := records.compare(folder, only).problems:
+    if problems := records.compare(made).problems:
         return f"its output was changed: {problems[0]}"
     return ""
 

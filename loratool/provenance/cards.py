@@ -22,6 +22,7 @@ from loratool.files.hub_cache import is_hub_id
 from loratool.files.hub_names import with_owner
 from loratool.files.untrusted import LARGEST_RECORD, open_regular, read_json
 from loratool.options.described import Options, place_word
+from loratool.provenance.recorded import ancestors_of
 
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
 LARGEST_CARD = 1 << 20  # bytes of an input's card that are looked at
@@ -234,10 +235,7 @@ def quoted(value: str) -> str:
 
 def models_in(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The inputs that are no adapters, by what they were to the command."""
-    by_options = provenance.get("models")
-    found = {role: provenance.get(role) for role in ("base", "tuned", "shared")}
-    found |= by_options if isinstance(by_options, Mapping) else {}
-    return {str(role): entry for role, entry in found.items() if isinstance(entry, Mapping)}
+    return {role: entry for role, entry in ancestors_of(provenance) if role != "adapter"}
 
 
 def lineage(

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratool.errors import printable
 from loratool.files.hub_cache import name_of
-from loratool.provenance.recorded import ancestors_of, made_of
+from loratool.provenance.recorded import ancestors_of, made_of, table_of, text_of
 from loratool.results.history import Ancestor
 
 DIGESTS = ("sha256", "root", "header")  # of a file, the one that says most first
@@ -26,8 +26,7 @@ def history_of(place: Path, files: tuple[str, ...], metadata: Mapping[str, str] 
 
 def ancestor_of(role: str, entry: Mapping[str, Any]) -> Ancestor:
     """An entry about an input, as part of a history."""
-    made = entry.get("made")
-    made = made if isinstance(made, Mapping) else {}
+    made = table_of(entry.get("made"))
     weight: Any = entry.get("weight")
     return Ancestor(
         role=role,
@@ -42,18 +41,13 @@ def ancestor_of(role: str, entry: Mapping[str, Any]) -> Ancestor:
     )
 
 
-def text_of(value: object) -> str:
-    return printable(value) if isinstance(value, str) else ""
-
-
 def digests_of(entry: Mapping[str, Any]) -> dict[str, str]:
     """File → digest of an entry about an adapter or a model."""
     table = entry.get("sha256")
     if isinstance(table, Mapping):
         return {printable(name): text_of(value) for name, value in table.items()}
-    files = entry.get("files")
     found: dict[str, str] = {}
-    for name, facts in files.items() if isinstance(files, Mapping) else ():
+    for name, facts in table_of(entry.get("files")).items():
         if isinstance(facts, Mapping):
             found[printable(name)] = next((text for key in DIGESTS if (text := text_of(facts.get(key)))), "")
     return found

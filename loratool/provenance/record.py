@@ -21,7 +21,7 @@ from loratool.files.digests import (
     unproven,
     why_unlike,
 )
-from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, record_for, walk
+from loratool.files.folders import INDEX_SUFFIX, PROVENANCE, folder_and_name, record_for, walk
 from loratool.files.hub_cache import find_blob
 from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.lazy import installed
@@ -49,7 +49,7 @@ class Comparison:
 
 def listed_files(folder: Path) -> dict[str, Digest]:
     """The files that the record of a folder lists."""
-    return read_recorded(read_json(record_for(folder, ""), LARGEST_RECORD))
+    return read_recorded(read_json(record_for(folder), LARGEST_RECORD))
 
 
 def why_other_file(folder: Path, name: str) -> str:
@@ -57,23 +57,20 @@ def why_other_file(folder: Path, name: str) -> str:
     return why_other(folder / name, listed_files(folder)[name], lambda reference: sound_blob(reference.sha256))
 
 
-def compare(
-    folder: Path, only: str = "", reasons: Mapping[str, str] | None = None, in_order: bool = False
-) -> Comparison:
-    """Every listed file of a folder, held to its digest; of a folder without a `loratool.json` there is nothing to say.
+def compare(place: Path, reasons: Mapping[str, str] | None = None, in_order: bool = False) -> Comparison:
+    """Every listed file of a folder, or one file, held to its digest; without a `loratool.json` there is nothing to say.
 
     A file that decides what is computed, and is missing or another than was written, is a problem; of any other it is a
-    note, and so are files that the record does not list. `only` is the one file of the folder that is meant; `reasons`
-    are what `why_other_file` says of every file, where that is known; `in_order` is as for `why_unlike`.
+    note, and so are files that the record does not list. `reasons` are what `why_other_file` says of every file, where that is known; `in_order` is as for `why_unlike`.
     """
-    record = record_for(folder, only)
+    record = record_for(place)
     if not record.is_file():
         return Comparison()
     try:
         table = read_json(record, LARGEST_RECORD)
     except LoratoolError as error:
         return Comparison((f"{PROVENANCE}: cannot be read, so the files were not checked ({error.message})",))
-    listed = read_recorded(table)
+    (folder, only), listed = folder_and_name(place), read_recorded(table)
     if only:
         listed = {name: digest for name, digest in listed.items() if name == only}
     blobs = cache(sound_blob)

@@ -32,11 +32,10 @@ KEPT_OF_INPUT = ("name", "hub", "id", "quantised", *LICENCE, "format", "weight",
 
 def record_at(place: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The record of a folder or of one file, whose header may have been read; raises `InputError` where none can be read."""
-    folder, only = (place, "") if place.is_dir() else (place.parent, place.name)
-    path = record_for(folder, only)
+    path = record_for(place)
     if path.is_file():
         return read_json(path, LARGEST_RECORD)
-    if only and place.is_file() and (told := in_header(place, metadata)):
+    if place.is_file() and (told := in_header(place, metadata)):
         return told
     if not place.exists():
         raise InputError(f"{printable(place)}: no such file or folder")
@@ -52,6 +51,14 @@ def in_header(path: Path, metadata: Mapping[str, str] | None = None) -> dict[str
         return {}
 
 
+def table_of(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def text_of(value: object) -> str:
+    return printable(value) if isinstance(value, str) else ""
+
+
 def inputs_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(role, entry) of each input that a record names, in the order of the operands."""
     for role in ROLES:
@@ -63,8 +70,7 @@ def inputs_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any
 
 def models_of(record: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(keyword, entry) of each model that an option of the run named."""
-    table = record.get("models")
-    for keyword, entry in table.items() if isinstance(table, Mapping) else ():
+    for keyword, entry in table_of(record.get("models")).items():
         if isinstance(entry, Mapping):
             yield printable(keyword), entry
 
@@ -83,8 +89,7 @@ def quantised_base(record: Mapping[str, Any], generations: int = MOST_GENERATION
     for role, entry in inputs_of(record):
         if role == "base" and isinstance(said := entry.get("quantised"), str):
             return said
-        made = entry.get("made")
-        if generations and isinstance(made, Mapping) and (found := quantised_base(made, generations - 1)):
+        if generations and (found := quantised_base(table_of(entry.get("made")), generations - 1)):
             return found
     return ""
 

@@ -78,10 +78,9 @@ def check_fits_streaming(options: StreamOptions) -> None:
         raise UsageError("a streaming merge keeps the base's shards, so it does not take --shard-size")
     if options.verify or options.sha256:
         flag = "--verify" if options.verify else "--sha256"
-        sentence = (
+        raise UsageError(
             f"a streaming merge does not take {flag}: the Hub knows the SHA-256 of every file, and it is compared"
         )
-        raise UsageError(sentence)
 
 
 def stream(
@@ -113,8 +112,10 @@ def stream(
         check_values(plan)
         invoked = repeated(plan, paths, options, f" --stream --push-to-hub {repo}")
         others = partial(small_files, plan, repo=repo, options=options)
-        headers = [Upload(shard.name, content=shard.layout.header) for shard in plan.shards]
-        early = [*others(draft, invoked), *headers]  # a secret is found before anything is sent
+        early = [  # a secret is found before anything is sent
+            *others(draft, invoked),
+            *(Upload(shard.name, content=shard.layout.header) for shard in plan.shards),
+        ]
         notes = [*plan.notes, *check_secrets(plan.base.name, early, options.allow_secret)]
         digests = [adapter.digests() for adapter in plan.adapters]
         check_space(Path.cwd(), most_on_disk(plan, plan.shards))
@@ -130,9 +131,7 @@ def stream(
         gains = Gains(None, {})
         resumed = tuple(sorted(there.finished))
         if done is None:
-            job = Job(plan, there)
-            engine = Engine([job], runtime, options.threads, options.max_memory, progress)
-            engine.run()
+            Engine([Job(plan, there)], runtime, options.threads, options.max_memory, progress).run()
             unchanged = f"{printable(repo)}: not completed, {NOTHING}; {COPIES}"
             merged = describe(plan, there.finished, digests, invoked, unchanged)
             notes, effects, gains = [*notes, *there.doubts, *merged.notes], merged.effects, merged.gains

@@ -42,8 +42,7 @@ class Begun:
     command: str = "merge"  # what makes it
 
     def to_bytes(self) -> bytes:
-        table = {HEAD: FORMAT, **vars(self)}
-        return (json.dumps(table, sort_keys=True) + "\n").encode()
+        return (json.dumps({HEAD: FORMAT, **vars(self)}, sort_keys=True) + "\n").encode()
 
     @classmethod
     def of_bytes(cls, raw: bytes) -> Begun | None:

@@ -87,8 +87,7 @@ class UploadedPart:
         return self.arrived.wait_for(self.upload.size)
 
     def record(self, seen: Seen, digest: Digest) -> None:
-        tags = [self.tags[piece.number] for piece in self.pieces]
-        self.store.record_part(self.upload, digest, seen, {"tags": tags})
+        self.store.record_part(self.upload, digest, seen, {"tags": [self.tags[piece.number] for piece in self.pieces]})
 
     def close(self) -> None:
         """Let go of what is in memory."""

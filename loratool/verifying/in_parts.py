@@ -84,7 +84,7 @@ def finish_verify(
 def of_record(merged: PathLike, into: PathLike) -> tuple[Path, list[str], Partials]:
     """The folder of a model, the files that its record lists, and where what is found of them goes."""
     folder = Path(merged) if Path(merged).exists() else fetched(merged)
-    if not folder.is_dir() or not record_for(folder, "").is_file():
+    if not folder.is_dir() or not record_for(folder).is_file():
         raise UsageError(
             f"{printable(folder)}: only a folder with a loratool.json is verified in parts by its record; name what was "
             "merged, or leave out --part"
@@ -94,7 +94,7 @@ def of_record(merged: PathLike, into: PathLike) -> tuple[Path, list[str], Partia
     except InputError:
         listed = {}  # which `--finish` tells
     names = sorted(listed)
-    fingerprint = sha256_of(record_for(folder, ""))
+    fingerprint = sha256_of(record_for(folder))
     return folder, names, Partials(into, COMMAND, fingerprint, [listed[name].size for name in names])
 
 

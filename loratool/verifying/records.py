@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.digests import read_recorded
-from loratool.files.folders import PROVENANCE, record_for
+from loratool.files.folders import PROVENANCE, folder_and_name, record_for
 from loratool.files.process import peak_memory
 from loratool.files.system import shell_word
 from loratool.files.untrusted import LARGEST_RECORD, read_json
@@ -30,17 +30,16 @@ def verify_record(merged: PathLike, reasons: Mapping[str, str] | None = None) ->
     """
     started = time.monotonic()
     path = Path(merged) if os.path.lexists(merged) else fetched(merged)
-    folder, only = (path, "") if path.is_dir() else (path.parent, path.name)
     if not path.exists():
         raise InputError(f"{printable(path)}: no such file or folder")
-    if not record_for(folder, only).is_file():
+    if not record_for(path).is_file():
         shown = printable(path)
         raise UsageError(
             f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged",
             hint=f"loratool verify {shell_word(shown)} --base BASE --adapter ADAPTER",
         )
-    found = record.compare(folder, only, reasons)
-    files, size = listed_in(folder, only)
+    found = record.compare(path, reasons)
+    files, size = listed_in(path)
     return Verification(
         merged=path,
         verdict=NOT_PROVEN if found.problems else AS_RECORDED,
@@ -59,11 +58,12 @@ def fetched(merged: PathLike) -> Path:
     return local(merged, "any")
 
 
-def listed_in(folder: Path, only: str) -> tuple[int, int]:
-    """How many files a record lists that are there, and their bytes."""
+def listed_in(place: Path) -> tuple[int, int]:
+    """How many files the record of a folder or of one file lists that are there, and their bytes."""
     try:
-        names = read_recorded(read_json(record_for(folder, only), LARGEST_RECORD))
+        names = read_recorded(read_json(record_for(place), LARGEST_RECORD))
     except InputError:
         return 0, 0
+    folder, only = folder_and_name(place)
     there = [path for name in names if (not only or name == only) and (path := folder / name).is_file()]
     return len(there), sum(path.stat().st_size for path in there)

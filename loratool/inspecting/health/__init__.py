@@ -122,8 +122,7 @@ def with_record(findings: Sequence[Finding], location: Path) -> tuple[Finding, .
     """What a check found, and whether the files are still those that loratool wrote, where it did."""
     from loratool.provenance import record  # with all that hashes files
 
-    whole = location.is_dir() or location.name.endswith(INDEX_SUFFIX)
-    found = record.compare(location if location.is_dir() else location.parent, "" if whole else location.name)
+    found = record.compare(location.parent if location.name.endswith(INDEX_SUFFIX) else location)
     problems = [Finding("problem", NOT_AS_WRITTEN, text, record.WAY_OUT) for text in found.problems]
     notes = [Finding("note", note.code, note.text) for note in found.notes]
     return (*problems, *findings, *notes)
