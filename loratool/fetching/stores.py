@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from loratool.adapters.formats import is_adapter
@@ -93,7 +94,7 @@ class Folder:
                 os.rmdir(folder)
 
 
-folders: dict[tuple[object, ...], tuple[Folder, Path]] = {}  # what was made already, and the place in it
+places: dict[tuple[object, ...], Path] = {}  # what was made already
 
 
 def brought(place: StorePath, role: Role | None, more: Sequence[str] = ()) -> Path:
@@ -111,13 +112,7 @@ def brought(place: StorePath, role: Role | None, more: Sequence[str] = ()) -> Pa
     """
     root, inside, objects = look_up(place)
     wanted = frozenset(name for name in objects for pattern in more if fnmatch(name, pattern))
-    key = (str(place), role, wanted, frozenset((name, there.state) for name, there in objects.items()))
-    if key not in folders or not folders[key][1].exists():
-        folder = outlined(root, objects)
-        location = folder.root / inside if inside else folder.root
-        settle(folder, location, role, wanted)
-        folders[key] = folder, location
-    return folders[key][1]
+    return made_once(root, inside, objects, (str(place), role, wanted), partial(settle, role=role, more=wanted))
 
 
 def names_below(place: StorePath) -> Path | None:
@@ -126,13 +121,24 @@ def names_below(place: StorePath) -> Path | None:
     Raises as `brought` does.
     """
     root, inside, objects = look_up(place)
-    if inside:
-        return None
-    key = (str(place), "names", frozenset((name, there.state) for name, there in objects.items()))
-    if key not in folders or not folders[key][1].exists():
+    return None if inside else made_once(root, "", objects, (str(place), "names"), lambda _folder, _location: None)
+
+
+def made_once(
+    root: StorePath,
+    inside: str,
+    objects: Mapping[str, StoredObject],
+    use: tuple[object, ...],
+    settle: Callable[[Folder, Path], None],
+) -> Path:
+    """The place `inside` a folder for some objects, settled for a use once for each state of these."""
+    key = (*use, frozenset((name, there.state) for name, there in objects.items()))
+    if key not in places or not places[key].exists():
         folder = outlined(root, objects)
-        folders[key] = folder, folder.root
-    return folders[key][1]
+        location = folder.root / inside if inside else folder.root
+        settle(folder, location)
+        places[key] = location
+    return places[key]
 
 
 def look_up(place: StorePath) -> tuple[StorePath, str, dict[str, StoredObject]]:

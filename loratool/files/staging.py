@@ -282,8 +282,8 @@ def staged(
     try:
         check_output_name(out)
         check_space(out.parent, needed - kept_size(check_stage(home), wanted))
-        with locked(home) as owner:
-            stage, found = Stage(out, home, wanted, find=find, single=single), look(home, owner)
+        with locked(home) as found:
+            stage = Stage(out, home, wanted, find=find, single=single)
             try:
                 if found is not None and continues(found, wanted) and stage.folder.is_dir():
                     stage.go_on(found)
@@ -314,8 +314,8 @@ def workplace(home: Path) -> Iterator[Stage]:
     """
     try:
         check_stage(home)
-        with locked(home) as owner:
-            stage, found = Stage(home, home, Journal(plan=home.name)), look(home, owner)
+        with locked(home) as found:
+            stage = Stage(home, home, Journal(plan=home.name))
             try:
                 stage.begin(found)
                 yield stage
@@ -342,8 +342,7 @@ def clear_spent(out: PathLike) -> None:
     home = stage_of(out)
     with suppress(OSError, LoratoolError):  # somebody else is at work in it, or has put something there
         if is_spent(out):
-            with locked(home) as owner:
-                found = look(home, owner)
+            with locked(home) as found:
                 if is_spent(out):
                     Stage(home, home, found or Journal("")).remove()
 
@@ -384,8 +383,8 @@ def storage_error(error: OSError, path: Path, needed: int) -> StorageError:
 
 
 @contextmanager
-def locked(home: Path) -> Iterator[int]:
-    """Create `home` and hold its lock, which ends with the process however it ends; the user to whom it must belong."""
+def locked(home: Path) -> Iterator[Journal | None]:
+    """Create `home` and hold its lock, which ends with the process however it ends; gives the journal in it."""
     owner = current_user()
     for _ in range(100):
         with suppress(FileExistsError):
@@ -403,7 +402,7 @@ def locked(home: Path) -> Iterator[int]:
             raise
         try:
             if lock.is_of_the_folder():
-                yield owner
+                yield look(home, owner)
                 return
         finally:
             lock.release()

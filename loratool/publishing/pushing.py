@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from loratool.adapters.formats.known import PEFT_CONFIG
 from loratool.arguments import Progress
 from loratool.errors import InputError, UsageError, printable
-from loratool.fetching.client import api, asking, patiently
+from loratool.fetching.client import api, asking, endpoint, patiently
 from loratool.fetching.stores import brought
 from loratool.files.folders import MODEL_INDEX, REMOTE_JOURNAL
 from loratool.files.pipelines import is_index
@@ -48,13 +48,11 @@ def push(path: PathLike, repo: str, options: PushOptions, progress: Progress | N
     )
     selection = choice(place=repo)
     notes = [*selection.notes, *unlike]
-    sizes = {upload.name: upload.size for upload in selection.uploads}
+    planned = expected(repo, selection, options, notes, started)
     if options.dry_run:
-        planned = report(repo, selection, Commit("", ""), not options.public, tuple(sizes), (), notes, started)
-        return replace(planned, dry_run=True)
-    named = repo
+        return planned
     repo, private = open_repo(repo, options.public, options.revision, notes)
-    if repo != named:
+    if repo != planned.repo:
         selection = choice(place=repo)  # for the card's code names it
     there = files_of(repo, options.revision)
     notes += check_alone(repo, selection, there)
@@ -79,8 +77,42 @@ def push(path: PathLike, repo: str, options: PushOptions, progress: Progress | N
             create_pr=options.create_pr,
             tell=tell,
         )
-    sent_names = tuple(upload.name for upload in uploads)
-    return report(repo, selection, done, private, sent_names, tuple(replaced), notes, started)
+    return replace(
+        planned,
+        repo=repo,
+        url=done.url or f"{endpoint()}/{repo}",
+        commit=done.oid,
+        pull_request=done.pull_request,
+        private=private,
+        files={upload.name: upload.size for upload in selection.uploads},
+        uploaded=tuple(upload.name for upload in uploads),
+        replaced=tuple(replaced),
+        left_out=selection.left_out,
+        notes=tuple(notes),
+        cost=Cost.since(started),
+    )
+
+
+def expected(
+    repo: str, selection: Selection, options: PushOptions, notes: Sequence[Note], started: float
+) -> PushReport:
+    """What a push would do to an empty repository."""
+    sizes = {upload.name: upload.size for upload in selection.uploads}
+    return PushReport(
+        repo=repo,
+        kind=selection.kind,
+        url=f"{endpoint()}/{repo}",
+        commit="",
+        pull_request="",
+        private=not options.public,
+        files=sizes,
+        uploaded=tuple(sizes),
+        replaced=(),
+        left_out=selection.left_out,
+        notes=tuple(notes),
+        cost=Cost.since(started),
+        dry_run=options.dry_run,
+    )
 
 
 def folder_at(path: PathLike, include: Sequence[str]) -> Path:
@@ -145,33 +177,3 @@ def outdated(selection: Selection, there: set[str]) -> list[str]:
 def folder_of(name: str) -> str:
     """The folder of a file in a repository; nothing at its top."""
     return name.rpartition("/")[0]
-
-
-def report(
-    repo: str,
-    selection: Selection,
-    done: Commit,
-    private: bool,
-    uploaded: tuple[str, ...],
-    replaced: tuple[str, ...],
-    notes: Sequence[Note],
-    started: float,
-) -> PushReport:
-    """What is told of a push."""
-    from loratool.fetching.client import endpoint
-
-    return PushReport(
-        repo=repo,
-        kind=selection.kind,
-        url=done.url or f"{endpoint()}/{repo}",
-        commit=done.oid,
-        pull_request=done.pull_request,
-        private=private,
-        files={upload.name: upload.size for upload in selection.uploads},
-        uploaded=uploaded,
-        replaced=replaced,
-        left_out=selection.left_out,
-        notes=tuple(notes),
-        cost=Cost.since(started),
-        dry_run=False,
-    )

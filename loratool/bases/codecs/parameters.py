@@ -44,7 +44,9 @@ class OnDisk:
         if self.device.type == "cpu":
             return read_range(tensor, start, stop, self.device, self.room)
         # read once: each copy to a device from memory that is not pinned waits for all that was begun there before
-        whole = held(f"all of {tensor.info.name}", self.device, self.room, lambda: read_whole(tensor, self.room).flatten())
+        whole = held(
+            f"all of {tensor.info.name}", self.device, self.room, lambda: read_whole(tensor, self.room).flatten()
+        )
         return whole[start:stop].clone()
 
     def kept(self, tensor: StoredTensor, make: Callable[[Tensor], Tensor]) -> Tensor:

@@ -122,7 +122,8 @@ def with_record(findings: Sequence[Finding], location: Path) -> tuple[Finding, .
     """What a check found, and whether the files are still those that loratool wrote, where it did."""
     from loratool.provenance import record  # with all that hashes files
 
-    found = record.compare(location.parent if location.name.endswith(INDEX_SUFFIX) else location)
+    is_index = location.name.endswith(INDEX_SUFFIX) and not location.is_dir()
+    found = record.compare(location.parent if is_index else location)
     problems = [Finding("problem", NOT_AS_WRITTEN, text, record.WAY_OUT) for text in found.problems]
     notes = [Finding("note", note.code, note.text) for note in found.notes]
     return (*problems, *findings, *notes)
