@@ -8,28 +8,114 @@ order, which takes the number of heads. A table of embeddings is a @ bᵀ. Facts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.adapter import Adapter, StoredTensor, unloaded
 from loratool.adapters.formats.format import Config, Format, Restated
+from loratool.adapters.formats.found import Found, modules_with
 from loratool.adapters.formats.known import GgufFiles
-from loratool.adapters.gguf_names import REPOSITORY, base_in
+from loratool.adapters.formats.rows import entry_of, of_rows
+from loratool.adapters.gguf_names import ALPHA, REPOSITORY, A, B, Back, InModel, base_in, in_model, order_of
+from loratool.adapters.model_settings import attention_heads
 from loratool.adapters.reading import AS_STORED, Reading
-from loratool.adapters.unsettled import settled
+from loratool.adapters.training import Training
+from loratool.adapters.unsettled import WAY_OUT, Unsettled, settled
+from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
 from loratool.errors import InputError, Problem, printable
 from loratool.files.gguf import KEY_OF_TYPE, GgufFile, read_gguf
+from loratool.files.hub_cache import name_of
+from loratool.files.safefile import FLOAT_NAMES
+from loratool.layouts.gguf import ARCHITECTURES, Architecture, Rows
+from loratool.notes import Note
 from loratool.provenance.cards import Subject
+from loratool.templates import some
 
 if TYPE_CHECKING:
-    from loratool.adapters.adapter import Adapter
     from loratool.adapters.formats.gguf_writing import GgufNames, Model
     from loratool.adapters.layers import Kind
-    from loratool.adapters.training import Training
     from loratool.files.heads import HasNames
     from loratool.files.tensor_writer import TensorFile, Triple
-    from loratool.notes import Note
+
+NORM = "_norm.weight"
+INVOCATION = "adapter.alora.invocation_tokens"
+ARCHITECTURE, KIND = "general.architecture", "adapter.type"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What becomes of factors on a model: their rows in its order."""
+
+    target: str
+    rows: Rows
+    update: LowRank
+
+    def __call__(self, config: Mapping[str, Any]) -> Mapping[str, Update]:
+        heads = attention_heads(config)
+        if heads is None:
+            text = "llama.cpp orders these rows by heads, whose number takes the model's config"
+            raise ValueError(f"{text}; {WAY_OUT}")
+        order, up = order_of(self.rows, heads), self.update.up
+        out = up.shape[0]
+        if not order.fits(out):
+            raise ValueError(f"its {out} rows are not those of {order.groups} heads")
+        rows = of_rows(out, unloaded(up), Back(order))
+        return {self.target: LowRank(rows, self.update.down, self.update.scale, turnable=True)}
+
+
+@dataclass
+class Reader(Found):
+    """One file on its way to an adapter."""
+
+    architecture: Architecture = field(kw_only=True)
+    trained: float = 0.0  # α, 0 for a scale of 1
+    ranks: set[int] = field(default_factory=set)
+
+    def read(self) -> None:
+        """Take up every pair of factors."""
+        for name in modules_with(self.file, (A, B)):
+            if (pair := self.partners(name, A, B)) is None:
+                continue
+            found = in_model(name, self.architecture)
+            if found.known:
+                self.take(name, found, *pair)
+            else:
+                self.unsupported.append(f"{printable(name)} has no known name in transformers")
+
+    def take(self, name: str, found: InModel, a: StoredTensor, b: StoredTensor) -> None:
+        """The update of one tensor, or what is wrong with it."""
+        names, shapes = (name + A, name + B), f"lora_a is {list(a.shape)}, lora_b is {list(b.shape)}"
+        if odd := {a.info.dtype, b.info.dtype} - FLOAT_NAMES.keys():
+            self.unsupported.append(
+                f"{printable(name)} has factors in {', '.join(sorted(odd))}; convert it in f32 or f16"
+            )
+        elif 0 in a.shape + b.shape:
+            self.refuse(name, f"{shapes}; expected factors with values")
+        elif name == "token_embd.weight" and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]:
+            self.add(found.name, LowRank(a, b.T, self.scale(a.shape[1]), table=True), names)  # type: ignore[arg-type]  # loaded later
+        elif len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1]:
+            update = LowRank(b, a, self.scale(a.shape[0]), turnable=True)  # type: ignore[arg-type]  # the same
+            if found.rows is None:
+                self.add(found.name, update, names)
+            else:
+                self.add(found.name, Unsettled(b, a, update.scale, Placed(found.name, found.rows, update)), names)
+        elif len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == (b.shape[0], b.shape[2]):
+            layer, _, part = found.name.rpartition(".")
+            for expert in range(a.shape[0]):
+                up, down = entry_of(b, expert), entry_of(a, expert)
+                update = LowRank(up, down, self.scale(a.shape[1]), turnable=True)  # type: ignore[arg-type]  # the same
+                self.add(f"{layer}.{expert}.{part}.weight", update, names)
+        else:
+            self.refuse(name, f"{shapes}; expected (rank, in) and (out, rank)")
+
+    def scale(self, rank: int) -> float:
+        self.ranks.add(rank)
+        return self.trained / rank if self.trained else 1.0
 
 
 class GgufAdapter(GgufFiles, Format):
@@ -87,21 +173,59 @@ class GgufAdapter(GgufFiles, Format):
         return file
 
     def training_at(self, path: Path) -> Training:
-        from loratool.adapters.formats.gguf_reading import training_of
+        return self.training_of(self.file_at(path), set())
 
-        return training_of(self.file_at(path), set())
+    def training_of(self, file: GgufFile, ranks: Collection[int]) -> Training:
+        """What the metadata tell of the training, and the ranks of its factors."""
+        return Training(
+            base=base_in(file.text(REPOSITORY)),
+            task="CAUSAL_LM",
+            rank=next(iter(ranks)) if len(ranks) == 1 else None,
+            in_out=False,
+        )
 
     def read_leniently(self, path: Path, reading: Reading = AS_STORED) -> tuple[Adapter, tuple[Problem, ...]]:
-        from loratool.adapters.formats.gguf_reading import adapter_in
-
-        adapter, problems = adapter_in(self.file_at(path), path, reading, self.name)
-        adapter = settled(adapter, self.model.config) if self.model is not None else adapter
-        return adapter, tuple(problems)
+        file = self.file_at(path)
+        kind = file.text(ARCHITECTURE)
+        found = Reader(file, reading, [*reading.unused()], architecture=ARCHITECTURES.get(kind, Architecture("")))
+        if (lora := file.text(KIND)) != "lora":
+            found.unsupported.append(f"{KIND} is {printable(repr(lora))}; expected 'lora'")
+        if INVOCATION in file.values:
+            found.unsupported.append(f"an activated LoRA, which works only behind certain tokens ({INVOCATION})")
+        if kind not in ARCHITECTURES:
+            found.unsupported.append(f"architecture {printable(repr(kind))}; known: {', '.join(ARCHITECTURES)}")
+        found.trained = alpha_of(file, found)
+        if not found.unsupported:
+            found.read()
+        if norms := [name for name in file.tensors if name.endswith(NORM)]:
+            text = f"whole norms are ignored, as llama.cpp ignores them: {some(norms)}"
+            found.notes.append(Note("norms-ignored", text))
+        adapter = Adapter(
+            name=name_of(path).removesuffix(".gguf"),
+            format=self.name,
+            folder=file.path.parent,
+            file=file,
+            config={},
+            config_file=file.path,
+            updates=found.updates,
+            sources=found.sources,
+            training=self.training_of(file, found.ranks),
+            unsupported=tuple(found.unsupported),
+            unused=tuple(name for name in file.tensors if not name.endswith((A, B, NORM))),
+            notes=tuple(found.notes),
+            alone=path.is_file(),
+        )
+        return adapter if self.model is None else settled(adapter, self.model.config), tuple(found.problems)
 
     def restated(self, adapter: Adapter, factor: float) -> Restated | None:
-        from loratool.adapters.formats.gguf_reading import restated
-
-        return restated(adapter, factor)
+        """The metadata under which all updates are stronger by `factor`; None where no α says that."""
+        assert isinstance(adapter.file, GgufFile)
+        own: Any = adapter.file.values.get(ALPHA)  # 0 or none for a scale of 1
+        plain = (u.inner if isinstance(u, Unsettled) else u for u in adapter.updates.values())
+        given = {u.scale * u.rank for u in plain if isinstance(u, LowRank)}
+        if not own and len(given) != 1:
+            return None
+        return Restated({ALPHA: (own or given.pop()) * factor})
 
     def card_config(self, folder: Path) -> Config | None:
         """What the metadata tell of the base."""
@@ -117,6 +241,22 @@ class GgufAdapter(GgufFiles, Format):
             ranks=(),
             snippet=lambda base, where: [],  # noqa: ARG005
         )
+
+
+def alpha_of(file: GgufFile, found: Found) -> float:
+    """α of all updates; 0 for a scale of 1, or where a problem was told."""
+    stored: object = file.values.get(ALPHA, 0.0)
+    if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not math.isfinite(stored):
+        found.problems.append(Problem(f"{ALPHA} is {printable(repr(stored))}; expected a number"))
+        return 0.0
+    given = found.reading.input_alpha
+    if stored and given is not None:
+        text = f"the file contains {ALPHA}, so --input-alpha {given:g} is ignored"
+        found.notes.append(Note("input-alpha-not-used", text))
+    if not stored and given is None:
+        text = f"{ALPHA} is 0 or missing, so updates are multiplied by 1, as llama.cpp does"
+        found.notes.append(Note("scale-assumed", text))
+    return float(stored or given or 0.0)
 
 
 GGUF = GgufAdapter()
