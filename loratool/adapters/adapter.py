@@ -261,9 +261,9 @@ class Adapter(Shown):
         An adapter whose updates are all zero (B = 0, as before the first training step) gives False.
         """
         updates = [*self.updates.values(), *self.bases.values()]
-        every: dict[str, StoredTensor] = {}  # by name; some are shared by all updates
-        for tensor in (each for update in updates for each in stored_tensors(update)):
-            every.setdefault(tensor.info.name, tensor)
+        every = {
+            each.info.name: each for update in updates for each in stored_tensors(update)
+        }  # some are shared by all
         some = [tensor for tensor in every.values() if tensor.info.dtype in EXPONENT]  # and no indices
         memory = threading.local()  # what a thread reads into: fresh memory for each tensor would take longer
         with OpenSources() as sources:

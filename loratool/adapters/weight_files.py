@@ -75,15 +75,7 @@ def weight_files(folder: Path, own: SafeFile | None, names: Collection[str]) -> 
     `own` is the adapter's file, so that a copy of its tensors is known as one; without it only names are looked at.
     """
     modules = module_folders(folder)
-    found: list[WeightFile] = []
-    for name in walk(folder):
-        if name in names:
-            continue
-        if name.endswith("/"):
-            found.append(WeightFile(name, "training state", "a folder of training states"))
-        else:
-            found.append(look_at(folder, name, own, modules))
-    return tuple(found)
+    return tuple(look_at(folder, name, own, modules) for name in walk(folder) if name not in names)
 
 
 def fates(
@@ -113,8 +105,9 @@ def fates(
 
 def look_at(folder: Path, name: str, own: SafeFile | None, modules: Collection[str]) -> WeightFile:
     """What one file is, by its name first, then by its head."""
-    last = name.rpartition("/")[2].lower()
-    head = name.partition("/")[0]
+    if name.endswith("/"):
+        return WeightFile(name, "training state", "a folder of training states")
+    last, head = name.rpartition("/")[2].lower(), name.partition("/")[0]
     if any(fnmatch(last, pattern) for pattern in STATES):
         return WeightFile(name, "training state", "training state")
     if head != name and (folder / head / ADAPTER_CONFIG).is_file():

@@ -448,11 +448,9 @@ def files_beside(source: Contents) -> dict[str, Path]:
         return {}
     top, _ = sort_side_files(folder, {format_of(source.adapter).weights_name})
     trained = [file.name for file in source.adapter.beside if file.counts]
+    left = {file.name for file in source.adapter.beside if not file.counts} | {PROVENANCE}
     names = dict.fromkeys([*(name for name in top if "/" not in name), *trained, *module_files(folder)])
-    for other in source.adapter.beside:
-        if not other.counts:
-            names.pop(other.name, None)
-    return {name: folder / name for name in names if name != PROVENANCE and is_own(folder, name)}
+    return {name: folder / name for name in names if name not in left and is_own(folder, name)}
 
 
 def is_own(folder: Path, name: str) -> bool:

@@ -368,7 +368,8 @@ class MlxNames(Spelling):
 
     def __init__(self, form: Mlx, kinds: Mapping[str, Kind]) -> None:
         self.form, self.kinds = form, kinds
-        if odd := [t for t, kind in kinds.items() if kind is Kind.CONVOLUTION or is_expert(t) or is_unnamed(t, kind)]:
+        unnamed = {t for t, kind in kinds.items() if kind is Kind.PARAMETER and self.read_as(t) is None}
+        if odd := [t for t, kind in kinds.items() if kind is Kind.CONVOLUTION or is_expert(t) or t in unnamed]:
             raise FitError("mlx-lm cannot adapt these layers:", map(printable, odd))
 
     def factors(self, target: str) -> tuple[str, str]:
@@ -405,11 +406,6 @@ class MlxNames(Spelling):
             "model": training.base,
             "num_layers": -1,  # all of them; a factor that is not in the file is zero
         }
-
-
-def is_unnamed(target: str, kind: Kind) -> bool:
-    """Whether a parameter of experts has no name in mlx-lm."""
-    return kind is Kind.PARAMETER and experts_of(target.removesuffix(".weight")) is None
 
 
 def inside_layer(target: str) -> str:

@@ -50,10 +50,6 @@ class Header:
         return next((tool for tool, text, mark in held if mark.search(text)), "")
 
     @property
-    def has_configs(self) -> bool:
-        return CONFIGS in self.metadata
-
-    @property
     def is_lycoris(self) -> bool:
         return self.metadata.get("ss_network_module", "").startswith("lycoris")
 

@@ -172,11 +172,8 @@ class Reader(Found):
 
     def scales_of(self, groups: Iterable[Group]) -> dict[str, float]:
         """The scaling of modules that a config in the header holds, by their names."""
-        if not self.header.has_configs:
-            return {}
         found: dict[str, float] = {}
-        configs = self.header.configs(self.problems)
-        for component, config in configs.items():
+        for component, config in self.header.configs(self.problems).items():
             own = {g.path: g for g in groups if g.rank and component in ("", g.component)}
             where = f"{CONFIGS} in the header" + (f", {component}" if component else "")
             ranks = {path: group.rank for path, group in own.items()}
@@ -232,13 +229,10 @@ class Reader(Found):
 
     def take_replacements(self, names: list[str]) -> list[str]:
         """Take up tensors that replace the base's; those that do not are given back."""
-        others: list[str] = []
         for name in names:
             if target := replaced_by(name):
                 self.add(target, Replace(self.stored(name)), (name,))  # type: ignore[arg-type]  # loaded later
-            else:
-                others.append(name)
-        return others
+        return [name for name in names if not replaced_by(name)]
 
     def tell(self, groups: Iterable[Group]) -> None:
         """What was assumed, once for all modules that it was assumed of."""

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.peft import lora, packing, support
-from loratool.adapters.formats.peft.draft import TOKENS, Draft, Module
+from loratool.adapters.formats.peft import keys, lora, packing, support
+from loratool.adapters.formats.peft.draft import TOKENS, Draft
 from loratool.adapters.formats.peft.files import CONFIG, INDEX, WEIGHTS, open_weights, read_config, wrong_fields
-from loratool.adapters.formats.peft.remarks import remark
 from loratool.adapters.formats.peft.training import quantised_in, training_of
 from loratool.adapters.reading import AS_STORED, Reading
 from loratool.adapters.weight_files import weight_files
@@ -27,6 +26,7 @@ from loratool.provenance.recorded import quantised_base, record_at
 OF_THE_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 
 COMPONENTS = frozenset({*DENOISER, *SECOND_DENOISERS, *TEXT_WORDS})  # folders that diffusers' scripts save adapters in
+LONGEST_LIST = 8  # names that a note repeats
 TENSORS = "tensors"  # the format of a file of whole tensors
 
 
@@ -128,7 +128,7 @@ def read_updates(draft: Draft) -> None:
         for module in [*draft.modules.values()]:
             if module.path and set(module.slots) != {TOKENS}:
                 draft.attempt(module, read)
-        draft.place_tokens(standalone_tokens)
+        draft.place_tokens(lambda _: draft.config.get("token_indices"))
     draft.place_saved()
     remark(draft)
     if not (draft.updates or draft.problems or draft.unsupported or draft.unused):
@@ -164,6 +164,44 @@ def read_saved(path: Path, owner: Adapter) -> Adapter:
     )
 
 
-def standalone_tokens(module: Module) -> object:
-    """The numbers of the token rows of a TRAINABLE_TOKENS adapter."""
-    return module.draft.config.get("token_indices")
+def remark(draft: Draft) -> None:
+    """Add a note for each promise of the config that the tensors do not keep: no reason to refuse, but to be said."""
+    bias = draft.config.get("bias", "none")
+    if bias not in (None, "none") and not any(target.endswith(".bias") for target in draft.saved):
+        draft.notes.append(
+            Note(
+                "bias-not-saved",
+                f"the config says bias={printable(repr(bias))}, but the file contains no bias, so none is merged",
+            )
+        )
+    unknown = sorted(set(draft.config) - {*support.OPTIONS, *packing.FIELDS})
+    if unknown and draft.config.get("peft_type", "LORA") == "LORA":
+        shown = ", ".join(map(printable, unknown[:LONGEST_LIST])) + (", …" if len(unknown) > LONGEST_LIST else "")
+        draft.notes.append(
+            Note(
+                "unknown-fields",
+                f"config fields unknown to loratool, ignored as PEFT 0.21 does: {shown}",
+            )
+        )
+    if idle := idle_targets(draft):
+        more = ", …" if len(idle) > LONGEST_LIST else ""
+        draft.notes.append(
+            Note(
+                "idle-targets",
+                f"target_modules names {', '.join(map(printable, idle[:LONGEST_LIST]))}{more}, but the file has no "
+                "tensor for it",
+            )
+        )
+
+
+def idle_targets(draft: Draft) -> list[str]:
+    """The entries of a list of `target_modules` that are the tail of no adapted module."""
+    listed = draft.config.get("target_modules")
+    if not isinstance(listed, list):
+        return []
+    idle = {entry for entry in listed if isinstance(entry, str)}
+    for module in draft.modules.values():
+        if not idle:
+            break
+        idle -= keys.tails(module.name)
+    return [entry for entry in listed if isinstance(entry, str) and entry in idle]

@@ -66,15 +66,11 @@ class Names(Spelling):
         """How often PEFT applies the update of a target, whose factors hold that much less."""
         return 2.0 if self.doubles and self.inside_attention(target) else 1.0
 
-    def attention_pairs(self) -> list[tuple[str, str]]:
-        """The two targets of each nn.MultiheadAttention."""
-        pairs = [(f"{module}{ATTENTION}", f"{module}.out_proj.weight") for module in sorted(self.attentions)]
-        return [pair for pair in pairs if pair[1] in self.kinds]
-
     def of_one_rank(self) -> list[tuple[str, ...]]:
         """The targets that PEFT gives one rank: those of an nn.MultiheadAttention, and experts that it stacks."""
+        attentions = [(f"{module}{ATTENTION}", f"{module}.out_proj.weight") for module in sorted(self.attentions)]
         experts = stacked_by_peft(self.kinds)
-        return [*self.attention_pairs(), *([experts] if experts else [])]
+        return [*(pair for pair in attentions if pair[1] in self.kinds), *([experts] if experts else [])]
 
     def scales(self, wanted: Mapping[str, float]) -> dict[str, float]:
         """α/r of every module; what PEFT gives one α is the most frequent of those that it should have."""
