@@ -126,8 +126,7 @@ def as_product(update: Update, target: str, kernels: Mapping[str, tuple[int, ...
 
     Without a Tucker core they are those of a convolution where `kernels`, by target, or the target's name says so.
     """
-    inner = update.inner if isinstance(update, Magnitude) else update
-    plain = as_lora(inner)
+    plain = as_lora(update.inner if isinstance(update, Magnitude) else update)
     if plain is None:
         return update
     kernel = told_kernel(target, kernels or {})

@@ -146,8 +146,7 @@ def listing(path: Path) -> str:
             start = stream.read(64)
             if start.startswith(b"version https://git-lfs"):
                 return "a Git LFS pointer to a pickle; run `git lfs pull` to get the file"
-            size = os.fstat(stream.fileno()).st_size
-            stream.seek(max(0, size - (1 << 16)))
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - (1 << 16)))
             end = stream.read()
             at = end.rfind(b"PK\x05\x06")
             if not start.startswith(b"PK") or at < 0 or len(end) < at + 22:

@@ -175,8 +175,7 @@ def finish(
         stage.copy(name, path)
     table = {**provenance, "versions": versions()}
     if CARD not in beside or is_nobodys(beside[CARD]):
-        about = form.subject(form.with_weights(config, stage.folder))
-        stage.write(CARD, card(table, about, terms_of(*inputs)))
+        stage.write(CARD, card(table, form.subject(form.with_weights(config, stage.folder)), terms_of(*inputs)))
     stage.write(PROVENANCE, as_json({**table, "files": recorded(stage.files)}))
 
 

@@ -276,8 +276,7 @@ class Format(FormatFiles, Protocol):
 
     def needed(self, location: Path) -> tuple[list[str], list[str]]:
         """The files of a folder that reading it takes, as paths in it: weights, and others. Its names alone are there."""
-        others = [self.config_name, *sort_side_files(location, {self.weights_name})[0]]
-        return [self.weights_name], others
+        return [self.weights_name], [self.config_name, *sort_side_files(location, {self.weights_name})[0]]
 
     def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:  # noqa: ARG002 (none of the base's)
         """Parameters that were trained, and those that stand beside the base's (`in_base`, by name) while they are."""
@@ -290,8 +289,13 @@ class Format(FormatFiles, Protocol):
         from loratool.results.findings import Finding
 
         if adapter.unused:
-            where = tuple(map(printable, adapter.unused))
-            yield Finding("problem", "unknown-tensor", f"unrecognised tensors: {some(adapter.unused)}", "", where)
+            yield Finding(
+                "problem",
+                "unknown-tensor",
+                f"unrecognised tensors: {some(adapter.unused)}",
+                "",
+                tuple(map(printable, adapter.unused)),
+            )
         for reason in adapter.unsupported:
             yield Finding("note", "not-mergeable", reason)
 

@@ -143,8 +143,11 @@ class Litgpt(LitgptFiles, TrainerFormat):
             )
         else:
             start = f"model.layers.{module.split('.')[2]}.self_attn"
-            divided = Divided(start, a, b, parts, scale)
-            found.add(f"{start}.qkv_proj.weight", Unsettled(b, a, scale, divided), (module + A, module + B))
+            found.add(
+                f"{start}.qkv_proj.weight",
+                Unsettled(b, a, scale, Divided(start, a, b, parts, scale)),
+                (module + A, module + B),
+            )
 
 
 def is_own(module: str) -> bool:

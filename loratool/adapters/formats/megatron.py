@@ -141,11 +141,10 @@ class Megatron(MegatronFiles, TrainerFormat):
         return own if attention_heads(own) else super().model_at(folder, config)
 
     def training_of(self, config: Config) -> Training:
-        rank = next((found for path in RANKS if (found := whole_in(config, *path))), None)
         return Training(
             base=text_in(config, "checkpoint", "pretrained_checkpoint") or text_in(config, "restore_from_path"),
             task="CAUSAL_LM",
-            rank=rank,
+            rank=next((found for path in RANKS if (found := whole_in(config, *path))), None),
             in_out=False,
         )
 
@@ -177,8 +176,7 @@ class Megatron(MegatronFiles, TrainerFormat):
         inner = "self_attn" if parts[0] in (*QKV, "o_proj") else "mlp"
         start, total = f"model.layers.{layer}.{inner}", factors.b.shape[0]
         if parts == QKV:
-            grouped = Grouped(start, factors)
-            unsettled = Unsettled(factors.b, factors.a, factors.scale, grouped, factors.magnitude)
+            unsettled = Unsettled(factors.b, factors.a, factors.scale, Grouped(start, factors), factors.magnitude)
             found.add(f"{start}.qkv_proj.weight", unsettled, names)
             return
         if total % len(parts):

@@ -269,7 +269,7 @@ class Mlx(MlxFiles, Format):
             found.read()
             found.check_lengths("dora" if config.get("use_dora") is True else config.get("fine_tune_type"))
         alone = path.is_file() and path.name != WEIGHTS
-        adapter = Adapter(
+        return Adapter(
             name=name_of(folder),
             format=self.name,
             folder=folder,
@@ -284,8 +284,7 @@ class Mlx(MlxFiles, Format):
             notes=tuple(notes),
             beside=() if alone else weight_files(folder, file, {file.path.name}),
             alone=alone,
-        )
-        return adapter, tuple(found.problems)
+        ), tuple(found.problems)
 
     def subject(self, config: Config) -> Subject:
         training = training_of(config)

@@ -113,7 +113,7 @@ class Named(Format):
         folder, alone = file.path.parent, path.is_file()
         if not (found.updates or found.problems or found.unsupported):
             found.problems.append(Problem("it contains no adapter tensors"))
-        adapter = Adapter(
+        return Adapter(
             name=name_of(path).removesuffix(".safetensors") if alone else name_of(folder),
             format=self.name,
             folder=folder,
@@ -129,8 +129,7 @@ class Named(Format):
             notes=(*found.notes, *reading.unused()),
             beside=() if alone else weight_files(folder, file, {file.path.name}),
             alone=alone,
-        )
-        return adapter, tuple(found.problems)
+        ), tuple(found.problems)
 
     def spelling(self, kinds: Mapping[str, Kind], release: str = "", dialect: str = "") -> NamedNames:  # noqa: ARG002
         from loratool.adapters.formats.named.writing import NamedNames

@@ -218,13 +218,11 @@ class Reader(Found):
             of_scale = module_name.endswith(".scale")  # a parameter of its own, as older releases of ComfyUI name norms
             target = module_name if of_scale else f"{module_name}.{parameter}"
             target = Flattened(target) if isinstance(module_name, Flattened) else target
-            names = tuple(group.roles[role].info.name for role in found.used[parameter])
-            self.add(target, update, names)
+            self.add(target, update, tuple(group.roles[role].info.name for role in found.used[parameter]))
 
     def add(self, target: str, update: Update, names: Sequence[str]) -> None:
         if target in self.updates:
-            why = f"changes the same weight as {printable(self.sources[target][0])}"
-            self.refuse(names[0], why, MERGED_TWICE)
+            self.refuse(names[0], f"changes the same weight as {printable(self.sources[target][0])}", MERGED_TWICE)
         self.updates[target], self.sources[target] = update, tuple(names)
 
     def take_replacements(self, names: list[str]) -> list[str]:
@@ -279,8 +277,9 @@ class Reader(Found):
                 flat.setdefault(Flattened.of(name), target)
             if owner is not target:
                 one, other = self.sources[owner][0], self.sources[target][0]
-                why = f"means the same weight as {printable(one)}, which is spelled otherwise"
-                self.refuse(other, why, MERGED_TWICE)
+                self.refuse(
+                    other, f"means the same weight as {printable(one)}, which is spelled otherwise", MERGED_TWICE
+                )
 
 
 def within_denoiser(target: str) -> str:

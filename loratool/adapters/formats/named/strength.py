@@ -58,8 +58,11 @@ def scaled(contents: Contents, factors: Mapping[str, float], scales: Mapping[str
     if odd:
         raise InputError("layers that share these tensors cannot have different strengths; pass --bake:", odd, BAKE)
     alphas = {name: number for name, number in found.items() if is_alpha(name)}
-    times = {name: number for name, number in found.items() if not is_alpha(name) and number != 1}
-    return Scaled(times, alphas, header(contents.adapter, alphas))
+    return Scaled(
+        {name: number for name, number in found.items() if not is_alpha(name) and number != 1},
+        alphas,
+        header(contents.adapter, alphas),
+    )
 
 
 def is_alpha(name: str) -> bool:
