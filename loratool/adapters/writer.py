@@ -157,7 +157,7 @@ class Output:
         inputs: Sequence[Path],
     ) -> None:
         """Write everything else; `beside` are files to copy, by name, `inputs` the folders with cards."""
-        if self.stage is not None and not self.stage.single:
+        if self.stage is not None:
             finish(self.stage, self.names.form, config, provenance, beside, inputs)
 
 
@@ -169,7 +169,9 @@ def finish(
     beside: Mapping[str, Path],
     inputs: Sequence[Path],
 ) -> None:
-    """Write what lies beside an adapter, and how it was made."""
+    """Write what lies beside an adapter, and how it was made; nothing lies beside a single file."""
+    if stage.single:
+        return
     stage.expect([CARD, PROVENANCE, *beside])
     for name, path in beside.items():
         stage.copy(name, path)
@@ -218,8 +220,12 @@ def adapter_output(
         yield Output(None, None, names, forms, dtype, scales or {})
         return
     form, every = names.form, Parts({target: f.rank for target, f in forms.items()}, scales or {})
-    strengths = [(name, "F32", ()) for name in names.strengths(every)]
-    announced = [*announced_factors(names, forms, dtype), *strengths, *carried.announced()]
+    factors = ((names.factors(target), names.shapes(f)) for target, f in forms.items())
+    announced: list[Triple] = [
+        *((name, SPELLED[dtype], shape) for both in factors for name, shape in zip(*both, strict=True)),
+        *((name, "F32", ()) for name in names.strengths(every)),
+        *carried.announced(),
+    ]
     needed = sum(math.prod(shape) * (8 if d == "F64" else 4) for _, d, shape in announced)
     with (
         staged_weights(out, form, needed, options) as stage,
@@ -279,8 +285,7 @@ def restated_output(
             copy_with_values(file, stage.folder / form.weights_name, told)
             stage.add(form.weights_name)
         file.check_unchanged()
-        if not stage.single:
-            finish(stage, form, adapter.config, provenance, beside, [adapter.folder])
+        finish(stage, form, adapter.config, provenance, beside, [adapter.folder])
 
 
 def scaled_output(
@@ -308,8 +313,7 @@ def scaled_output(
         written.finish()
         file.check_unchanged()
         stage.add(form.weights_name)
-        if not stage.single:
-            finish(stage, form, scaled.header, provenance, files_beside(source), [source.adapter.folder])
+        finish(stage, form, scaled.header, provenance, files_beside(source), [source.adapter.folder])
 
 
 def append(file: TensorFile, name: str, tensor: StoredTensor | Tensor) -> None:
@@ -330,12 +334,6 @@ def times(source: Contents, name: str, factor: float) -> Tensor:
     if not bool(found.isfinite().all()):
         raise FitError(f"{printable(name)}: times {factor:g} it overflows {called(dtype)}")
     return found
-
-
-def announced_factors(names: Spelling, forms: Mapping[str, Form], dtype: str) -> Iterator[Triple]:
-    for target, form in forms.items():
-        for name, shape in zip(names.factors(target), names.shapes(form), strict=True):
-            yield name, SPELLED[dtype], shape
 
 
 def carried_over(source: Contents, names: Spelling, factors: Mapping[str, float] | None = None) -> Carried:

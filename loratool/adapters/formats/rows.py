@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Derived, StoredTensor, derived
-from loratool.adapters.model_settings import Heads
 from loratool.lazy import Tensor
+
+if TYPE_CHECKING:
+    from loratool.adapters.model_settings import Heads
 
 
 def part_of(stored: StoredTensor | Derived, first: int, count: int) -> Any:

@@ -133,7 +133,8 @@ class Draft(Found):
         """Whether a tensor is saved whole though its module's name, or one around it, is spelled as PEFT's tensors are."""
         if key is None or not key.slot:
             return bool(keys.family_of(path)) and self.paths.is_saved(path)
-        if self.paths.names_module(path) and not path.rpartition(".")[0].endswith(key.slot.removesuffix(".bias")):
+        module = path.rpartition(".")[0]
+        if module.endswith(self.paths.saved) and not module.endswith(key.slot.removesuffix(".bias")):
             return True
         return self.paths.biases and key.slot.endswith(".bias") and key.module not in self.paths.adapted
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.formats.format import Format
-from loratool.adapters.formats.peft import files, keys, lora, scaling
+from loratool.adapters.formats.peft import counting, files, keys, lora, scaling
 from loratool.adapters.formats.peft.reading import read_leniently, read_saved
 from loratool.adapters.formats.peft.training import training_of
 from loratool.errors import printable
@@ -45,6 +45,7 @@ class Peft(Format):
     read_leniently = staticmethod(read_leniently)
     read_saved = staticmethod(read_saved)  # a file of tensors that were trained whole
     training_of = staticmethod(training_of)
+    parameters = staticmethod(counting.count_parameters)
     scales = staticmethod(scaling.scales_in)  # of a config that another format holds
 
     @property
@@ -57,11 +58,6 @@ class Peft(Format):
         from loratool.adapters.formats.peft.health import findings
 
         return findings(adapter, path)
-
-    def parameters(self, adapter: Adapter, in_base: set[str]) -> tuple[int, int]:
-        from loratool.adapters.formats.peft.counting import count_parameters
-
-        return count_parameters(adapter, in_base)
 
     def subject(self, config: Mapping[str, Any]) -> Subject:
         from loratool.adapters.formats.peft.card import subject

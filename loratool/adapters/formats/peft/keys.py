@@ -202,10 +202,6 @@ class Paths:
             return True
         return any(module.endswith(self.saved) for module in beginnings(path)) if self.saved else False
 
-    def names_module(self, path: str) -> bool:
-        """Whether the module of a tensor is one that is saved whole by its own name."""
-        return path.rpartition(".")[0].endswith(self.saved)
-
     def saved_as(self, path: str) -> tuple[str, str]:
         """For a tensor that is saved whole: the parameter it is for, and what wrapped it (empty for nothing)."""
         parts = path.split(".")
