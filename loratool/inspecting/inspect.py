@@ -16,7 +16,6 @@ from loratool.adapters.layers import Layer, layer_of
 from loratool.adapters.reading import Reading
 from loratool.adapters.unsettled import settled
 from loratool.adapters.weight_files import fates
-from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.arguments import PathLike, Progress
@@ -320,7 +319,7 @@ def layer_in(target: str, update: Update) -> Layer | None:
 def kind_of(update: Update, layer: Layer | None) -> str:
     if layer is not None:
         return "low-rank"
-    names = {Replace: "saved whole", ReplaceRows: "token rows", LowRank: "low-rank"}
+    names = {Replace: "saved whole", ReplaceRows: "token rows"}
     return names.get(type(update), type(update).__name__)
 
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor, same_values, unloaded
@@ -23,12 +22,12 @@ from loratool.algebra.lowrank.products import Product
 from loratool.algebra.methods.coefficients import cancel
 from loratool.algebra.rounding import round_once
 from loratool.errors import FitError, UsageError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.templates import some
 
-NONE: Mapping[str, Any] = MappingProxyType({})
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
 Weight = float | Mapping[str, float]  # of an adapter; by pattern, with "default" for what none matches
 
@@ -64,12 +63,10 @@ def told_bases(sources: Sequence[Contents]) -> Iterator[Note]:
 
 
 def contents_apart(
-    paths: Sequence[Path], ways: Sequence[Reading], command: str, config: Mapping[str, Any] = NONE
+    paths: Sequence[Path], ways: Sequence[Reading], command: str, base: Checkpoint | None
 ) -> list[Contents]:
-    """What adapters of a model with a config hold, for a command that takes several, with names that tell them apart.
-
-    Raises as reading them does.
-    """
+    """What adapters of a base hold, for a command on products, with names that tell them apart. Raises as reading them does."""
+    config = base.config if base is not None else {}
     seen: Counter[str] = Counter()
     found = []
     for path, way in zip(paths, ways, strict=True):

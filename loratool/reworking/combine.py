@@ -53,7 +53,7 @@ def combine(
     ways = options.readings(len(operands))
     paths = [local(operand, "adapter") for operand in operands]
     base = options.model()
-    sources, manner = in_manner(contents_apart(paths, ways, "combine", base.config if base else {}), options.to, base)
+    sources, manner = in_manner(contents_apart(paths, ways, "combine", base), options.to, base)
     target = check_adapter_target(out, paths, options, manner.form)
     layers, blocks = align_layers(sources, weights), BlockWeights.of(options.block_weights)
     blocks.check(layers)

@@ -68,8 +68,7 @@ def compare(adapters: Sequence[PathLike], options: CompareOptions, progress: Pro
     if len(adapters) < 2:
         raise UsageError("compare needs at least two adapters")
     paths = [local(path, "adapter") for path in adapters]
-    base = options.model()
-    sources = named_alike(contents_apart(paths, ways, "compare", base.config if base else {}))
+    sources = named_alike(contents_apart(paths, ways, "compare", options.model()))
     layers = align_layers(sources, [1.0] * len(sources))
     if not any(len(found) > 1 for found in layers.values()):
         raise FitError(

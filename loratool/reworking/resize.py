@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.adapters.adapter import StoredTensor
-from loratool.adapters.formats import read_adapter
 from loratool.adapters.formats.format import Parts
-from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer, contents_of
+from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind, Layer
 from loratool.adapters.ranks import RULES, Amount, RankRule, evened, told_of_cuts
 from loratool.adapters.reading import ReadingOptions
-from loratool.adapters.unsettled import settled
 from loratool.adapters.writer import (
     FactorOptions,
     Output,
@@ -49,6 +47,7 @@ from loratool.options.described import FLAG, JsonFile, Number, PathKind, option
 from loratool.options.shared import DeviceOption
 from loratool.options.writing import PublishOptions
 from loratool.results.resize import ResizedLayer, ResizedTotals, ResizeReport
+from loratool.reworking.aligned_layers import contents_apart
 from loratool.reworking.dialects import Manner, OutputDialect, in_manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run, together
 from loratool.templates import listed
@@ -104,12 +103,11 @@ def resize(adapter: PathLike, out: PathLike, options: ResizeOptions, progress: P
     """Write the adapter at other ranks; `loratool.commands.resize` says all of it."""
     started = time.monotonic()
     rule = options.rule()
-    (way,) = options.readings(1)
+    ways = options.readings(1)
     calibration = [Path(options.calibration)] if options.calibration is not None else []
     inputs = [local(adapter, "adapter"), *calibration]
     base = options.model()
-    given = settled(read_adapter(inputs[0], way), base.config if base else {})
-    (contents,), manner = in_manner([contents_of(given, "resize", as_products=True)], options.to, base)
+    (contents,), manner = in_manner(contents_apart(inputs[:1], ways, "resize", base), options.to, base)
     target = check_adapter_target(out, inputs, options, manner.form)
     if not contents.layers:
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no low-rank update")

@@ -69,7 +69,7 @@ def add_to(
     folder = folder.parent if folder.name == SHARED else folder
     prices = Stated.of(bases)
     base = options.model()
-    before = contents_apart(paths, options.readings(len(paths)), "compress", base.config if base else {})
+    before = contents_apart(paths, options.readings(len(paths)), "compress", base)
     sources, manner = in_manner(before, prices.dialect, base)
     check(sources, bases, folder, options)
     with session(options.device, sources) as at_work:

@@ -100,7 +100,7 @@ def adapters_at(operands: Sequence[PathLike] | PathLike) -> list[Path]:
 def fleet_of(paths: Sequence[Path], options: CompressOptions) -> tuple[list[Contents], list[Contents], Manner]:
     """The adapters under names that they have in common, as they were before that, and their dialect."""
     base = options.model()
-    before = contents_apart(paths, options.readings(len(paths)), "compress", base.config if base else {})
+    before = contents_apart(paths, options.readings(len(paths)), "compress", base)
     plain = base is not None and DIALECTS.get(dialect_of(before[0]), WRITTEN).format.takes_model
     sources, manner = in_manner(before, WRITTEN.dialects[0] if plain else None, base)  # expand takes no model
     named = zip(sources, file_names(sources), strict=True)

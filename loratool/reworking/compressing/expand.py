@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,7 +104,10 @@ class Expander(Maker[str, None]):
 
     @cached_property
     def shared(self) -> dict[str, Any]:
-        return {"shared": shared_input(self.folder, (self.bases, self.member))}
+        """The folder as provenance names it, with the files that an adapter is made of."""
+        digests = {each.file.path.name: sha256_of(each.file.path) for each in (self.bases, self.member)}
+        made = made_of(self.folder, digests)
+        return {"shared": {"name": name_of(self.folder), **told_input(self.folder), "sha256": digests, **made}}
 
     def tasks(self) -> Iterable[str]:
         return self.stored.forms
@@ -112,9 +115,6 @@ class Expander(Maker[str, None]):
     def work(self, output: Output, task: str) -> list[Made[None]]:
         found = at_rank(self.bases, self.member, task, self.stored.forms[task])
         return [Made((output.rounded(task, found),), None)]
-
-    def take(self, made: Made[None]) -> None:
-        pass
 
     def rest(self, draft: Draft) -> Rest:  # noqa: ARG002 (everything was stored)
         return Rest(self.config, self.shared, tuple(notes(self.member)), {}, [])
@@ -124,12 +124,6 @@ def carried_by(member: Opened) -> Carried:
     """The tensors that stand beside the factors, as they are."""
     names = {name: name.removeprefix(OTHER) for name in member.file.tensors if name.startswith(OTHER)}
     return Carried({name: StoredTensor(member.file, member.file.tensors[there]) for there, name in names.items()})
-
-
-def shared_input(folder: Path, files: Sequence[Opened]) -> dict[str, Any]:
-    """The folder as provenance names it, with the files that an adapter is made of."""
-    digests = {each.file.path.name: sha256_of(each.file.path) for each in files}
-    return {"name": name_of(folder), **told_input(folder), "sha256": digests, **made_of(folder, digests)}
 
 
 def at_rank(bases: Opened, member: Opened, layer: str, shape: Form) -> Product:

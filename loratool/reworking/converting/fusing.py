@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratool.adapters.formats.format import Format
-from loratool.adapters.layers import Kind, Layer
+from loratool.adapters.layers import Kind
 from loratool.adapters.model_settings import attention_heads, model_types, setting
 from loratool.errors import FitError, InputError, printable
 from loratool.layouts.fusions import CROSS_ATTENTION, EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
 from loratool.notes import Note
-from loratool.reworking.converting.rows import Rows, Target
+from loratool.reworking.converting.rows import Rows, Sized, Target
 
 # Those of the table that most models have.
 NAMES = ("experts.gate_up_proj", "experts.down_proj", "qkv_proj", "gate_up_proj")
@@ -40,7 +40,7 @@ def part_of(target: str, fusion: Fusion) -> tuple[str, int, int] | None:
 
 
 def split(
-    layers: Mapping[str, Layer], config: Mapping[str, Any], experts_only: bool = False
+    layers: Mapping[str, Sized], config: Mapping[str, Any], experts_only: bool = False
 ) -> tuple[dict[str, Target], tuple[Note, ...]]:
     """The layers with fused ones apart, or `experts_only`.
 
@@ -89,7 +89,7 @@ def assumed(config: Mapping[str, Any], parts: int) -> dict[str, Note]:
     return {"gate-then-up": Note("gate-then-up", text)}
 
 
-def sizes_of(target: str, layer: Layer, fusion: Fusion, config: Mapping[str, Any]) -> list[int]:
+def sizes_of(target: str, layer: Sized, fusion: Fusion, config: Mapping[str, Any]) -> list[int]:
     """The rows of each part of a fused layer."""
     count = len(fusion.parts)
     heads = attention_heads(config) if "q" in fusion.sizes else None
@@ -105,7 +105,7 @@ def sizes_of(target: str, layer: Layer, fusion: Fusion, config: Mapping[str, Any
     return [layer.rows // count] * count
 
 
-def fused(layers: Mapping[str, Layer]) -> dict[str, Target]:
+def fused(layers: Mapping[str, Sized]) -> dict[str, Target]:
     """The layers with parts of fused ones together.
 
     Raises `FitError` where a part is missing whose number of rows the others do not tell.
@@ -135,7 +135,7 @@ def fused(layers: Mapping[str, Layer]) -> dict[str, Target]:
 
 
 def stacked(
-    layers: Mapping[str, Layer], form: Format, config: Mapping[str, Any]
+    layers: Mapping[str, Sized], form: Format, config: Mapping[str, Any]
 ) -> tuple[dict[str, Target], tuple[Note, ...]]:
     """The layers with those of experts as a format stacks them, which takes factors for all; zeros where there are none.
 
@@ -168,7 +168,7 @@ def stacked(
 
 
 def rows_of(
-    fusion: Fusion, number: int, members: Mapping[tuple[int, int], str], layers: Mapping[str, Layer], name: str
+    fusion: Fusion, number: int, members: Mapping[tuple[int, int], str], layers: Mapping[str, Sized], name: str
 ) -> int:
     """The rows of a part: its own, or those of a part that is as large."""
     letters: Sequence[str] = fusion.sizes or "a" * len(fusion.parts)

@@ -16,7 +16,7 @@ from typing import Any
 from loratool.adapters.adapter import Flattened
 from loratool.adapters.formats import DIALECTS
 from loratool.adapters.formats.named.dialects import spelling_of
-from loratool.adapters.layers import Contents, Kind, Layer
+from loratool.adapters.layers import Contents, Kind
 from loratool.adapters.model_settings import model_types
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
@@ -168,7 +168,7 @@ def readings(targets: Iterable[str], only: str = "") -> list[Reading]:
     return found
 
 
-def chosen(found: Sequence[Reading], layers: Mapping[str, Layer], hint: str) -> tuple[Reading, tuple[Note, ...]]:
+def chosen(found: Sequence[Reading], layers: Mapping[str, Sized], hint: str) -> tuple[Reading, tuple[Note, ...]]:
     """The reading that is meant: by the file's header, by the width of text that attention takes in, else the first."""
     said = [reading for reading in found if reading.architecture == hint]
     wide = [reading for reading in found if reading.architecture in by_width(layers)]
@@ -187,7 +187,7 @@ ASSUMED = "architecture-assumed"  # the code of a note
 WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}  # of the text that cross-attention of a U-Net takes in
 
 
-def by_width(layers: Mapping[str, Layer]) -> set[str]:
+def by_width(layers: Mapping[str, Sized]) -> set[str]:
     """Architectures of U-Nets, by the columns of the keys of cross-attention."""
     return {
         WIDTHS[layer.columns]
@@ -212,7 +212,7 @@ class Wanted:
 
 
 def respelled(
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, Sized],
     dialect: str,
     architecture: str,
     hint: str,
@@ -258,13 +258,13 @@ def respelled(
     return replace(wanted, architecture=reading.architecture, notes=notes)
 
 
-def apart_from_layers(targets: Mapping[str, Target], layers: Mapping[str, Layer]) -> Wanted:
+def apart_from_layers(targets: Mapping[str, Target], layers: Mapping[str, Sized]) -> Wanted:
     """Layers, and what is stored in full."""
     own = {name: target for name, target in targets.items() if target.sources[0] in layers}
     return Wanted(own, {name: target for name, target in targets.items() if name not in own})
 
 
-def with_experts_apart(wanted: Wanted, layers: Mapping[str, Layer], config: Mapping[str, Any], server: str) -> Wanted:
+def with_experts_apart(wanted: Wanted, layers: Mapping[str, Sized], config: Mapping[str, Any], server: str) -> Wanted:
     """The layers with factors for each expert by itself, where an adapter has one parameter for all of them."""
     fused = {
         name: layers[t.sources[0]]

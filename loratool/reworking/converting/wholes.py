@@ -35,7 +35,7 @@ IN_FULL = ("comfy", "lycoris")  # dialects with changes of whole weights
 
 @dataclass(frozen=True)
 class Outline:
-    """The sides of a weight or bias that is stored in full."""
+    """The sides of a weight or bias that is stored in full, or of a layer that is yet to be made."""
 
     target: str
     rows: int

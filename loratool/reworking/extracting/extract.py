@@ -127,7 +127,7 @@ class Models:
         check_saved(found)
         refuse_nothing(found)
         manner = named_as(self.manner, found)
-        return Extractor(found, self.rule, options.exact, options.seed, at_work, options.dtype, manner)
+        return Extractor(found, self.rule, options, at_work, manner)
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,8 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
 
     pairing: Pairing
     rule: Rule
-    exact: bool
-    seed: int
+    options: ExtractOptions
     at_work: Session
-    asked_dtype: str
     manner: Manner
     layers: dict[str, ExtractedLayer] = field(default_factory=dict)
     noise: dict[str, ExtractedLayer] = field(default_factory=dict)
@@ -212,7 +210,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     def dtype(self) -> torch.dtype:
         """Of the factors: as asked, or the one that holds those of the tuned layers."""
         names = {change.tuned.dtype for change in self.pairing.changes.values()}
-        dtype: torch.dtype = getattr(torch, factor_name(names, self.asked_dtype))
+        dtype: torch.dtype = getattr(torch, factor_name(names, self.options.dtype))
         return dtype
 
     def draft(self) -> Draft:
@@ -254,8 +252,8 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
                 "base": {**told_model(before), **({"quantised": before.title} if isinstance(before, Decoded) else {})},
                 "tuned": told_model(after),
                 "rule": self.rule.told,
-                "exact": self.exact,
-                "seed": self.seed,
+                "exact": self.options.exact,
+                "seed": self.options.seed,
             },
             notes=tuple(remarks(self.pairing, self, self.rule)),
             files=terms(before),
@@ -307,7 +305,9 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
             for at in range(change.experts)
         )
         try:
-            return [decomposed(matrix, self.limit(change), self.exact, self.seed) for matrix in matrices]
+            return [
+                decomposed(matrix, self.limit(change), self.options.exact, self.options.seed) for matrix in matrices
+            ]
         except NotFiniteError:
             raise InputError(
                 f"{self.pairing.base.name} and {self.pairing.tuned.name}: cannot subtract all values:",

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from loratool.adapters.adapter import derived
 from loratool.adapters.formats import DIALECTS, WRITTEN
-from loratool.adapters.layers import Kind, Layer
-from loratool.algebra.updates.additive import LowRank
-from loratool.algebra.updates.experts import ExpertFactors
+from loratool.adapters.layers import Kind
 from loratool.bases.binding.components import components_of
 from loratool.bases.binding.named import Named
 from loratool.bases.weights import Slice, Stacked, StoredWeight
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.words import TEXT_WORDS
-from loratool.lazy import Tensor
 from loratool.reworking.converting.naming import LAYOUTS, respelled
 from loratool.reworking.converting.rows import Target
+from loratool.reworking.converting.wholes import Outline
 from loratool.reworking.dialects import Manner
 from loratool.reworking.extracting.pairing import Change, Pairing
 
@@ -51,7 +48,7 @@ def named_as(manner: Manner, found: Pairing) -> Manner:
         )
     called = words_of(found.base, found.changes) if of_images else {target: target for target in found.changes}
     own = {called[target]: change for target, change in found.changes.items()}
-    layers = {name: layer_of(name, change) for name, change in own.items()}
+    layers = {name: Outline(name, *change.layer, change.kind, change.experts) for name, change in own.items()}
     wanted = respelled(layers, manner.dialect, "", "", found.base)
     if odd := [t for t, target in wanted.targets.items() if not target.is_whole(layers) and is_turned(target, own)]:
         raise FitError(
@@ -65,7 +62,7 @@ def is_turned(target: Target, changes: Mapping[str, Change]) -> bool:
     return any(changes[source].turned for source in target.sources)
 
 
-def divided(name: str, target: Target, changes: Mapping[str, Change], layers: Mapping[str, Layer]) -> Change:
+def divided(name: str, target: Target, changes: Mapping[str, Change], layers: Mapping[str, Outline]) -> Change:
     """The change of a layer of the dialect: a whole one of the model, or rows of some, as both models have them."""
     if target.is_whole(layers):
         return replace(changes[target.sources[0]], target=name)
@@ -97,17 +94,3 @@ def words_of(base: Checkpoint, targets: Mapping[str, Change]) -> dict[str, str]:
         word = part.name if base.components else "diffusion_model" if part.is_denoiser else text
         found[target] = f"{word}.{target.removeprefix(part.prefix)}"
     return found
-
-
-def layer_of(name: str, change: Change) -> Layer:
-    """A layer of a change's shape, without values: for its name alone."""
-
-    def none() -> Tensor:
-        raise AssertionError("it has no values yet")
-
-    rows, columns = change.layer
-    if change.kind is Kind.PARAMETER:
-        a, b = derived((change.experts, 1, columns), none), derived((change.experts, rows, 1), none)
-        return Layer(name, change.kind, ExpertFactors(a, b, 1.0), change.experts)
-    up, down = derived((rows, 1), none), derived((1, columns), none)
-    return Layer(name, change.kind, LowRank(up, down, 1.0, turnable=True, kernel=change.kernel))
