@@ -44,9 +44,9 @@ from loratool.options.described import FLAG, Choice, Number, PlaceKind, option
 from loratool.options.writing import PublishOptions
 from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.convert import ConvertedLayer, ConvertReport
-from loratool.reworking.converting.baking import baked, check_baked, kernels_in
 from loratool.reworking.converting.carrying import carried
 from loratool.reworking.converting.dora import Moved, as_lora, moved_by
+from loratool.reworking.converting.forms import baked, check_baked, in_their_form, kernels_in, projections
 from loratool.reworking.converting.keeping import (
     can_keep,
     carry,
@@ -67,7 +67,6 @@ from loratool.reworking.converting.naming import (
     respelled,
     with_experts_apart,
 )
-from loratool.reworking.converting.projections import in_their_form, projections
 from loratool.reworking.converting.proof import Compared, Comparison, places_of, read_back
 from loratool.reworking.converting.rows import Target, narrowed, settled
 from loratool.reworking.converting.servers import SERVERS, Server, server_for

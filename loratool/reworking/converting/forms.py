@@ -1,19 +1,26 @@
-"""LoHa and LoKr as plain LoRA, where their rank allows it exactly."""
+"""Layers in another form that is the same update.
+
+LoHa and LoKr are plain LoRA, where their rank allows it exactly. Layers before and after the attention of a U-Net are linear,
+or a convolution of 1 × 1, as their model has them: the numbers are the same, and tools load factors of one form alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from loratool.adapters.adapter import Adapter, load_update
 from loratool.adapters.as_lora import as_lora, as_product
-from loratool.adapters.layers import innermost, layer_of
+from loratool.adapters.layers import Contents, Layer, innermost, kind_of, layer_of
+from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update
+from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.products import Hadamard, Kronecker
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.checkpoint import Checkpoint
-from loratool.layouts.diffusion.kernels import is_projection
+from loratool.layouts.diffusion.kernels import PROJECTIONS, is_projection
 from loratool.lazy import torch
 
 BLOCK = 1 << 18  # elements of ΔW that are looked at together: in float64 they stay in a core's cache
@@ -85,3 +92,36 @@ def check_baked(before: Adapter, after: Adapter, target: str) -> None:
         lost = math.hypot(lost, float(torch.linalg.vector_norm(block)))
     if lost > EXACT * size:  # values that are no numbers are refused where they are read
         raise LoratoolError(f"this is a bug in loratool: {printable(target)} as LoRA is another update")
+
+
+Kernel = tuple[int, ...]
+
+
+def projections(contents: Contents, kernels: Mapping[str, Kernel], architecture: str) -> dict[str, Kernel]:
+    """The kernels of these layers, nothing of a linear one: those that a base tells, else those of an architecture."""
+    names = [target for target in contents.layers if is_projection(target.rpartition(".")[0])]
+    known = {target: kernels.get(target, PROJECTIONS.get(architecture)) for target in names}
+    return {target: kernel for target, kernel in known.items() if kernel is not None}
+
+
+def in_their_form(contents: Contents, kernels: Mapping[str, Kernel]) -> Contents:
+    """The contents with some layers in the form of their kernels; the same where all are."""
+    layers = {
+        target: in_form(layer, kernels[target])
+        for target, layer in contents.layers.items()
+        if target in kernels and layer.kernel != kernels[target] and is_one(layer.kernel) and is_one(kernels[target])
+    }
+    return replace(contents, layers={**contents.layers, **layers}) if layers else contents
+
+
+def is_one(kernel: Kernel) -> bool:
+    return math.prod(kernel) == 1
+
+
+def in_form(layer: Layer, kernel: Kernel) -> Layer:
+    """A layer with another kernel of one element."""
+    plain: Any = innermost(layer.update)
+    assert isinstance(plain, LowRank), "it has a kernel"
+    update = replace(plain, kernel=kernel, turnable=not kernel)
+    magnitude = replace(layer.magnitude, inner=update) if isinstance(layer.magnitude, Magnitude) else layer.magnitude
+    return replace(layer, kind=kind_of(update), update=update, magnitude=magnitude)
