@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratool.reworking.converting.servers import SERVERS, Server
+from loratool.reworking.converting.servers import CONVOLUTIONS, SERVERS, WORDS, Server
 
 PAGE = Path(__file__).with_name("servers.md")
 
@@ -45,7 +45,7 @@ def row(word: str, server: Server, number: int) -> str:
         ranks,
         "in the factors, alpha = r" if server.plain else "as the dialect has it",
         "as they are" if not server.apart else f"cut{f', except in {listed}' if listed else ''}",
-        ", ".join(server.refused_kinds),
+        ", ".join([*(WORDS[kind] for kind in server.refuses), *([] if server.convolutions else [CONVOLUTIONS])]),
         server.why,
     )
     return f"| {' | '.join(cells)} |"

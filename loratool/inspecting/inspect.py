@@ -79,14 +79,8 @@ def inspect(
         options.check_needed("device", "values")
     (way,) = (way,) if way is not None else options.readings(1)
     with ExitStack() as stack:
-
-        def at(operand: PathLike, role: Role) -> Path:
-            """Where it is; of a place on the Hub all that is needed comes here only for its values."""
-            whole = options.values or options.check or options.near is not None
-            return local(operand, role) if whole else stack.enter_context(headers(operand))
-
-        location = at(path, "any")
-        against = at(options.base, "model") if options.base is not None else None
+        location = located(path, "any", options, stack)
+        against = located(options.base, "model", options, stack) if options.base is not None else None
         if options.base_config is not None:
             against = stack.enter_context(headers(options.base_config))
         facts = look_at(location, path, against, options, progress, way, measured)
@@ -94,6 +88,12 @@ def inspect(
             facts = replace(facts, findings=with_record(facts.findings or (), location))
         device = facts.values.cost.device if isinstance(facts, AdapterFacts) and facts.values else ""
         return replace(facts, cost=Cost.since(started, device))
+
+
+def located(operand: PathLike, role: Role, options: InspectOptions, stack: ExitStack) -> Path:
+    """Where an operand is; of a place on the Hub all that is needed comes here only for its values."""
+    whole = options.values or options.check or options.near is not None
+    return local(operand, role) if whole else stack.enter_context(headers(operand))
 
 
 def look_at(

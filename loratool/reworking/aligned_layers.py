@@ -301,8 +301,8 @@ class Beside:
         total = math.fsum(weights)
         if total <= 0 or cancel(weights):
             raise UsageError("--saved mean needs weights with a sum above 0")
-        mixed = sum((value * (weight / total) for (_, value), weight in zip(found, weights, strict=True)), start=0)
-        assert not isinstance(mixed, int), "there is at least one"
+        parts = (value * (weight / total) for (_, value), weight in zip(found, weights, strict=True))
+        mixed = sum(parts, torch.zeros((), dtype=torch.float64))
         return round_once(mixed, torch_dtype(like.info.dtype))
 
     def loaded(self, value: StoredTensor) -> Tensor:

@@ -23,7 +23,7 @@ from loratool.algebra.updates.additive import LowRank
 from loratool.errors import LoratoolError
 from loratool.files.safefile import read_safefile
 from loratool.layouts.diffusion.kernels import kernel_of
-from loratool.reworking.converting.baking import check_baked
+from loratool.reworking.converting.forms import check_baked
 
 TARGET = "model.layers.0.self_attn.q_proj"
 

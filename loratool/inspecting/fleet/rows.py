@@ -13,14 +13,14 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_at, format_of, is_adapter, not_an_adapter
 from loratool.adapters.reading import Reading
 from loratool.errors import FitError, InputError, LoratoolError, code_of, escaped, folded, printable
-from loratool.fetching import headers, local, place_of
+from loratool.fetching import place_of
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import foreign_file
 from loratool.files.heads import read_head
 from loratool.inspecting.fleet.alike import likeness
 from loratool.inspecting.fleet.members import Member, is_model, names_in
 from loratool.inspecting.health import examine, tell_unreadable, with_record
-from loratool.inspecting.inspect import exit_code_of, layer_in, leaf, told_format
+from loratool.inspecting.inspect import exit_code_of, layer_in, leaf, located, told_format
 from loratool.inspecting.options import InspectOptions
 from loratool.results.findings import Finding
 from loratool.results.fleet import OK, FleetRow
@@ -68,7 +68,8 @@ class Reader:
                 same, name=printable(member.name), path=printable(member.path), date=date_of(member.path)
             ), None
         with ExitStack() as stack:
-            place = self.located(member, stack)
+            here = place_of(member.path) is None
+            place = member.path if here else located(member.path, "adapter", self.options, stack)
             if is_adapter(place):
                 row, sketch = self.of_adapter(member, place)
             elif place.suffix in PAGES or (not foreign_file(place) and holds_other(place)):
@@ -78,13 +79,6 @@ class Reader:
         if like is not None and not row.exit_code:
             self.known[like] = row
         return row, sketch
-
-    def located(self, member: Member, stack: ExitStack) -> Path:
-        if place_of(member.path) is None:
-            return member.path
-        if self.reads_values or self.options.check:
-            return local(member.path, "adapter")
-        return stack.enter_context(headers(member.path))
 
     def of_adapter(self, member: Member, location: Path) -> tuple[FleetRow, Sketch | None]:
         """The row of an adapter. Raises `LoratoolError` where not even its header can be read."""

@@ -67,11 +67,6 @@ class Server:
             return CONVOLUTIONS
         return next((WORDS[kind] for kind in self.refuses if isinstance(update, kind)), "")
 
-    @property
-    def refused_kinds(self) -> tuple[str, ...]:
-        """All that it refuses, in words."""
-        return (*(WORDS[kind] for kind in self.refuses), *(() if self.convolutions else (CONVOLUTIONS,)))
-
 
 NOT_LORA = (Magnitude, Replace, ReplaceRows, Add)
 # By the word of `--for`; of several rows the newest first.

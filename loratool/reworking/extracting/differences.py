@@ -80,12 +80,15 @@ class Difference:
     room: int  # bytes of it in float32 that may stay in memory
     shared: tuple[Held, Held] = field(default_factory=lambda: (Held(), Held()))  # of the two weights, for all matrices
     weight: float = 0.0  # ‖W_base‖²
-    row_steps: Tensor | None = (
-        None  # (rows,) Σ ulp² of each row of W_tuned in the coarser of the two dtypes, in float64
-    )
-    column_steps: Tensor | None = None  # (columns,) the same of each column
+    row_steps: Tensor = field(init=False)  # (rows,) Σ ulp² of W_tuned in the coarser of the two dtypes, in float64
+    column_steps: Tensor = field(init=False)  # (columns,) the same
     held: Tensor | None = None
     measured: bool = False
+
+    def __post_init__(self) -> None:
+        self.row_steps, self.column_steps = (
+            torch.zeros(size, dtype=torch.float64, device=self.device) for size in self.shape
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -148,10 +151,6 @@ class Difference:
                 raise NotFiniteError
         self.weight += float(torch.linalg.vector_norm(before, dtype=self.dtype)) ** 2
         squares = powers_of(after).clamp_min_(torch.finfo(torch_dtype(self.coarser)).tiny).square_()
-        if self.row_steps is None or self.column_steps is None:
-            self.row_steps, self.column_steps = (
-                torch.zeros(size, dtype=torch.float64, device=self.device) for size in self.shape
-            )
         scale = 4.0 ** -MANTISSA[self.coarser]
         self.row_steps[first : first + after.shape[0]] = squares.sum(1) * scale
         self.column_steps += squares.sum(0) * scale
@@ -162,8 +161,6 @@ class Difference:
         A matrix of independent numbers with deviation s has singular values up to s √columns + s √rows. Where the
         deviations differ, those that count are the ones of the rows and columns in which the singular vectors lie.
         """
-        assert self.row_steps is not None, "the difference has been gone through"
-        assert self.column_steps is not None, "the same"
         along = found.left.double().square().T @ (self.row_steps / 12)
         across = found.right.double().square() @ (self.column_steps / 12)
         return EDGE * (along.sqrt() + across.sqrt())
@@ -256,9 +253,12 @@ def same_values(one: StoredWeight, other: StoredWeight) -> bool:
 
 def packed_alike(one: StoredWeight, other: StoredWeight) -> bool:
     """Whether two weights are packed in the same way to the same bytes."""
-    if not isinstance(one, Packed) or not isinstance(other, Packed) or one.scheme != other.scheme:
-        return False
-    return len(one.tensors) == len(other.tensors) and all(map(same_bytes, one.tensors, other.tensors))
+    return (
+        isinstance(one, Packed)
+        and isinstance(other, Packed)
+        and (one.scheme, len(one.tensors)) == (other.scheme, len(other.tensors))
+        and all(map(same_bytes, one.tensors, other.tensors))
+    )
 
 
 def is_finite(weight: StoredWeight) -> bool:
