@@ -81,8 +81,7 @@ def wait_after(error: Exception, number: int) -> None:
     if number >= (FEW_WAITS if refused else len(WAITS)) or not passes(error):
         raise error
     response: Any = getattr(error, "response", None)
-    asked = asked_wait(getattr(response, "headers", {}))
-    time.sleep(min(asked, LONGEST_WAIT) or WAITS[number])
+    time.sleep(min(asked_wait(getattr(response, "headers", {})), LONGEST_WAIT) or WAITS[number])
 
 
 def passes(error: BaseException) -> bool:

@@ -116,13 +116,8 @@ def has_weights(folder: Path) -> bool:
 
 def understood(operands: Sequence[Operand]) -> tuple[list[Operand], list[Note]]:
     """The operands of a command as they are meant, in order, and a note of each that was typed as something else."""
-    found: list[Operand] = []
-    notes: list[Note] = []
-    for operand in operands:
-        meant, note = read_as(operand)
-        found.append(meant)
-        notes += [note] if note else []
-    found, notes = exchanged(found, notes)
+    meant = [read_as(operand) for operand in operands]
+    found, notes = exchanged([operand for operand, _ in meant], [note for _, note in meant if note])
     return found, [*notes, *(note for each in found for note in namesakes(each))]
 
 

@@ -184,11 +184,13 @@ def put_records(remote: Remote, root: Path, names: Iterable[str]) -> None:
 @contextmanager
 def standing_for(remote: Remote, root: Path, names: Iterable[str]) -> Iterator[None]:
     """Let files of the outline stand for those of the repository: whoever reads their tensors is given theirs."""
-    every = {os.fspath(root / name): name for name in names}
+    files = ((name, remote.files[name]) for name in names)
+    every = {
+        os.fspath(root / name): RangedFile(there.size, there.sha256 or there.blob, partial(read_range, remote, name))
+        for name, there in files
+    }
+    standing.update(every)
     try:
-        for path, name in every.items():
-            there = remote.files[name]
-            standing[path] = RangedFile(there.size, there.sha256 or there.blob, partial(read_range, remote, name))
         yield
     finally:
         for path in every:

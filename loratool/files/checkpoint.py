@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -30,6 +31,7 @@ from loratool.files.hub_cache import name_of
 from loratool.files.names import has_other_parts
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_safefile
 from loratool.files.untrusted import LARGEST_INDEX, read_json, unreadable
+from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.shown import Shown
 
@@ -351,15 +353,12 @@ def check_index(index: Path, weight_map: Mapping[str, str], root: Path, shards: 
 
 
 def check_unique(root: Path, shards: list[SafeFile]) -> None:
-    home: dict[str, str] = {}
-    problems: list[str] = []
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor in home:
-                problems.append(
-                    f"{printable(tensor)}: in {printable(home[tensor])} and in {printable(shard.path.name)}"
-                )
-            home[tensor] = shard.path.name
+    homes = by_key((tensor, shard.path.name) for shard in shards for tensor in shard.tensors)
+    problems = [
+        f"{printable(tensor)}: in {printable(one)} and in {printable(other)}"
+        for tensor, names in homes.items()
+        for one, other in pairwise(names)
+    ]
     if problems:
         raise InputError(
             f"{printable(root)}: tensors are duplicated, and there is no index to say which ones to use:", problems

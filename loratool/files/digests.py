@@ -282,13 +282,9 @@ def read_recorded(provenance: Mapping[str, Any]) -> dict[str, Digest]:
 
     loratool 0.1.0 listed the weights of merged models only, as "shards".
     """
-    found: dict[str, Digest] = {}
-    for key in ("shards", "files"):
-        table = provenance.get(key)
-        for name, entry in table.items() if isinstance(table, Mapping) else ():
-            if is_plain(name) and (digest := Digest.of_record(entry)) is not None:
-                found[name] = digest
-    return found
+    tables = [provenance.get(key) for key in ("shards", "files")]
+    entries = [entry for table in tables if isinstance(table, Mapping) for entry in table.items()]
+    return {n: digest for n, entry in entries if is_plain(n) and (digest := Digest.of_record(entry)) is not None}
 
 
 def nowhere(_reference: Reference) -> None:
@@ -387,7 +383,13 @@ def copied_ranges(file: SafeFile, copies: Sequence[CopiedRange]) -> Iterator[Com
     for copy in copies:
         if copy.md5:
             names = [info.name for at, info in infos if at < copy.stop and at + info.nbytes > copy.start]
-            holds = partial(has_digest, start=copy.start, stop=copy.stop, begin=md5_state, digest=copy.md5)
+            holds = partial(
+                has_digest,
+                start=copy.start,
+                stop=copy.stop,
+                begin=partial(hashlib.md5, usedforsecurity=False),
+                digest=copy.md5,
+            )
             yield Compared(copy.start, holds, names)
 
 
@@ -415,11 +417,6 @@ class InOrder:
         """In hexadecimal, of all bytes."""
         self.go_to(self.size)
         return self.state.hexdigest()
-
-
-def md5_state() -> State:
-    """What begins an MD5, by which stores tell parts of objects."""
-    return hashlib.md5(usedforsecurity=False)
 
 
 def has_bytes(source: Source, start: int, stop: int, wanted: Reference, find: Finder) -> bool:

@@ -44,8 +44,8 @@ class Origin:
 
 def origin_of(path: Path) -> Origin | None:
     """What a path in a cache of the Hub is; None for any other."""
-    whole = Path(os.path.abspath(path)).as_posix()  # not resolved: the files of a snapshot are links to blobs
-    match = re.search(SNAPSHOT, whole)
+    # not resolved: the files of a snapshot are links to blobs
+    match = re.search(SNAPSHOT, Path(os.path.abspath(path)).as_posix())
     if match is None:
         return None
     return Origin(f"{match['owner']}/{match['name']}", match["commit"], printable(match["inside"] or ""))

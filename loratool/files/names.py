@@ -51,11 +51,8 @@ def check_names(folder: Path, names: Collection[str], all_names: Iterable[str]) 
         doubtful.append(longest)
     if not doubtful:
         return
-    problems: dict[str, str] = {}
     try:
-        for name in dict.fromkeys(doubtful):
-            if why := why_refused(folder, name):
-                problems[name] = why
+        problems = {name: why for name in dict.fromkeys(doubtful) if (why := why_refused(folder, name))}
     finally:
         if folder.exists():
             from shutil import rmtree  # which brings packages of archives

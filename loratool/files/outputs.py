@@ -14,7 +14,7 @@ from loratool.files.folders import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.hub_names import slashed
 from loratool.files.journal import JOURNAL, REPLACED, ForeignError, Journal, look, read_journal, walk
 from loratool.files.locks import is_locked
-from loratool.files.model_files import MADE_HERE
+from loratool.files.model_files import MADE_HERE, FileNames
 from loratool.files.names import check_separators, is_unusual, refused_name
 from loratool.files.system import create_file, shell_line, sync_file
 from loratool.files.untrusted import LARGEST_RECORD, read_json
@@ -23,7 +23,6 @@ from loratool.files.weight_formats import read_weight_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from loratool.files.model_files import FileNames
 
 BUSY = "another run is writing this output; wait for it to end"
 

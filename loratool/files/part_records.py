@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from loratool.arguments import Progress
 from loratool.files.digests import Digest
 from loratool.files.seen import Seen
-from loratool.files.sink import Memory
+from loratool.files.sink import Memory, Sink
 from loratool.files.untrusted import json_or_empty
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from loratool.files.presence import Worker
     from loratool.files.safefile import Layout
-    from loratool.files.sink import Sink
     from loratool.files.staging import Stage
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import archive, foreign_start, is_text
-from loratool.files.source import read_pieces
+from loratool.files.source import Source, read_pieces
 from loratool.files.stand_ins import stand_in, told_identity
 from loratool.files.system import closing, copy_in_kernel, read_ahead, read_at, write_at
 from loratool.files.untrusted import RepeatedKeyError, json_object, open_regular, unreadable
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from loratool.files.source import Source
 
 # Every dtype of the format and the bits of one element.
 DTYPE_BITS: Mapping[str, int] = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from loratool.files.digests import Digest, digest_of_range
 from loratool.files.journal import FinishedShard
-from loratool.files.safefile import LocalSource, write_fully
+from loratool.files.safefile import Layout, LocalSource, write_fully
 from loratool.files.sink import PAGE, Arrived, Destination, Memory, piece_of, pieces_of
 from loratool.files.stopwatch import lap
 from loratool.files.system import (
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from loratool.files.safefile import Layout
     from loratool.files.seen import Seen
     from loratool.files.source import Source
     from loratool.files.staging import Stage

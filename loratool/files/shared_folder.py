@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING
 
 from loratool.arguments import Progress
 from loratool.errors import LoratoolError, StorageError, UsageError, VerificationError, printable
-from loratool.files.digests import HASHES, digest_of_part, digest_of_range
+from loratool.files.digests import HASHES, Digest, digest_of_part, digest_of_range
 from loratool.files.folders import PROVENANCE, sidecar_of
 from loratool.files.journal import JOURNAL, MODEL, NEW_JOURNAL, PARTS, Journal, look
 from loratool.files.outputs import check_stage, stage_of
 from loratool.files.part_records import FilePart, PartRecord, SharedOutput
 from loratool.files.presence import Presence, Worker, alone, publish_new, put_new, workers_in
 from loratool.files.process import on_all_cores
-from loratool.files.safefile import LocalSource, write_fully
+from loratool.files.safefile import Layout, LocalSource, write_fully
 from loratool.files.shard_writer import OpenFile
 from loratool.files.sink import PAGE
 from loratool.files.staging import Stage, check_space, storage_error, write_durably
@@ -40,9 +40,7 @@ from loratool.files.system import closing, forget_cached, open_file, sync_file, 
 from loratool.files.untrusted import LARGEST_RECORD, read_json
 
 if TYPE_CHECKING:
-    from loratool.files.digests import Digest
     from loratool.files.model_files import FileNames
-    from loratool.files.safefile import Layout
     from loratool.files.seen import Seen
 
 LARGEST_PART_RECORD = 16 << 20  # bytes

@@ -92,8 +92,8 @@ class Stage:
     def note(self, key: str, value: object) -> None:
         """Add a line to the journal, on stable storage when this returns."""
         line = {key: value}
-        raw = f"\n{json.dumps(line)}\n".encode()  # on a line of its own, even after one that a kill tore
-        write_durably(self.home / JOURNAL, raw, os.O_APPEND)
+        # on a line of its own, even after one that a kill tore
+        write_durably(self.home / JOURNAL, f"\n{json.dumps(line)}\n".encode(), os.O_APPEND)
         self.journal.take(line)
 
     def expect(self, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -40,9 +41,8 @@ def identity_of(bill: Part) -> str:
 def moment() -> datetime.datetime:
     """Now, in whole seconds, or the time that SOURCE_DATE_EPOCH has, with which the same bill gives the same bytes."""
     given = os.environ.get("SOURCE_DATE_EPOCH", "")
-    seconds = int(given) if given.isascii() and given.isdigit() else None
-    now = datetime.datetime.now(datetime.timezone.utc) if seconds is None else None
-    return (now or datetime.datetime.fromtimestamp(seconds or 0, datetime.timezone.utc)).replace(microsecond=0)
+    seconds = int(given) if given.isascii() and given.isdigit() else time.time()
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).replace(microsecond=0)
 
 
 def address(part: Part) -> str:

@@ -21,8 +21,7 @@ class Writer:
         self.elements: list[Any] = []
         self.licenses: dict[str, Any] = {}
         self.about = spdx.CreationInfo(_id="_:creation", specVersion="3.0.1", created=moment())
-        agent = self.add("agent", spdx.SoftwareAgent, name=f"loratool {__version__}")
-        self.about.createdBy.append(agent.spdxId)
+        self.about.createdBy.append(self.add("agent", spdx.SoftwareAgent, name=f"loratool {__version__}").spdxId)
 
     def add(self, key: str, kind: Any, **fields: Any) -> Any:
         """A new element."""

@@ -278,7 +278,8 @@ def label(key: str) -> str:
 def how(provenance: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if isinstance(words := provenance.get("command"), str):
-        lines += ["```console", f"$ {printable_command(words)}", "```", ""]
+        one_line = escaped(words).replace("```", "'''")
+        lines += ["```console", f"$ {one_line}", "```", ""]
     versions = provenance.get("versions")
     rows = [(str(k), v) for k, v in versions.items()] if isinstance(versions, Mapping) else []
     settings = {
@@ -288,11 +289,6 @@ def how(provenance: Mapping[str, Any]) -> list[str]:
     }
     lines += [f"- {cell(key)}: {cell(value)}" for key, value in (*settings.items(), *rows)]
     return lines
-
-
-def printable_command(words: str) -> str:
-    """A command of any length on one line."""
-    return escaped(words).replace("```", "'''")
 
 
 def measured(provenance: Mapping[str, Any], about: Subject | Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.adapters.formats.known import PEFT_CONFIG
-from loratool.arguments import Progress
+from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, UsageError, printable
 from loratool.fetching.client import api, asking, endpoint, patiently
 from loratool.fetching.stores import brought
@@ -26,7 +26,6 @@ from loratool.results.push import PushReport
 from loratool.stores.names import is_in_store, parse_store
 
 if TYPE_CHECKING:
-    from loratool.arguments import PathLike
     from loratool.publishing.options import PushOptions
 
 

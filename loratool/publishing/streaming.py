@@ -179,7 +179,10 @@ def expected(plan: MergePlan, repo: str, options: StreamOptions, notes: Sequence
         most_on_disk=most_on_disk(plan, plan.shards),
         gain=None,
         gains={},
-        left_out=(*plan.left_out, *kept_back(plan, options.exclude)),
+        left_out=(
+            *plan.left_out,
+            *(str(LeftOut(f.name, why)) for f in plan.side_files if (why := why_kept(f.name, options.exclude))),
+        ),
         notes=tuple(notes),
         digests={},
         dry_run=options.dry_run,
@@ -224,13 +227,6 @@ def why_kept(name: str, exclude: Sequence[str]) -> str:
     """Empty for a file beside the base that is sent; else the reason it is not."""
     unknown = "" if matches(name, KNOWN) else UNKNOWN
     return never(name) or unknown or ("excluded" if matches(name, exclude) else "")
-
-
-def kept_back(plan: MergePlan, exclude: Sequence[str]) -> Iterator[str]:
-    """Files beside the base that are not sent, with the reason."""
-    for file in plan.side_files:
-        if reason := why_kept(file.name, exclude):
-            yield str(LeftOut(file.name, reason))
 
 
 class Repository(LocalFolder):

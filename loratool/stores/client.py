@@ -206,18 +206,28 @@ def told(place: StorePath, error: Exception) -> Exception:
 def refusal(code: str, status: int, endpoint: str) -> str:
     """Why a store refused, and what to do about it."""
     named = f"{printable(code)}, status {status}"
-    if code == "NoSuchBucket":
-        return f"no such bucket at {endpoint}; check the name and AWS_ENDPOINT_URL"
-    if code in EXPIRED:
-        return f"the credentials have expired ({named}); renew them, then run the same command to continue"
-    if code in UNKNOWN_KEYS or status == 401:
-        return f"the store does not accept the credentials ({named}); check them and AWS_ENDPOINT_URL"
-    if code in ELSEWHERE:
-        return f"the bucket is in another region ({named}); set AWS_REGION"
-    if code == "RequestTimeTooSkewed":
-        return f"the clock of this machine differs from that of the store ({named}); set it"
-    if status == 403:
-        return f"the credentials do not allow this ({named}); use some that may read, or for OUT write and list, here"
-    if code in PASSING or status in PASSING_STATUS:
-        return f"the store is overloaded or has a fault ({named}); run the same command later to continue"
-    return f"the store refused the request ({named})"
+    reasons = (
+        (code == "NoSuchBucket", f"no such bucket at {endpoint}; check the name and AWS_ENDPOINT_URL"),
+        (
+            code in EXPIRED,
+            f"the credentials have expired ({named}); renew them, then run the same command to continue",
+        ),
+        (
+            code in UNKNOWN_KEYS or status == 401,
+            f"the store does not accept the credentials ({named}); check them and AWS_ENDPOINT_URL",
+        ),
+        (code in ELSEWHERE, f"the bucket is in another region ({named}); set AWS_REGION"),
+        (
+            code == "RequestTimeTooSkewed",
+            f"the clock of this machine differs from that of the store ({named}); set it",
+        ),
+        (
+            status == 403,
+            f"the credentials do not allow this ({named}); use some that may read, or for OUT write and list, here",
+        ),
+        (
+            code in PASSING or status in PASSING_STATUS,
+            f"the store is overloaded or has a fault ({named}); run the same command later to continue",
+        ),
+    )
+    return next((reason for holds, reason in reasons if holds), f"the store refused the request ({named})")
