@@ -46,7 +46,7 @@ test-lowest: .venv-lowest/ready
 
 test-cuda: .venv/development
 	LORATOOL_TEST_CUDA=1 $(BIN)/pytest tests/merging/test_row_blocks.py tests/merging/test_exact_rows.py \
-		tests/merging/test_in_memory.py tests/algebra/test_cuda.py tests/commands/test_several_devices.py
+		tests/merging/test_in_memory.py tests/algebra/test_cuda.py tests/measuring/test_several_devices.py
 
 acceptance: .venv-acceptance/ready
 	@# vLLM for CPUs is large, and not to be had everywhere; its test is skipped without it

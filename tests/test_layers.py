@@ -170,6 +170,15 @@ def test_every_package_is_in_the_table_and_says_in_a_sentence_what_it_is() -> No
         assert ast.get_docstring(tree_of(folder / "__init__.py")), folder
 
 
+APART = {"acceptance", "benchmarks", "distributed", "helpers", "packaging"}  # folders of tests that are of no package
+
+
+def test_every_package_has_a_folder_of_tests_and_every_folder_is_of_a_package() -> None:
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == packages | APART
+
+
 def test_a_package_imports_only_from_those_before_it() -> None:
     """Imports inside functions and under TYPE_CHECKING count, and there is no exemption."""
     wrong = [

@@ -1,7 +1,7 @@
 """The configs of widely used models, as far as the shapes of their weights depend on them.
 
 Facts from the `config.json` of each repository, checked against the table of models in litgpt 0.5.13, and by their sums:
-tests/inspecting/test_presets.py compares the parameters with those that the Hub shows for the released weights.
+tests/layouts/test_presets.py compares the parameters with those that the Hub shows for the released weights.
 """
 
 from __future__ import annotations
