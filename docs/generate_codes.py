@@ -18,10 +18,12 @@ from loratool.notes import WARNINGS
 
 PAGE = Path(__file__).with_name("codes.md")
 PACKAGE = PAGE.parent.parent / "loratool"
-NOTES = {"Note": (0, 1)}  # what is called → which of its arguments are the code and the text
-PROBLEMS = {"Problem": (1, 0), "UnusableError": (1, 0), "require": (2, 1)}
+# what is called, a method with a dot before its name → which of its arguments are the code and the text
+NOTES = {"Note": (0, 1), "told_losses": (1, 2)}
+PROBLEMS = {"Problem": (1, 0), "UnusableError": (1, 0), ".require": (2, 1), ".refuse": (2, 1)}
 FINDINGS = {"Finding": (1, 2)}
 DIAGNOSES = {"Diagnosis": (0, 1), "of_modules": (0, 1), "Guess": (0, 1)}
+ENDS = {"told_losses": " …: …"}  # how a text goes on that is given in part
 MOST = 3  # texts of one code that are shown
 CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)+")
 HEAD = """\
@@ -95,7 +97,7 @@ def codes_in(path: Path, makers: dict[str, tuple[int, int]]) -> Iterator[tuple[s
             continue
         code, text = (node.args[at] for at in makers[name])
         if isinstance(code, ast.Constant):
-            yield str(code.value), template(text, function)
+            yield str(code.value), template(text, function) + ENDS.get(name, "")
         elif isinstance(code, ast.Name) and code.id.isupper():
             yield getattr(import_module(module), code.id), template(text, function)
         elif isinstance(code, ast.Name):
@@ -118,10 +120,10 @@ def calls_in(path: Path) -> tuple[ast.Module, list[tuple[ast.FunctionDef | None,
 
 
 def called(node: ast.AST) -> str:
-    """The name of what is called, if anything is."""
+    """The name of what is called, if anything is; that of a method begins with a dot."""
     if not isinstance(node, ast.Call):
         return ""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    return f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
 def rows(tree: ast.AST) -> Iterator[tuple[str, str]]:
