@@ -236,8 +236,7 @@ class Slice(OfAnother):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        width = math.prod(self.whole.shape[1:])
-        return self.count, len(range(*self.columns.indices(width)))
+        return self.count, len(range(*self.columns.indices(math.prod(self.whole.shape[1:]))))
 
     def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         return self.whole.rows(self.first + first, count, device, dtype, room)[:, self.columns]

@@ -142,8 +142,7 @@ class Rounding:
         """Round some rows of a place, in float32."""
         import torch
 
-        update = low_rank(place.update) or place.update
-        loaded = load_update(update, device, torch.float32)
+        loaded = load_update(low_rank(place.update) or place.update, device, torch.float32)
         stored = torch_dtype(self.dtype)
         for first, count in sample(place.rows, max(1, entries // max(weight.whole.shape[1], 1))):
             rows = weight.rows(first, count, device, torch.float32, room)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.text import COLUMNS, aligned, fill, memory, plural, shortened
 from loratool.shown import size
@@ -19,6 +20,7 @@ class IndexReport(Result):
     bytes: int  # of the index
     failed: dict[str, str]  # adapter → why it is not in it
     left_out: tuple[str, ...]  # models and other files that are no adapters
+    notes: tuple[Note, ...] = ()
     exit_code: int = 0  # the worst of all adapters that are not in it
 
     def __str__(self) -> str:
@@ -29,6 +31,7 @@ class IndexReport(Result):
             ("size", size(self.bytes)),
             ("took", f"{self.cost.seconds:.2f} s"),
             ("peak memory", memory(self.cost.peak_memory)),
+            *(("note", note) for note in self.notes),
         ]
         parts = [aligned(rows, COLUMNS)]
         if self.failed:

@@ -51,6 +51,7 @@ class Sketch:
     norm: float  # ‖ΔW‖, exact
     rounding: float  # relative, of ΔW, by the dtype of the stored factors: the largest of all layers
     saved: str  # SHA-256 of everything besides factors; empty for nothing
+    needs_base: bool = False  # names or rows are told by a base alone
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -68,9 +69,10 @@ def sketch_of(adapter: Adapter, base: Checkpoint | None = None) -> Sketch:
 
     Raises `InputError` or `FitError` where an update is not a product of two factors, or a value is no number.
     """
-    adapter = settled(adapter, base.config) if base is not None else adapter
-    contents = contents_of(adapter, "sketch", as_products=True)
+    known = settled(adapter, base.config) if base is not None else adapter
+    contents = contents_of(known, "sketch", as_products=True)
     names = base_names(contents, base)
+    needs_base = base is not None and (known is not adapter or names != base_names(contents, None))
     parts = names.by_layer()
     sketcher, squares, roundings = Sketcher(), [0.0], [0.0]
     with OpenSources() as sources:
@@ -87,7 +89,7 @@ def sketch_of(adapter: Adapter, base: Checkpoint | None = None) -> Sketch:
     values = sketcher.sketch()
     if len(values) and np.abs(values).max() > LARGEST:
         raise not_finite(adapter)
-    return Sketch(values, names.origin, math.sqrt(math.fsum(squares)), max(roundings), saved)
+    return Sketch(values, names.origin, math.sqrt(math.fsum(squares)), max(roundings), saved, needs_base)
 
 
 def not_finite(adapter: Adapter) -> InputError:

@@ -88,11 +88,16 @@ def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, sh
             return Explained("different", ELEMENTS, "", modules, fit)
     if guess := best_guess(look, plan, best):
         return Explained("different", GUESS, "", modules, fit, guess)
-    if fit is not None and (known := known_fit(look, fit, best, plan)) is not None:
-        return Explained("different", FACTOR, "", modules, known)
-    if (known := trained_fit(look, plan)) is not None:
-        return Explained("different", FACTOR, "", modules, known, trained=True)
+    known = known_fit(look, fit, best, plan) if fit is not None else None
+    if found := with_factors(look, known, plan):
+        return found
     return Explained("different", UNEXPLAINED, "", modules, fit, residual=residual(look, scaled))
+
+
+def with_factors(look: Look, known: Fit | None, plan: MergePlan) -> Explained | None:
+    """What a tensor is that contains updates times `known` factors, or what was trained alone times others; else None."""
+    fit = known or trained_fit(look, plan)
+    return Explained("different", FACTOR, "", tuple(look.modules), fit, trained=known is None) if fit else None
 
 
 def as_meant(look: Look, distances: Distances, fit: Fit | None, once: Agreement, rounding: str) -> Explained | None:

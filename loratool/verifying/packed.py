@@ -23,7 +23,7 @@ from loratool.verifying.explaining import (
     Explained,
     best_guess,
     known_fit,
-    trained_fit,
+    with_factors,
 )
 from loratool.verifying.guesses import guesses
 from loratool.verifying.looking import MOST_NOISE, SLACK, SURE, Fit, Look
@@ -91,10 +91,8 @@ def exactly(look: Look, fit: Fit | None, plan: MergePlan, distances: Distances) 
         if not distances.beyond:
             return Explained("rounded-twice", rounding=TWICE, modules=modules, fit=fit)
         return Explained("different", ELEMENTS, "", modules, fit)
-    if known is not None:
-        return Explained("different", FACTOR, "", modules, surely(known))
-    alone = trained_fit(look, plan)
-    return Explained("different", FACTOR, "", modules, surely(alone), trained=True) if alone is not None else None
+    found = with_factors(look, known, plan)
+    return dataclasses.replace(found, fit=surely(found.fit)) if found and found.fit else None
 
 
 def surely(fit: Fit) -> Fit:

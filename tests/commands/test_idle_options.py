@@ -134,6 +134,7 @@ NOTED = {
     "inspect base --metadata": "options-for-adapters",
     "inspect base --values": "values-not-measured",
     **{f"{words} --base base": "base-not-used" for words in READERS if words.split()[0] in WITH_MODEL},
+    "index adapter other -o sketched --base base --overwrite": "base-not-used",
     f"{MERGE} --rounding stochastic": "rounding-unused",
     f"{PLAN} --rounding stochastic": "rounding-unused",
     f"{MERGE} --map zzz=b": "map-unused",

@@ -55,8 +55,7 @@ def linked(alike: Tensor) -> Iterator[tuple[float, Clustering]]:
     table.fill_diagonal_(-1.0)
     members: dict[int, tuple[int, ...]] = {at: (at,) for at in range(table.shape[0])}
     while len(members) > 1:
-        where = int(table.argmax())
-        one, other = sorted(divmod(where, table.shape[0]))
+        one, other = sorted(divmod(int(table.argmax()), table.shape[0]))
         height = float(table[one, other])
         sizes = len(members[one]), len(members[other])
         row = (table[one] * sizes[0] + table[other] * sizes[1]) / sum(sizes)

@@ -46,8 +46,7 @@ class LowRank(Update):
         return (self.scale * (self.up.to(weight.dtype) @ self.down.to(weight.dtype))).reshape(weight.shape)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
-        up = self.up[first_row : first_row + rows.shape[0]]
-        rows.addmm_(up, self.down, alpha=self.scale * strength)
+        rows.addmm_(self.up[first_row : first_row + rows.shape[0]], self.down, alpha=self.scale * strength)
 
     def norm(self) -> float:
         # ‖UD‖² = Σ (UᵀU)∘(DDᵀ): r × r products, the (rows, columns) one is never formed
@@ -89,5 +88,4 @@ class Add(Update):
 def stack(updates: Sequence[tuple[LowRank, float]]) -> LowRank:
     """Σ strength · update of low-rank updates as one: factors side by side, ranks add up, exact."""
     up = torch.cat([u.up * (u.scale * strength) for u, strength in updates], dim=1)
-    down = torch.cat([u.down for u, _ in updates], dim=0)
-    return LowRank(up, down, 1.0, kernel=updates[0][0].kernel)
+    return LowRank(up, torch.cat([u.down for u, _ in updates], dim=0), 1.0, kernel=updates[0][0].kernel)

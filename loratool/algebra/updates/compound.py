@@ -98,8 +98,7 @@ class Fill(Update):
         return self.value if self.value.shape[0] == 1 else self.value[first_row : first_row + rows]
 
     def delta(self, weight: Tensor) -> Tensor:
-        column = self.value.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
-        return column.expand(weight.shape)
+        return self.value.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
         rows.add_(self.of_rows(first_row, rows.shape[0])[:, None], alpha=strength)

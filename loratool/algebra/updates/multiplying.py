@@ -108,8 +108,7 @@ class Rotation(Update):
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
         size = self.blocks.shape[1]
         parts = rows.view(rows.shape[0], -1, size).transpose(0, 1)  # (blocks of columns, rows, size)
-        turned = parts @ self.blocks
-        rows.lerp_(turned.transpose(0, 1).reshape(rows.shape), strength)
+        rows.lerp_((parts @ self.blocks).transpose(0, 1).reshape(rows.shape), strength)
 
 
 @dataclass(frozen=True)
@@ -268,8 +267,7 @@ class BlockAffine(Update):
         count, size, _ = self.blocks.shape
         blocks = self.blocks.to(weight.dtype)
         seen = weight.reshape(count, size, -1, size).transpose(1, 2)  # (n, m, size, size)
-        changed = seen @ blocks[:, None] + blocks[:, None]
-        return changed.transpose(1, 2).reshape(weight.shape)
+        return (seen @ blocks[:, None] + blocks[:, None]).transpose(1, 2).reshape(weight.shape)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
         size = self.blocks.shape[1]

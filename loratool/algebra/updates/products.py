@@ -63,8 +63,7 @@ class Kronecker(Update):
         return max(self.left.shape[1], self.right.shape[0])
 
     def delta(self, weight: Tensor) -> Tensor:
-        product = torch.kron(self.left, self.right)
-        return (self.scale * product).reshape(weight.shape).to(weight.dtype)
+        return (self.scale * torch.kron(self.left, self.right)).reshape(weight.shape).to(weight.dtype)
 
     def add_rows(self, rows: Tensor, first_row: int, strength: float, base: Tensor) -> None:  # noqa: ARG002
         at = torch.arange(first_row, first_row + rows.shape[0], device=rows.device)
@@ -209,8 +208,7 @@ class Pooled(Update):
         return self.down.shape[0]
 
     def fit(self, shape: tuple[int, ...]) -> Update | None:
-        plain = LowRank(self.up, self.down, self.scale, turnable=True)
-        return super().fit(shape) or plain.fit(shape)
+        return super().fit(shape) or LowRank(self.up, self.down, self.scale, turnable=True).fit(shape)
 
     def delta(self, weight: Tensor) -> Tensor:
         factor = self.scale * self.down.shape[1] / self.group

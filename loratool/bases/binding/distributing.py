@@ -30,8 +30,7 @@ def distribute(targets: Iterable[str], parts: Sequence[Component], names: Mappin
         choices = {(part.prefix, name) for part, name in meanings(target, parts, names)}
         match sorted(choices):
             case [(prefix, name)]:
-                share = found.shares.setdefault(prefix, {})
-                if (owner := share.setdefault(name, target)) is not target:
+                if (owner := found.shares.setdefault(prefix, {}).setdefault(name, target)) is not target:
                     found.reasons[target] = f"{printable(prefix + name)} is edited by {printable(owner)} already"
             case []:
                 why = "" if target in names else why_nowhere(target, parts)

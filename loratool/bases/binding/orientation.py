@@ -187,8 +187,7 @@ class Orientation:
         self.remarks[code, sentence] += 1
 
     def decide_expert(self, target: str) -> bool | str:
-        container = target.rpartition(".")[0]
-        every = (self.experts.get(container, set()), set[bool]().union(*self.experts.values()))
+        every = (self.experts.get(target.rpartition(".")[0], set()), set[bool]().union(*self.experts.values()))
         seen = next((next(iter(shown)) for shown in every if len(shown) == 1), None)
         if self.given is not None:
             if seen is not None and seen != self.given:

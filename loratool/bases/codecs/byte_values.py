@@ -75,8 +75,7 @@ def looked_up(codes: Tensor, values: tuple[float, ...]) -> Tensor:
 def pairs(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(256,) of int64: the bits of the two float32 that a byte stands for."""
     each = torch.tensor(values, dtype=torch.float32)
-    both = torch.stack([each.repeat(16), each.repeat_interleave(16)], 1)
-    return both.view(torch.int64).flatten().to(device)
+    return torch.stack([each.repeat(16), each.repeat_interleave(16)], 1).view(torch.int64).flatten().to(device)
 
 
 @cache

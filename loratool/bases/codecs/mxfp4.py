@@ -77,8 +77,7 @@ class TurnedExperts(WithParameters):
         parts = []
         for tensor in self.tensors:
             size = tensor.info.nbytes // tensor.info.shape[0]
-            raw = Room(room.sources).read(tensor, expert * size, size, device)
-            parts.append(raw.view(self.line, -1))
+            parts.append(Room(room.sources).read(tensor, expert * size, size, device).view(self.line, -1))
         return by_rows(parts[0]).T.contiguous(), parts[1].T.contiguous()
 
     def scaled(self, values: Tensor, scales: Tensor, start: int) -> Tensor:

@@ -78,8 +78,7 @@ class Scaled(LineByLine):
             return found.reshape(-1, self.grid[1])
 
         scales = memory.held.of("scales by numpy", widened)
-        raw = memory.read(self.tensors[0], first * self.line, values.size)
-        numpy_values.e4m3(values.reshape(-1), raw)
+        numpy_values.e4m3(values.reshape(-1), memory.read(self.tensors[0], first * self.line, values.size))
         blocks = [self.row_of_blocks(line) for line in range(first, first + len(values))]
         numpy_values.multiply(values, scales[blocks], min(self.block[1], self.line))
 

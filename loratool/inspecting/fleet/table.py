@@ -71,6 +71,7 @@ class Fleet:
     options: InspectOptions
     left_out: list[str] = field(default_factory=list)
     sketches: dict[str, Sketched] = field(default_factory=dict)  # by name
+    needs_base: bool = False  # one of the sketches is another without the base
 
     def __post_init__(self) -> None:
         given = {name: self.options.is_given(name) for name in OF_ONE}
@@ -105,6 +106,7 @@ class Fleet:
         if sketch is None:
             return row
         self.sketches[row.name] = Sketched(sketch.values.astype(np.float32), sketch.facts)
+        self.needs_base |= sketch.needs_base
         return replace(row, near=nearest(index, sketch, self.options.top)[0]) if index is not None else row
 
     def base_at(self, stack: ExitStack) -> Path | None:
