@@ -27,7 +27,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.layouts.architectures import POOLED
 from loratool.merging.components import Factors
-from loratool.merging.output_layout import Origin
+from loratool.merging.output_layout import Origin, OutputChanges
 from loratool.notes import Note
 
 if TYPE_CHECKING:
@@ -38,19 +38,9 @@ if TYPE_CHECKING:
     from loratool.bases.trained_view import Binder
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What becomes of the base's tensors and of its config."""
-
-    edits: Mapping[str, tuple[Edit, ...]]  # tensor of the output → its edits, replacements first
-    moved: Mapping[str, Origin]  # tensors that begin as what an adapter saved
-    added: Sequence[Origin]  # tensors that the base has not
-    config: Sequence[ConfigEdit]
-
-
 def find_changes(
     draft: Draft, weights: Sequence[float], binder: Binder, new_tensors: bool, lost: Sequence[str]
-) -> Changes:
+) -> OutputChanges:
     """Every edit and every new tensor. All misfits are told in one `FitError`, and with them what would be `lost`."""
     for number, weight in enumerate(weights):
         draft.add(number, weight, as_trained(draft.adapters[number], draft.base, draft.ties, binder, new_tensors))
@@ -130,8 +120,7 @@ class Draft:
             same = stored.info.dtype == info.dtype and trained.base.tensors[place.tensor].shape == stored.shape
             return "" if same else f"is stored as {stored.info.dtype}, but {tensor} as {info.dtype}"
         if info.dtype not in FLOAT_NAMES:
-            unread = self.base.unread if isinstance(self.base, Decoded) else {}
-            kind = unread.get(place.tensor)
+            kind = self.base.unread.get(place.tensor) if isinstance(self.base, Decoded) else None
             found = (
                 f"is packed with {kind}, which loratool does not read"
                 if kind
@@ -217,7 +206,7 @@ class Draft:
                 problems.append(f"{printable(tensor)}: replaced by several adapters ({names}); only one can do so")
         return problems
 
-    def changes(self) -> Changes:
+    def changes(self) -> OutputChanges:
         """The edits in their order, the sources of tensors that are not the base's, and what the config must say."""
         base, tied = self.base.tensors, {name for group in self.ties.groups for name in group.missing}
         heads = {
@@ -277,7 +266,7 @@ class Draft:
             tensor: tuple(sorted(found, key=lambda e: (not isinstance(e.update, Replace), not e.update.replaces)))
             for tensor, found in self.edits.items()
         }
-        return Changes(edits, moved, added, config)
+        return OutputChanges(edits, moved, added, config)
 
     def filled_up(self, saved: Mapping[str, StoredTensor]) -> dict[str, Origin]:
         """The tensors that begin as the base's with zeros around them, unless others see them as they were."""

@@ -186,7 +186,7 @@ class Engine:
         """An output file of a job, with the thread that sees it to its end; none where the job has been stopped."""
         with job.guarded():
             if not job.stop.is_set():
-                output = Output.of(job, plan)
+                output = Output(job, plan)
                 self.crew.start(self.finish, output)
                 return [output]
         self.slots.release()

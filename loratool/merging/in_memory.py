@@ -104,15 +104,11 @@ class Filling:
     device: torch.device
     blocks: deque[Future[None]] = field(default_factory=deque)  # those that were begun
 
-    @property
-    def placed(self) -> TensorInfo:
-        return self.work.span.placed
-
     @cached_property
     def tensor(self) -> Tensor:
         """Memory for all of it."""
-        dtype: torch.dtype = getattr(torch, torch_name(self.placed))
-        return torch.empty(self.placed.shape, dtype=dtype, device=self.device)
+        placed = self.work.span.placed
+        return torch.empty(placed.shape, dtype=getattr(torch, torch_name(placed)), device=self.device)
 
     def begin(self) -> None:
         """Take the memory, in the consumer's thread: what its stream still does with that memory comes first."""
@@ -320,8 +316,7 @@ def nearest_of(name: str, known: Iterable[str]) -> str:
 
 def open_merged(base: PathLike, adapters: Sequence[PathLike] | PathLike, options: InMemoryOptions) -> MergedWeights:
     """The merged weights of a base and adapters, planned and not yet computed."""
-    words = several(adapters)
-    model, read, _ = opened_inputs(base, words, options)
+    model, read, _ = opened_inputs(base, several(adapters), options)
     how = {name: getattr(options, name) for name in described_by(ChangeOptions)}
     plan = planned(model, read, PlanOptions(**how))
     for adapter in plan.adapters:

@@ -292,8 +292,7 @@ def put_together(merge: PartedMerge, stage: Stage, records: Mapping[str, PartRec
     merged.table["plan"] = output.plan
     for name in (PROVENANCE, CARD, *(file.name for file in plan.side_files)):  # of a run that was killed here
         (stage.folder / name).unlink(missing_ok=True)
-    files = () if merge.single else plan.side_files
-    write_small_files(stage, plan, files, merged.table, card=not merge.single)
+    write_small_files(stage, plan, () if merge.single else plan.side_files, merged.table, card=not merge.single)
     output.name_weights(stage, records, options.sha256 or options.verify)
     if options.sha256:
         for shard in plan.shards:

@@ -60,8 +60,7 @@ class LoadedEdit:
         unmerged = base[start - first_row : stop - first_row, self.edit.columns]
         own = start - self.edit.first_row + self.edit.update_row
         if isinstance(self.update, Replace):
-            part = load_rows(self.update, own, stop - start, block.device, block.dtype)
-            part.add_rows(rows, 0, 1.0, unmerged)
+            load_rows(self.update, own, stop - start, block.device, block.dtype).add_rows(rows, 0, 1.0, unmerged)
         else:
             self.update.add_rows(rows, own, self.strength, unmerged)
 
@@ -335,8 +334,7 @@ def weight_rows(
     step = max(1, READ_AT_ONCE // (span.width * stored.itemsize))
     with OpenSources() as sources:
         for at in range(own.start, own.stop, step):
-            rows = min(step, own.stop - at)
-            block = weight.rows(at + shift, rows, device, stored, Room(sources)).to(dtype)
+            block = weight.rows(at + shift, min(step, own.stop - at), device, stored, Room(sources)).to(dtype)
             for replacement in replacements:
                 replacement.apply(block, at + shift, block)
             yield at, block[:, columns]

@@ -94,8 +94,7 @@ def merge_many(
         into_stores = opened_in_stores(ready, errors, started)
         ready = [each for each in ready if each.wanted.key not in errors]
         lap("plan")
-        spans = [span for each in ready for span in each.plan.spans]
-        runtime = runtime_for(spans, options)
+        runtime = runtime_for([span for each in ready for span in each.plan.spans], options)
         makings = [
             making_in_store(into_stores[each.wanted.key], runtime)
             if each.wanted.stored

@@ -335,8 +335,7 @@ class Tiles:
         widen(applied.reshape(-1), after[rows].reshape(-1).view(numpy.uint8), self.result.dtype)
         applied -= numpy.stack([weight for _, weight in sampled])
         applied *= change
-        product = float(applied.sum(1).sum(dtype=numpy.float64))
-        return product, float(numpy.vdot(change, change))
+        return float(applied.sum(1).sum(dtype=numpy.float64)), float(numpy.vdot(change, change))
 
 
 def alone() -> int:

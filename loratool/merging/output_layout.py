@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.decoded import Decoded, weights_by_shard
-from loratool.bases.side_files import OutputFile
+from loratool.bases.side_files import ConfigEdit, OutputFile
 from loratool.bases.weights import Plain
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, index_text
@@ -132,11 +132,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class OutputChanges:
-    """In what the output's tensors differ from those of the base."""
+    """In what the output's tensors and its config differ from those of the base."""
 
-    edits: Mapping[str, tuple[Edit, ...]]
-    moved: Mapping[str, Origin] = field(default_factory=dict)  # tensors that have another source, and shape perhaps
-    added: Sequence[Origin] = ()  # tensors that the base has not, which go to the end of its last file
+    edits: Mapping[str, tuple[Edit, ...]]  # tensor of the output → its edits, replacements first
+    moved: Mapping[str, Origin]  # tensors that begin as what an adapter saved, or filled up with zeros
+    added: Sequence[Origin]  # tensors that the base has not, which go to the end of its last file
+    config: Sequence[ConfigEdit]
     plain: Collection[str] = ()  # packed weights that are not packed any more
     anew: Collection[str] = ()  # packed weights that are packed anew
     kind: str = ""  # the type of edited matrices of a GGUF model; empty for what each is by itself
@@ -215,8 +216,7 @@ def span_of(entry: Origin, placed: TensorInfo, changes: OutputChanges, here: Col
     if entry.packed in here and entry.packed:
         own = () if isinstance(entry.weight, Plain) else changes.edits[entry.packed]
         return Span(entry.weight, placed, own, entry.packed)
-    stays_packed = entry.stored is not None
-    own = () if stays_packed else changes.edits.get(entry.name, ())
+    own = () if entry.stored is not None else changes.edits.get(entry.name, ())  # or it stays as it is packed
     return Span(entry.weight, placed, own, rounding=changes.rounding)
 
 

@@ -5,7 +5,7 @@ A plan is plain data, and making one writes nothing.
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,9 @@ from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.folders import PROVENANCE
 from loratool.files.system import shell_word
+from loratool.grouping import by_key
 from loratool.merging.components import factors_of, limited
-from loratool.merging.draft import Changes, Draft, find_changes
+from loratool.merging.draft import Draft, find_changes
 from loratool.merging.options import GGUF_FLOATS
 from loratool.merging.output_layout import (
     OutputChanges,
@@ -69,8 +70,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     anew = packed_anew(base, changes) if options.requantize else frozenset[str]()
     plain = becoming_plain(base, changes, anew, options.dequantize, notes)
     kind = (options.gguf_type or "").upper()
-    layout = OutputChanges(changes.edits, changes.moved, changes.added, plain, anew, kind, options.rounding)
-    shards = plan_shards(base, layout, options.dtype, options.shard_size)
+    changes = replace(changes, plain=plain, anew=anew, kind=kind, rounding=options.rounding)
+    shards = plan_shards(base, changes, options.dtype, options.shard_size)
     files, left_out = plan_side_files(base, adapters, options.dtype, notes, changes.config, plain)
     files |= {index.name: index for index in plan_indexes(base, shards)}
     side_files = tuple(files[name] for name in sorted(files))
@@ -127,7 +128,7 @@ def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:
     return [Note("rounded-to-nearest", text)] if others else []
 
 
-def packed_anew(base: Checkpoint, changes: Changes) -> frozenset[str]:
+def packed_anew(base: Checkpoint, changes: OutputChanges) -> frozenset[str]:
     """The edited weights of a base that go back into its format. Raises `InputError` naming those that cannot."""
     weights = base.weights if isinstance(base, Decoded) else {}
     edited = [name for name in changes.edits if name in weights and name not in changes.moved]
@@ -139,7 +140,7 @@ def packed_anew(base: Checkpoint, changes: Changes) -> frozenset[str]:
 
 
 def becoming_plain(
-    base: Checkpoint, changes: Changes, anew: frozenset[str], everything: bool, notes: list[Note]
+    base: Checkpoint, changes: OutputChanges, anew: frozenset[str], everything: bool, notes: list[Note]
 ) -> frozenset[str]:
     """The packed weights of a base that are plain in the output: those that change, with what is served with them."""
     if not isinstance(base, Decoded):
@@ -170,10 +171,9 @@ def becoming_plain(
 
 def given_twice(adapters: Sequence[Adapter]) -> Iterator[Note]:
     """That the same file is merged more than once, which is rarely meant."""
-    times = Counter(adapter.file.path for adapter in adapters)
-    for path in (each for each, count in times.items() if count > 1):
-        (name, *_) = (adapter.name for adapter in adapters if adapter.file.path == path)
-        yield Note("adapter-repeated", f"{name}: given {times[path]} times, so its update is added {times[path]} times")
+    for names in by_key((adapter.file.path, adapter.name) for adapter in adapters).values():
+        if (times := len(names)) > 1:
+            yield Note("adapter-repeated", f"{names[0]}: given {times} times, so its update is added {times} times")
 
 
 def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> tuple[float, ...]:

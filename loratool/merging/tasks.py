@@ -78,36 +78,24 @@ class Job:
             self.seen.share(other.seen)
 
 
-@dataclass(eq=False)
 class Output:
-    """One output file on its way."""
+    """One output file on its way, among those of its job."""
 
-    job: Job
-    plan: ShardPlan
-    sink: Sink
-    sources: OpenSources
-    hashed: Arrived  # bytes of tensors whose digests are known
-    # by the names that tensors have in the file: what their digests are without hashing them, and those of their chunks
-    known: dict[str, Listed] = field(default_factory=dict)
-    chunks: dict[str, list[str]] = field(default_factory=dict)
-    totals: Totals = field(init=False)  # what is seen of its bytes
-
-    def __post_init__(self) -> None:
-        self.totals = Totals() if self.job.apart else self.job.totals
-
-    @classmethod
-    def of(cls, job: Job, plan: ShardPlan) -> Output:
-        """A file of a job that nothing was written to so far."""
-        sink = job.destination.open(plan.name, plan.layout, job.stop)
-        output = cls(job, plan, sink, OpenSources(job.seen), Arrived(job.stop))
-        job.outputs.append(output)
+    def __init__(self, job: Job, plan: ShardPlan) -> None:
+        self.job, self.plan = job, plan
+        self.sink: Sink = job.destination.open(plan.name, plan.layout, job.stop)
+        job.outputs.append(self)
+        self.sources, self.hashed = OpenSources(job.seen), Arrived(job.stop)  # bytes of tensors whose digests are known
+        self.totals = Totals() if job.apart else job.totals  # what is seen of its bytes
+        # by the names that tensors have in the file: what their digests are without hashing them, and those of their chunks
+        self.known: dict[str, Listed] = {}
+        self.chunks: dict[str, list[str]] = {}
         empty = digest_of_part(b"")
         for span in plan.spans:
-            output.chunks[plan.own_name(span)] = [empty] * len(chunks_of(span))
+            self.chunks[plan.own_name(span)] = [empty] * len(chunks_of(span))
             if (listed := known_of(job.known, span)) is not None:
-                output.known[plan.own_name(span)] = listed
-                output.hashed.add(span.placed.nbytes)
-        return output
+                self.known[plan.own_name(span)] = listed
+                self.hashed.add(span.placed.nbytes)
 
     def place(self, chunk: Chunk) -> int:
         """The byte of the file at which a chunk begins."""

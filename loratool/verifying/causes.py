@@ -33,9 +33,7 @@ def causes_of(factor: float, error: float, edit: Edit, rslora: bool) -> tuple[Ca
 
 def known_causes(edit: Edit, rslora: bool) -> Iterator[Cause]:
     """All that can be told for one update; those that change nothing are left out."""
-    for cause in every_cause(edit.strength, edit.update, rslora):
-        if abs(cause.factor - 1) > 1e-9:
-            yield cause
+    return (each for each in every_cause(edit.strength, edit.update, rslora) if abs(each.factor - 1) > 1e-9)
 
 
 def every_cause(weight: float, update: Update, rslora: bool) -> Iterator[Cause]:

@@ -168,8 +168,7 @@ class Elements:
 def ulp_of(sizes: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbouring numbers of a dtype at some sizes, in the dtype that those are given in."""
     about, (_, exponent) = torch.finfo(dtype), torch.frexp(sizes)
-    steps = torch.ldexp(torch.full_like(sizes, about.eps), exponent - 1)
-    return steps.clamp(min=about.smallest_normal * about.eps)
+    return torch.ldexp(torch.full_like(sizes, about.eps), exponent - 1).clamp(min=about.smallest_normal * about.eps)
 
 
 def terms_of(total: ExactSum, rows: Tensor, columns: Tensor) -> Tensor:

@@ -215,8 +215,7 @@ class Look:
             return self.rounded(total).view(-1)[finite] - weight
 
         for _ in range(STEPS):
-            rounded = rounded_with(factors)
-            step = inverse @ (wanted - design.T @ rounded)
+            step = inverse @ (wanted - design.T @ rounded_with(factors))
             if float(step.abs().max()) < float(left.abs().max()):
                 best, left = factors, step
             factors = factors + step

@@ -107,8 +107,7 @@ def surely(fit: Fit) -> Fit:
 def best_in_noise(look: Look, plan: MergePlan, noise: float) -> Guess | None:
     """The guess that leaves least of W' − W, where that is no more than what packing adds."""
     found: dict[float, Guess] = {}
-    span = dataclasses.replace(look.span, edits=look.edits)
-    for guess in guesses(span, plan):
+    for guess in guesses(dataclasses.replace(look.span, edits=look.edits), plan):
         weight, changes = look.rows_with(guess.edits)
         found[float((look.theirs - sum(changes, weight)).square().sum())] = guess
     return found[min(found)] if found and min(found) <= noise else None

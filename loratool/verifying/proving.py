@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import round_once
@@ -140,6 +140,7 @@ class Proving:
         self.lock, self.choosing, self.stop = threading.Lock(), threading.Lock(), threading.Event()
         self.bytes_all, self.bytes_done = sum(pair.nbytes for pair in pairs), 0
         self.chosen: Resources | None = None
+        self.todo = self.tasks()
 
     @staticmethod
     def is_copy(pair: Pair) -> bool:
@@ -160,21 +161,16 @@ class Proving:
 
     def run(self) -> None:
         """Compare everything."""
-        tasks = iter(self.tasks())
-
-        def work(number: int) -> None:
-            self.work(tasks, number)
-
         with self.sources:
-            in_threads(work, self.workers, self.stop)
+            in_threads(self.work, self.workers, self.stop)
             self.sources.check_unchanged()
 
-    def work(self, tasks: Iterator[Task], number: int) -> None:
+    def work(self, number: int) -> None:
         """A thread's life: take the next task until there is none."""
         bench = Bench(self, number)
         while not self.stop.is_set():
             with self.lock:
-                task = next(tasks, None)
+                task = next(self.todo, None)
             if task is None:
                 return
             self.tell(task(bench))
@@ -185,12 +181,12 @@ class Proving:
             if self.progress is not None:
                 self.progress(self.bytes_done, self.bytes_all)
 
-    def tasks(self) -> Iterable[Task]:
+    def tasks(self) -> Iterator[Task]:
         """Copies first, while torch is on its way; then blocks of rows."""
         for pair in self.pairs:
             if self.is_copy(pair):
                 for start in range(0, max(1, pair.span.placed.nbytes), RUN):
-                    yield self.copies(pair, start)
+                    yield partial(self.compare_bytes, pair, start)
         before: Subject | None = None
         for pair in self.pairs:
             if not self.is_copy(pair):
@@ -208,79 +204,65 @@ class Proving:
         if subject is not None:
             step = max(1, TOGETHER // max(1, subject.pair.span.width))
             for first in range(0, subject.pair.rows, step):
-                yield self.blocks_by_numpy(subject, first, min(step, subject.pair.rows - first))
+                yield partial(self.compare_by_numpy, subject, first, min(step, subject.pair.rows - first))
 
     def all_blocks(self, subject: Subject, first: int, stop: int) -> Iterator[Task]:
         """Compare some rows in blocks."""
         pair = subject.pair
         step = aligned(pair.theirs, pair.span.width, rows_of_block(pair.span, self.resources().block))
         for at in range(first, stop, step):
-            yield self.blocks(subject, at, min(step, stop - at))
+            yield partial(self.compare_block, subject, at, min(step, stop - at))
 
-    def blocks_by_numpy(self, subject: Subject, first: int, count: int) -> Task:
+    def compare_by_numpy(self, subject: Subject, first: int, count: int, bench: Bench) -> int:
         """Compare some rows, with torch where numpy does not settle them, and from then on all of that tensor."""
+        pair, width = subject.pair, subject.pair.span.width
+        halved = subject.halves()
+        workable = halved.added.is_workable and not subject.odd
+        if workable and bench.tile_of(width).settled(pair, halved, first, count, self.sources):
+            subject.distances.note(count * width, None)
+            return pair.nbytes * count // max(1, pair.span.rows)
+        subject.odd = True
+        return sum(task(bench) for task in self.all_blocks(subject, first, first + count))
 
-        def compare(bench: Bench) -> int:
-            pair, width = subject.pair, subject.pair.span.width
-            halved = subject.halves()
-            workable = halved.added.is_workable and not subject.odd
-            if workable and bench.tile_of(width).settled(pair, halved, first, count, self.sources):
-                subject.distances.note(count * width, None)
-                return pair.nbytes * count // max(1, pair.span.rows)
-            subject.odd = True
-            return sum(task(bench) for task in self.all_blocks(subject, first, first + count))
-
-        return compare
-
-    def copies(self, pair: Pair, start: int) -> Task:
+    def compare_bytes(self, pair: Pair, start: int, bench: Bench) -> int:
         """Compare a run of bytes."""
+        ours, theirs = pair.span.carried, pair.theirs.tensors[0]
+        assert ours is not None
+        stop, (one, other) = min(start + RUN, ours.info.nbytes, theirs.info.nbytes), bench.pieces
+        itemsize = max(1, ours.info.nbytes // max(1, ours.info.elements))
+        for at in range(start, stop, PIECE):
+            count = min(PIECE, stop - at)
+            ours.read(at, one[:count], self.sources)
+            theirs.read(at, other[:count], self.sources)
+            self.distances[pair.name].note(count // itemsize, unequal(pair, one[:count], other[:count], at))
+        return 2 * max(0, stop - start)
 
-        def compare(bench: Bench) -> int:
-            ours, theirs = pair.span.carried, pair.theirs.tensors[0]
-            assert ours is not None
-            size = min(ours.info.nbytes, theirs.info.nbytes)
-            stop, (one, other) = min(start + RUN, size), bench.pieces
-            itemsize = max(1, ours.info.nbytes // max(1, ours.info.elements))
-            for at in range(start, stop, PIECE):
-                count = min(PIECE, stop - at)
-                ours.read(at, one[:count], self.sources)
-                theirs.read(at, other[:count], self.sources)
-                self.distances[pair.name].note(count // itemsize, unequal(pair, one[:count], other[:count], at))
-            return 2 * max(0, stop - start)
-
-        return compare
-
-    def blocks(self, subject: Subject, first: int, count: int) -> Task:
+    def compare_block(self, subject: Subject, first: int, count: int, bench: Bench) -> int:
         """Compare a block of rows."""
-
-        def compare(bench: Bench) -> int:
-            worker, span = bench.worker, subject.pair.span
-            target: torch.dtype = getattr(torch, FLOAT_NAMES[span.placed.dtype])
-            room = Room(self.sources, bench.host, bench.twin, subject.held)
-            with exact_arithmetic(), worker.computing():
-                loaded = subject.work.edits_on(worker.device)
-                product = None if self.rounding in STEPWISE else product_of(loaded, first, count)
-                theirs = subject.pair.theirs.matrix(span.width).rows(first, count, worker.device, target, room)
-                before = worker.stored_rows(subject.work, first, count, self.sources)
-                after = worker.space(count, span.width, target)
-                if product is not None and loaded.sum is not None:
-                    found = quick.compare(loaded.sum, product, before, theirs, first, after)
-                else:
-                    operand = self.formula(worker, subject, first, before, after)
-                    if is_quantised(subject.pair.theirs):
-                        weight = subject.pair.theirs.matrix(span.width)
-                        found = beyond_half_step(weight, after, theirs, first, subject.held, Room(self.sources))
-                    else:
-                        total = None if self.rounding == RESIDUAL else loaded.sum
-                        formula = total is None and bool(loaded.others)
-                        found = None if same(after, theirs) else measure(operand, after, theirs, first, total, formula)
-                        if found is not None and found.ulp > 1 and subject.doubt:
-                            found = measure(operand, after, theirs, first, None, True, subject.doubt)
-            subject.distances.note(count * span.width, found)
-            rows = max(1, span.rows)
-            return sum(t.info.nbytes for w in (span.weight, subject.pair.theirs) for t in w.tensors) * count // rows
-
-        return compare
+        worker, span = bench.worker, subject.pair.span
+        target: torch.dtype = getattr(torch, FLOAT_NAMES[span.placed.dtype])
+        room = Room(self.sources, bench.host, bench.twin, subject.held)
+        with exact_arithmetic(), worker.computing():
+            loaded = subject.work.edits_on(worker.device)
+            product = None if self.rounding in STEPWISE else product_of(loaded, first, count)
+            theirs = subject.pair.theirs.matrix(span.width).rows(first, count, worker.device, target, room)
+            before = worker.stored_rows(subject.work, first, count, self.sources)
+            after = worker.space(count, span.width, target)
+            if product is not None and loaded.sum is not None:
+                found = quick.compare(loaded.sum, product, before, theirs, first, after)
+            elif is_quantised(subject.pair.theirs):
+                self.formula(worker, subject, first, before, after)
+                weight = subject.pair.theirs.matrix(span.width)
+                found = beyond_half_step(weight, after, theirs, first, subject.held, Room(self.sources))
+            else:
+                operand = self.formula(worker, subject, first, before, after)
+                total = None if self.rounding == RESIDUAL else loaded.sum
+                formula = total is None and bool(loaded.others)
+                found = None if same(after, theirs) else measure(operand, after, theirs, first, total, formula)
+                if found is not None and found.ulp > 1 and subject.doubt:
+                    found = measure(operand, after, theirs, first, None, True, subject.doubt)
+        subject.distances.note(count * span.width, found)
+        return subject.pair.nbytes * count // max(1, span.rows)
 
     def formula(self, worker: Worker, subject: Subject, first: int, before: Tensor, after: Tensor) -> Tensor:
         """Put rows of W' from `first` on as the formula gives them into `after`; `before` has those of W.

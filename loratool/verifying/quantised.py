@@ -32,8 +32,7 @@ def least_rows(weight: object, width: int) -> int:
     """As many rows as are packed together."""
     if not isinstance(weight, Requantizable):
         return 1
-    lines = max(1, width // max(1, weight.line))
-    return weight.together // math.gcd(weight.together, lines)
+    return weight.together // math.gcd(weight.together, max(1, width // max(1, weight.line)))
 
 
 def beyond_half_step(

@@ -90,8 +90,7 @@ def single_sums(total: ExactSum, product: Stack, places: Tensor, weights: Tensor
 def unequal_places(ours: Tensor, theirs: Tensor) -> Tensor:
     """Where two blocks of 16 bits differ, in the flat order. Numpy finds that several times faster than torch."""
     one, two = (bits_of(each).numpy().reshape(-1) for each in (ours, theirs))
-    whole = len(one) % 4 == 0 and ours.storage_offset() % 4 == 0 and theirs.storage_offset() % 4 == 0
-    if not whole:
+    if any(count % 4 for count in (len(one), ours.storage_offset(), theirs.storage_offset())):
         return torch.from_numpy(numpy.flatnonzero(one != two))
     found = numpy.flatnonzero(one.view(numpy.uint64) != two.view(numpy.uint64))
     found = (found[:, None] * 4 + numpy.arange(4)).reshape(-1)

@@ -134,8 +134,7 @@ class Verifier:
         odd = [each for each in self.pairing.pairs if not each.span.edits and is_off(each, distances[each.name])]
         odd, distances = self.decoded(odd, distances)
         found = self.explain_all(self.pairing.edited, distances, rounding)
-        changed = self.look_at_all(odd)
-        diagnoses, notes = self.diagnose(found, changed, distances)
+        diagnoses, notes = self.diagnose(found, self.look_at_all(odd), distances)
         tensors = self.proofs(found, distances)
         twice = any(proof.status == "rounded-twice" for proof in tensors.values())
         wrong = any(not each.passes for each in diagnoses) or any(p.status == "different" for p in tensors.values())

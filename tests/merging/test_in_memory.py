@@ -223,7 +223,7 @@ def test_a_mapping_computes_only_what_is_asked_for(
     fill = Filling.fill
 
     def noted(filling: Filling, worker: Any, start: int, stop: int) -> None:
-        filled.append(filling.placed.name)
+        filled.append(filling.work.span.placed.name)
         fill(filling, worker, start, stop)
 
     monkeypatch.setattr(Filling, "fill", noted)
