@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import StoredTensor
 from loratool.files.digests import chunk_cuts
-
-if TYPE_CHECKING:
-    from loratool.adapters.adapter import StoredTensor
-    from loratool.files.safefile import SafeFile
-    from loratool.merging.output_layout import ShardPlan, Span
+from loratool.files.safefile import SafeFile
+from loratool.merging.output_layout import ShardPlan, Span
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
 from loratool.bases.binding.components import Component, components_of
 from loratool.bases.binding.distributing import distribute, first_word
 from loratool.errors import FitError, UsageError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.notes import Note
 from loratool.templates import listed
 
 if TYPE_CHECKING:
-    from loratool.adapters.adapter import Adapter
     from loratool.adapters.blocks import BlockWeights
-    from loratool.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,15 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise, zip_longest
-from typing import TYPE_CHECKING
 
 from loratool.files.part_records import FilePart
 from loratool.grouping import by_key
 from loratool.merging.chunks import Chunk, chunks_of
+from loratool.merging.output_layout import ShardPlan, Span
+from loratool.merging.plan import MergePlan
 from loratool.merging.resources import itemsize_of, sums_products
 from loratool.options import sharing
 from loratool.options.sharing import Share
-
-if TYPE_CHECKING:
-    from loratool.merging.output_layout import ShardPlan, Span
-    from loratool.merging.plan import MergePlan
 
 SMALLEST = 16 << 20  # bytes of a part: of outputs that would else be fewer parts than `FEWEST`
 SMALL = 256 << 20  # bytes of a part of any larger output

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from loratool.adapters.adapter import StoredTensor, same_values, unloaded
+from loratool.adapters.adapter import Adapter, StoredTensor, same_values, unloaded
 from loratool.algebra.updates.compound import images_in, with_weight
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
-from loratool.bases.binding import tell
+from loratool.bases.binding import Place, tell
 from loratool.bases.decoded import Decoded, weight_of
 from loratool.bases.edits import Edit, torn, whole_of
 from loratool.bases.side_files import ConfigEdit, head_edits, tie_edits, vocabulary_edits
 from loratool.bases.tied_weights import Saved, Ties, is_generative, settle
 from loratool.bases.trained_view import (
+    Binder,
     Trained,
     as_trained,
     is_of_tokens,
@@ -29,13 +31,6 @@ from loratool.layouts.architectures import POOLED
 from loratool.merging.components import Factors
 from loratool.merging.output_layout import Origin, OutputChanges
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.bases.binding import Place
-    from loratool.bases.trained_view import Binder
 
 
 def find_changes(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
+from loratool.files.seen import Seen
 from loratool.measuring.large_updates import LARGEST_RATIO, larger
+from loratool.merging.plan import MergePlan
 from loratool.merging.totals import effects_in
 from loratool.notes import Note
 from loratool.results.merge import AdapterEffect
 from loratool.templates import listed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from loratool.files.seen import Seen
-    from loratool.merging.plan import MergePlan
 
 
 def effects_of(plan: MergePlan, seen: Seen) -> tuple[AdapterEffect, ...]:

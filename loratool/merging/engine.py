@@ -20,9 +20,9 @@ from loratool.arguments import Progress
 from loratool.devices import Runtime, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files import stopwatch
 from loratool.files.crew import Crew
-from loratool.files.digests import new_state
+from loratool.files.digests import State, new_state
 from loratool.files.process import cores, share_heaps
-from loratool.files.sink import PAGE, piece_of
+from loratool.files.sink import PAGE, Part, piece_of
 from loratool.files.source import expect
 from loratool.files.stopwatch import lap
 from loratool.grouping import by_key
@@ -51,8 +51,6 @@ from loratool.merging.tasks import (
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from loratool.files.digests import State
-    from loratool.files.sink import Part
     from loratool.merging.output_layout import ShardPlan
     from loratool.merging.row_blocks import Worker
 

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool import __version__
@@ -27,8 +28,6 @@ from loratool.files.stand_ins import stand_in, told_identity
 from loratool.lazy import installed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from loratool.merging.plan import MergePlan
 
 SAMPLE = 4096  # bytes of each tensor that are looked at

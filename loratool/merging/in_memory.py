@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, count, groupby, pairwise
-from typing import TYPE_CHECKING
 
 from loratool.arguments import PathLike, Progress, several
 from loratool.bases.binding.telling import nearest
@@ -24,7 +23,7 @@ from loratool.devices import exact_arithmetic, find_devices, load_linear_algebra
 from loratool.errors import InputError, printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.pipelines import identities, itself
-from loratool.files.safefile import FLOAT_NAMES
+from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.lazy import Tensor, torch
 from loratool.merging.chunks import chunks_of
 from loratool.merging.edited_spans import EditedSpan
@@ -33,6 +32,8 @@ from loratool.merging.gain import gain_notes, gains_of
 from loratool.merging.inputs import opened_inputs, planned
 from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import ChangeOptions, RunOptions
+from loratool.merging.output_layout import Span
+from loratool.merging.plan import MergePlan
 from loratool.merging.resources import (
     Resources,
     choose_resources,
@@ -47,11 +48,6 @@ from loratool.options.described import FLAG, described_by, option
 from loratool.options.shared import DeviceKind
 from loratool.shown import Shown
 from loratool.templates import Numbers, template_of
-
-if TYPE_CHECKING:
-    from loratool.files.safefile import TensorInfo
-    from loratool.merging.output_layout import Span
-    from loratool.merging.plan import MergePlan
 
 AHEAD = 1  # blocks for each worker that are computed before their tensor is asked for
 # Every dtype of a file that torch has too, if its release does.

@@ -24,7 +24,7 @@ from loratool.files.digests import sha256_of
 from loratool.files.folders import CARD, PROVENANCE
 from loratool.files.known_digests import KnownDigests
 from loratool.files.part_records import FilePart, PartRecord, PublishedError, SharedOutput
-from loratool.files.sink import Destination
+from loratool.files.sink import Destination, Sink
 from loratool.files.staging import Stage
 from loratool.merging.dealing import across_files, plan_of, share_of
 from loratool.merging.merge import (
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 
     from loratool.devices import Runtime
     from loratool.files.safefile import Layout
-    from loratool.files.sink import Sink
 
 # tells what is wrong with some parts that have records, as `SharedOutput.problems` does
 Check = Callable[[Sequence[FilePart], Mapping[str, PartRecord], Progress | None], Mapping[str, str]]

@@ -12,24 +12,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.reordered import Reordered, RowOrder
+from loratool.bases.edits import Edit
 from loratool.bases.packed import Packed
-from loratool.bases.weights import WIDENED, Plain, widen
+from loratool.bases.weights import WIDENED, Plain, StoredWeight, widen
 from loratool.files.process import multiplies_alone
 from loratool.files.stopwatch import lap
 from loratool.lazy import NDArray, numpy
 from loratool.merging.bounds import GENEROUS, MOST_TERMS, ROUNDOFF, TINIEST
 from loratool.merging.numpy_rounding import RESULTS, Result, exactly, roundings
+from loratool.merging.output_layout import Span
 from loratool.merging.totals import BlockSeen
-
-if TYPE_CHECKING:
-    from loratool.bases.edits import Edit
-    from loratool.bases.weights import StoredWeight
-    from loratool.merging.output_layout import Span
 
 Read = Callable[["NDArray[Any]", int], None]
 ROUNDINGS = ("nearest", "compensated")  # that numpy knows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.weights import Memory
@@ -21,8 +22,6 @@ from loratool.merging.output_layout import Span
 from loratool.merging.resources import Resources, rows_of_block
 
 if TYPE_CHECKING:
-    from threading import Semaphore
-
     from loratool.merging.row_blocks import Worker
 
 

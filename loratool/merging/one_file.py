@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
 from loratool.files.folders import WEIGHT_FILES
+from loratool.files.model_files import FileNames
 from loratool.files.outputs import check_target
-
-if TYPE_CHECKING:
-    from loratool.files.model_files import FileNames
-    from loratool.merging.plan import MergePlan
+from loratool.merging.plan import MergePlan
 
 
 def is_file(out: Path) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.algebra.updates.replacing import Replace
 from loratool.bases.decoded import Decoded, weights_by_shard
+from loratool.bases.edits import Edit
 from loratool.bases.side_files import ConfigEdit, OutputFile
-from loratool.bases.weights import Plain
+from loratool.bases.weights import Plain, StoredWeight
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint, index_text
 from loratool.files.folders import INDEX_SUFFIX, SINGLE
@@ -21,12 +22,6 @@ from loratool.files.pipelines import Member, identities, itself
 from loratool.files.safefile import FLOAT_NAMES, Layout, SafeFile, TensorInfo
 from loratool.grouping import by_key
 from loratool.layouts.ggml import TYPES
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-
-    from loratool.bases.edits import Edit
-    from loratool.bases.weights import StoredWeight
 
 NUMBER = re.compile(r"-\d+-of-\d+(?=$|\.)")  # in the name of a shard, before what tells a variant in old ones
 

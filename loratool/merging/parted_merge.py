@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.adapters.formats import replaceable
 from loratool.arguments import PathLike, several
@@ -30,6 +29,7 @@ from loratool.merging.inputs import located, opened_inputs, planned
 from loratool.merging.merge import prepare
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, is_file
+from loratool.merging.plan import MergePlan
 from loratool.merging.small_files import output_names
 from loratool.merging.upload_parts import upload_parts
 from loratool.stores import uploads
@@ -38,9 +38,6 @@ from loratool.stores.bucket import Bucket, file_of
 from loratool.stores.limits import limits
 from loratool.stores.names import FOLDER, StorePath, is_in_store, parse_store
 from loratool.stores.objects import listed
-
-if TYPE_CHECKING:
-    from loratool.merging.plan import MergePlan
 
 FORMAT = 1  # of what workers share
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from loratool.adapters.adapter import Adapter
 from loratool.bases.decoded import Decoded
+from loratool.bases.edits import Edit
+from loratool.bases.side_files import OutputFile
 from loratool.errors import printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.pipelines import identities, itself
 from loratool.grouping import by_key
 from loratool.merging.merge_options import ProofOptions
 from loratool.merging.options import RunOptions
+from loratool.merging.output_layout import ShardPlan, Span
 from loratool.merging.resources import estimated_memory
+from loratool.notes import Note
 from loratool.results.base import SCHEMA, Result, plain
 from loratool.results.text import MOST_LINES, aligned, plural
 from loratool.shown import size
 from loratool.templates import first_few, grouped, listed, template_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.bases.edits import Edit
-    from loratool.bases.side_files import OutputFile
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.merging.output_layout import ShardPlan, Span
-    from loratool.notes import Note
     from loratool.results.plan import PlanTable
     from loratool.results.simulation import Simulation
 

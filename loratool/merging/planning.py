@@ -5,10 +5,11 @@ A plan is plain data, and making one writes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.unsettled import settled
 from loratool.algebra.updates.additive import Add
 from loratool.bases.binding import bind
@@ -26,6 +27,7 @@ from loratool.files.system import shell_word
 from loratool.grouping import by_key
 from loratool.merging.components import factors_of, limited
 from loratool.merging.draft import Draft, find_changes
+from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import GGUF_FLOATS
 from loratool.merging.output_layout import (
     OutputChanges,
@@ -38,12 +40,6 @@ from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.results.text import plural
 from loratool.templates import listed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.merging.merge_options import PlanOptions
 
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import load_update
 from loratool.algebra.updates.base import Update
+from loratool.bases.edits import Edit
 from loratool.lazy import torch
-
-if TYPE_CHECKING:
-    from loratool.bases.edits import Edit
 
 MOST_KEPT = 4  # updates that stay in memory for the next weight
 

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.files.part_records import FilePart
 from loratool.merging.dealing import deal, parts_of
+from loratool.merging.output_layout import Span
+from loratool.merging.plan import MergePlan
 from loratool.merging.upload_parts import upload_parts
 from loratool.options.described import FLAG, SIZE, Number, Options, option
 from loratool.results.simulation import Limit, Simulation
@@ -22,10 +23,6 @@ from loratool.stores.limits import Limits
 from loratool.stores.names import StorePath
 from loratool.stores.objects import PIECE, StoredObject
 from loratool.stores.upload_part import UploadPart
-
-if TYPE_CHECKING:
-    from loratool.merging.output_layout import Span
-    from loratool.merging.plan import MergePlan
 
 # Amazon S3 Standard in us-east-1, for a thousand requests, in dollars (aws.amazon.com/s3/pricing, 2025)
 PRICES = {"GET": 0.0004, "LIST": 0.005, "PUT": 0.005, "COPY": 0.005, "POST": 0.005}

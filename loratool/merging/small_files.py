@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loratool.bases.side_files import OutputFile
 from loratool.errors import VerificationError, printable
 from loratool.files.digests import recorded
 from loratool.files.folders import CARD, PROVENANCE
@@ -13,12 +14,9 @@ from loratool.files.outputs import as_json
 from loratool.files.staging import Stage
 from loratool.files.stopwatch import lap
 from loratool.files.system import forget_cached
+from loratool.merging.plan import MergePlan
 from loratool.provenance import record
 from loratool.provenance.cards import card, is_nobodys, terms_of
-
-if TYPE_CHECKING:
-    from loratool.bases.side_files import OutputFile
-    from loratool.merging.plan import MergePlan
 
 
 def output_names(plan: MergePlan) -> set[str]:

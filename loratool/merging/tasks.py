@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
 from loratool.files.digests import Digest, Listed, Tree, digest_of_part
@@ -14,17 +13,14 @@ from loratool.files.known_digests import KnownDigests
 from loratool.files.open_sources import OpenSources
 from loratool.files.seen import together
 from loratool.files.seen_digests import SeenDigests
-from loratool.files.sink import Arrived
+from loratool.files.sink import Arrived, Destination, Sink
 from loratool.grouping import by_key
 from loratool.merging.chunks import Chunk, bytes_in, chunks_in, chunks_of
 from loratool.merging.edited_spans import EditedSpan
+from loratool.merging.output_layout import ShardPlan, Span
+from loratool.merging.plan import MergePlan
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals, effects_in
-
-if TYPE_CHECKING:
-    from loratool.files.sink import Destination, Sink
-    from loratool.merging.output_layout import ShardPlan, Span
-    from loratool.merging.plan import MergePlan
 
 RUN = 64 << 20  # bytes of small tensors that one worker copies
 

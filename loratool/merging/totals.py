@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from loratool.files.seen import Seen, summed
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from loratool.merging.output_layout import Span
+from loratool.merging.output_layout import Span
 
 Effect = tuple[int, str]  # an update: the number of its adapter, and its target
 

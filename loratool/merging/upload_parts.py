@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loratool.errors import UsageError, printable
 from loratool.files.stand_ins import stand_in
 from loratool.merging.chunks import Chunk
 from loratool.merging.dealing import in_order, part_of, part_size, tied_chunks
+from loratool.merging.output_layout import ShardPlan
+from loratool.merging.plan import MergePlan
 from loratool.stores.limits import Limits
 from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import Fringe, UploadPart
-
-if TYPE_CHECKING:
-    from loratool.merging.output_layout import ShardPlan
-    from loratool.merging.plan import MergePlan
-
 
 Find = Callable[[Path], object]  # tells the object that a file stands for
 MOST = 128 << 20  # bytes after which a part that is sent ends: its pieces may be in memory together

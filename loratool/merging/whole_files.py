@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.files.digests import CopiedRange, Digest, Listed, Reference, Tree, digest_of_part
 from loratool.files.journal import FinishedShard
@@ -13,13 +13,11 @@ from loratool.files.part_records import FilePart, PartRecord
 from loratool.files.seen import together
 from loratool.files.stand_ins import stand_in
 from loratool.grouping import by_key
+from loratool.merging.output_layout import ShardPlan
+from loratool.merging.plan import MergePlan
 from loratool.merging.tasks import known_of
 from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import UploadPart
-
-if TYPE_CHECKING:
-    from loratool.merging.output_layout import ShardPlan
-    from loratool.merging.plan import MergePlan
 
 
 def whole_file(

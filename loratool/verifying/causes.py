@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from loratool.algebra.updates.base import Update
+from loratool.bases.edits import Edit
 from loratool.verifying.looking import SURE
 from loratool.verifying.updates import scaling_of
-
-if TYPE_CHECKING:
-    from loratool.algebra.updates.base import Update
-    from loratool.bases.edits import Edit
 
 NOT_MERGED, NOT_MERGED_WORDS = "not-merged", "not merged"
 

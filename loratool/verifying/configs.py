@@ -5,20 +5,18 @@ from __future__ import annotations
 import filecmp
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.errors import LoratoolError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.folders import CARD
 from loratool.files.untrusted import json_value
 from loratool.layouts.ties import TIE_FLAGS
+from loratool.merging.plan import MergePlan
 from loratool.notes import Note
 from loratool.results.verify import Diagnosis
 from loratool.templates import some
-
-if TYPE_CHECKING:
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.merging.plan import MergePlan
-    from loratool.verifying.pairing import Pairing
+from loratool.verifying.pairing import Pairing
 
 CONFIG = "config.json"
 # Keys that say who wrote the file, or from where; what is computed does not depend on them.

@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loratool.bases.edits import Edit
 from loratool.errors import FitError, printable
 from loratool.grouping import by_key
+from loratool.merging.plan import MergePlan
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed
 from loratool.verifying.causes import NOT_MERGED, NOT_MERGED_WORDS, Cause, causes_of, known_causes
+from loratool.verifying.distances import Distances
 from loratool.verifying.explaining import (
     COARSE,
     ELEMENTS,
@@ -24,18 +27,12 @@ from loratool.verifying.explaining import (
     UNEXPLAINED,
     Explained,
 )
-from loratool.verifying.looking import SURE, pooled
+from loratool.verifying.looking import SURE, Fit, pooled
 from loratool.verifying.options import RESIDUAL, TWICE
+from loratool.verifying.packed import Survived
+from loratool.verifying.pairing import Pairing
+from loratool.verifying.untouched import Changed
 from loratool.verifying.updates import Module
-
-if TYPE_CHECKING:
-    from loratool.bases.edits import Edit
-    from loratool.merging.plan import MergePlan
-    from loratool.verifying.distances import Distances
-    from loratool.verifying.looking import Fit
-    from loratool.verifying.packed import Survived
-    from loratool.verifying.pairing import Pairing
-    from loratool.verifying.untouched import Changed
 
 MOST_WORDS = 6  # causes that a sentence tells
 MOST_CAUSES = 100  # more than there are

@@ -6,23 +6,20 @@ import dataclasses
 import math
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.grouping import by_key
 from loratool.lazy import Tensor, torch
+from loratool.merging.plan import MergePlan
+from loratool.merging.shared_updates import SharedUpdates
 from loratool.results.verify import TensorProof
 from loratool.verifying.causes import known_causes
+from loratool.verifying.distances import Distances
 from loratool.verifying.guesses import Guess, all_turned, guesses, part_alone
 from loratool.verifying.halves import in_halves, off_in_part, takes_part
 from loratool.verifying.looking import SURE, Agreement, Fit, Look, pooled
 from loratool.verifying.options import AUTO, RESIDUAL, TWICE
+from loratool.verifying.pairing import Pair
 from loratool.verifying.updates import modules_of
-
-if TYPE_CHECKING:
-    from loratool.merging.plan import MergePlan
-    from loratool.merging.shared_updates import SharedUpdates
-    from loratool.verifying.distances import Distances
-    from loratool.verifying.pairing import Pair
 
 NEAREST = "nearest"
 FEW = 0.01  # of a tensor's elements: where no more are off, and the formula itself is known to few digits, all others are it

@@ -6,20 +6,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING
 
 from loratool.adapters.model_settings import setting
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.base import Update, Wrapped
 from loratool.algebra.updates.experts import ExpertLowRank
 from loratool.algebra.updates.residual import Residual
+from loratool.bases.edits import Edit
 from loratool.grouping import by_key
 from loratool.layouts.fusions import FUSIONS, HEADS, KEY_HEADS
-
-if TYPE_CHECKING:
-    from loratool.bases.edits import Edit
-    from loratool.merging.output_layout import Span
-    from loratool.merging.plan import MergePlan
+from loratool.merging.output_layout import Span
+from loratool.merging.plan import MergePlan
 
 MOST_PARTS = 4  # of a fused tensor whose orders are tried
 MOST_SLICES = 8  # of an update that are tried in place of a tensor's own, the nearest ones: experts may be hundreds

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import round_once
 from loratool.algebra.updates.additive import LowRank
+from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.residual import Residual
+from loratool.bases.edits import Edit
 from loratool.lazy import Tensor, torch
 from loratool.verifying.distances import ulp_of
+from loratool.verifying.looking import Look
 from loratool.verifying.updates import Updates
-
-if TYPE_CHECKING:
-    from loratool.algebra.updates.base import Update
-    from loratool.bases.edits import Edit
-    from loratool.verifying.looking import Look
 
 LEAST_ROWS = 4  # for each rank, so that what is not in the space of the factors can be told from rounding
 MOST_OFF = 0.02  # of the part that was taken: rounding both of its factors to 8 digits changes less

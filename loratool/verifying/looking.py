@@ -8,25 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import round_once
+from loratool.algebra.updates.base import Update
+from loratool.bases.edits import Edit
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.measuring.sampling import sample
+from loratool.merging.output_layout import Span
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.verifying.distances import ulp_of
+from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import least_rows
 from loratool.verifying.updates import MOST_MODULES, Updates, doubt_of, modules_of, rounded_twice
-
-if TYPE_CHECKING:
-    from loratool.algebra.updates.base import Update
-    from loratool.bases.edits import Edit
-    from loratool.merging.output_layout import Span
-    from loratool.verifying.pairing import Pair
 
 MOST_NOISE = 6.0  # times what packing adds: a tensor that is no farther from the formula may be packed by any method
 BETWEEN = 0.93  # times a weight: a value between those of its format

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.bases.packed import Requantizable
 from loratool.lazy import torch
+from loratool.merging.plan import MergePlan
+from loratool.merging.shared_updates import SharedUpdates
+from loratool.verifying.distances import Distances
 from loratool.verifying.explaining import (
     ELEMENTS,
     FACTOR,
@@ -25,17 +27,11 @@ from loratool.verifying.explaining import (
     known_fit,
     with_factors,
 )
-from loratool.verifying.guesses import guesses
+from loratool.verifying.guesses import Guess, guesses
 from loratool.verifying.looking import MOST_NOISE, SLACK, SURE, Fit, Look
 from loratool.verifying.options import TWICE
+from loratool.verifying.pairing import Pair
 from loratool.verifying.updates import modules_of
-
-if TYPE_CHECKING:
-    from loratool.merging.plan import MergePlan
-    from loratool.merging.shared_updates import SharedUpdates
-    from loratool.verifying.distances import Distances
-    from loratool.verifying.guesses import Guess
-    from loratool.verifying.pairing import Pair
 
 KNOWN_WELL = 0.1  # a factor with a larger error is not told from a tensor that was not packed to the nearest values
 

@@ -6,21 +6,17 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import Requantizable
 from loratool.bases.tied_weights import Ties, find_ties
 from loratool.bases.trained_view import is_of_tokens
-from loratool.bases.weights import plain_of
+from loratool.bases.weights import StoredWeight, plain_of
 from loratool.errors import FitError, printable
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
-
-if TYPE_CHECKING:
-    from loratool.bases.weights import StoredWeight
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.merging.output_layout import Span
-    from loratool.merging.plan import MergePlan
+from loratool.merging.output_layout import Span
+from loratool.merging.plan import MergePlan
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Buffers that a model makes itself when it is loaded, and that some releases save and others do not.

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import round_once
+from loratool.arguments import Progress
 from loratool.bases.weights import Held, Plain, Room
 from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files.crew import in_threads
@@ -32,7 +33,7 @@ from loratool.merging.totals import Totals
 from loratool.verifying import quick
 from loratool.verifying.distances import Distances, Found, measure, same
 from loratool.verifying.halves import residual_of
-from loratool.verifying.options import RESIDUAL, STEPWISE, TWICE
+from loratool.verifying.options import RESIDUAL, STEPWISE, TWICE, VerifyOptions
 from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
@@ -40,9 +41,7 @@ from loratool.verifying.quick_numpy import Halved, Tile, suffices
 from loratool.verifying.updates import Updates, doubt_of, rounded_twice
 
 if TYPE_CHECKING:
-    from loratool.arguments import Progress
     from loratool.merging.row_blocks import Worker
-    from loratool.verifying.options import VerifyOptions
 
 PIECE = 1 << 20  # bytes that are compared at a time
 RUN = 64 << 20  # bytes of a tensor that one thread compares

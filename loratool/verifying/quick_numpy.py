@@ -7,22 +7,18 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loratool.bases.weights import Plain
+from loratool.bases.edits import Edit
+from loratool.bases.weights import Plain, StoredWeight
+from loratool.files.open_sources import OpenSources
 from loratool.lazy import NDArray, numpy
 from loratool.merging import numpy_sums
 from loratool.merging.numpy_rounding import HALF, RESULTS
 from loratool.merging.numpy_sums import NEAR, Added, alone, parts_of
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from loratool.bases.edits import Edit
-    from loratool.bases.weights import StoredWeight
-    from loratool.files.open_sources import OpenSources
-    from loratool.verifying.pairing import Pair
+from loratool.verifying.pairing import Pair
 
 MOST = 1 << 31  # elements in all: of more of them, the import of torch is a small part of the time
 MANY = 64  # where more than one of so many elements differs, torch finds out what they are

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.digests import read_recorded
 from loratool.files.folders import PROVENANCE, folder_and_name, record_for
@@ -16,11 +17,6 @@ from loratool.files.untrusted import LARGEST_RECORD, read_json
 from loratool.provenance import record
 from loratool.results.base import Cost
 from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verification
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from loratool.arguments import PathLike
 
 
 def verify_record(merged: PathLike, reasons: Mapping[str, str] | None = None) -> Verification:

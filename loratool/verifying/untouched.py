@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import Tensor, torch
 from loratool.verifying.looking import MOST_NOISE, Look
-
-if TYPE_CHECKING:
-    from loratool.verifying.pairing import Pair
+from loratool.verifying.pairing import Pair
 
 MOST_ROWS = 256  # of a difference whose rank is looked at
 MOST_COLUMNS = 1024

@@ -14,13 +14,12 @@ from loratool.algebra.updates.base import Update, Wrapped
 from loratool.algebra.updates.experts import ExpertLowRank
 from loratool.algebra.updates.replacing import Replace
 from loratool.algebra.updates.residual import Residual
+from loratool.bases.edits import Edit
 from loratool.lazy import Tensor, torch
+from loratool.merging.output_layout import Span
 
 if TYPE_CHECKING:
-    from loratool.bases.edits import Edit
     from loratool.merging.loaded_edits import LoadedEdit
-    from loratool.merging.output_layout import Span
-
 
 MOST_MODULES = 16  # of a weight that are told apart; a stack of experts has hundreds
 Module = tuple[int, str]  # the adapter's number and the target, which is empty where its modules are not told apart

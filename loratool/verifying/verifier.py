@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import same_bytes
 from loratool.arguments import PathLike, Progress, several
@@ -18,6 +17,7 @@ from loratool.devices import Awaited
 from loratool.errors import FitError, printable
 from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO as AUTO_BASE
+from loratool.files.checkpoint import Checkpoint
 from loratool.files.process import on_all_cores
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.ties import TIE_FLAGS
@@ -25,6 +25,7 @@ from loratool.merging.inputs import opened_inputs, planned
 from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS
 from loratool.merging.output_layout import Span
+from loratool.merging.plan import MergePlan
 from loratool.merging.planning import check_container
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note
@@ -39,6 +40,7 @@ from loratool.verifying.diagnosing import (
     diagnose_rest,
     rounded_otherwise,
 )
+from loratool.verifying.distances import Distances
 from loratool.verifying.explaining import Explained, as_it_should, explain
 from loratool.verifying.halves import in_halves
 from loratool.verifying.looking import Look
@@ -48,11 +50,6 @@ from loratool.verifying.pairing import Pair, Pairing, pair
 from loratool.verifying.proving import Proving
 from loratool.verifying.quantised import is_quantised
 from loratool.verifying.untouched import Changed, look_at
-
-if TYPE_CHECKING:
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.merging.plan import MergePlan
-    from loratool.verifying.distances import Distances
 
 MOST_TRIED = 3  # of the smallest tensors that differ, by which a way to round is recognised
 MOSTLY = 0.98  # share of elements that are what a way to round gives, but for what float32 takes from a decomposition

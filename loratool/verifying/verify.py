@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
+from loratool.arguments import PathLike, Progress
 from loratool.errors import UsageError
 from loratool.files.process import without_collections
+from loratool.results.verify import Verification
 from loratool.verifying.options import VerifyOptions
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from loratool.arguments import PathLike, Progress
-    from loratool.results.verify import Verification
 
 
 def verify(
