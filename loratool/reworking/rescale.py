@@ -206,14 +206,11 @@ def bakes(contents: Contents, manner: Manner, in_place: bool, options: RescaleOp
 
 
 def by_name(factors: Mapping[str, float], blocks: BlockWeights, layers: Mapping[str, Layer]) -> dict[str, float]:
-    """Target → the factor that patterns and blocks give it."""
+    """Target → the factor of the first pattern that is found in its module's name, times that of its block.
+
+    Raises `UsageError` for a pattern that is found nowhere.
+    """
     blocks.check(layers)
-    matched = by_search(factors, layers)
-    return {target: matched.get(target, 1.0) * blocks.factor(target) for target in layers}
-
-
-def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict[str, float]:
-    """Target → the factor of the first pattern that is found in its module's name; one that is found nowhere is wrong."""
     modules = {target: layer.module for target, layer in layers.items()}
     try:
         matching = search_names(factors, modules.values())
@@ -225,9 +222,8 @@ def by_search(factors: Mapping[str, float], layers: Mapping[str, Layer]) -> dict
             f"{printable(next(iter(modules.values())))}"
         )
     return {
-        target: next(factor for pattern, factor in factors.items() if pattern in matching[module])
+        target: blocks.factor(target) * next((f for pattern, f in factors.items() if pattern in matching[module]), 1.0)
         for target, module in modules.items()
-        if matching[module]
     }
 
 

@@ -192,8 +192,7 @@ def convert(
     check_norms(contents, goal.dialect, wanted.architecture)
     if goal.server is not None and goal.server.splits(config):
         wanted = with_experts_apart(wanted, contents.layers, config, str(goal.server))
-    made = Converter(contents, wanted, goal, options, kinds)
-    made.lost, made.moved, made.kernels = lost, moved, {**kernels, **forms}
+    made = Converter(contents, wanted, goal, options, kinds, moved, {**kernels, **forms}, lost)
     made.models = {"base": told_model(base, ModelDigests.of(base, compute=False))} if base is not None else {}
     if keeps:
         made.keep(given, whole(wanted.beside, others))
@@ -209,10 +208,7 @@ class Converter(Maker[str, str]):
     """The layers of one adapter, as those of another."""
 
     command = "convert"
-    lost: tuple[Note, ...] = ()
     given: Adapter  # with LoHa and LoKr as they are
-    kernels: Mapping[str, tuple[int, ...]]  # of the base's layers
-    moved: Mapping[str, Moved]  # what DoRA makes of layers that are written as LoRA
 
     def __init__(
         self,
@@ -221,9 +217,12 @@ class Converter(Maker[str, str]):
         goal: Goal,
         options: ConvertOptions,
         kinds: Mapping[str, str],  # of layers that were LoHa or LoKr
+        moved: Mapping[str, Moved],  # what DoRA makes of layers that are written as LoRA
+        kernels: Mapping[str, tuple[int, ...]],  # of the base's layers
+        lost: tuple[Note, ...],
     ) -> None:
         self.contents, self.wanted, self.goal, self.options = contents, wanted, goal, options
-        self.kinds = kinds
+        self.kinds, self.moved, self.kernels, self.lost = kinds, moved, kernels, lost
         self.dtype = kept_name([contents], options.dtype)
         self.most = options.rank if options.rank is None or goal.server is None else goal.server.raised(options.rank)
         self.own: dict[str, int] = {}  # the ranks that layers of the output have by themselves

@@ -59,7 +59,7 @@ HELD_ON_GPU = 4 << 30
 TERMS = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.ASCII)  # of a base, at its top
 
 
-Gathered = Callable[["Extractor", tuple["Change", ...]], list["Outcome"]]  # what was made of some layers before
+Gathered = Callable[[tuple["Change", ...]], list["Outcome"]]  # what was made of some layers before
 
 
 def extract(
@@ -68,7 +68,7 @@ def extract(
     out: PathLike,
     options: ExtractOptions,
     progress: Progress | None = None,
-    gathered: Gathered | None = None,
+    gathered: Callable[[Extractor], Gathered] | None = None,
 ) -> ExtractReport:
     """Write the adapter that makes `tuned` of `base`; `loratool.commands.extract` says all of it.
 
@@ -78,7 +78,7 @@ def extract(
     models = Models.of(base, tuned, out, options)
     with session(options.device, []) as at_work:
         extractor = models.extractor(options, at_work)
-        extractor.gathered = gathered
+        extractor.gathered = gathered(extractor) if gathered is not None else None
         rest = run(extractor, models.target, models.paths, options, progress)
     found, rule = extractor.pairing, extractor.rule
     return ExtractReport(
@@ -232,7 +232,7 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
         return [group for group in self.pairing.groups if group not in large]
 
     def work(self, output: Output, task: tuple[Change, ...]) -> list[Made[Outcome]]:
-        outcomes = self.outcomes(output, task) if self.gathered is None else self.gathered(self, task)
+        outcomes = self.outcomes(output, task) if self.gathered is None else self.gathered(task)
         return [Made(outcome.factors, outcome) for outcome in outcomes]
 
     def rest(self, draft: Draft) -> Rest:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -78,25 +77,18 @@ def finish_extract(
     into: PathLike,
 ) -> ExtractReport:
     """Write what all workers found; `loratool.commands.partial` says all of it."""
-    ready: list[tuple[dict[str, int], Partials]] = []  # the unit of each layer
-    lock = threading.Lock()
 
-    @lru_cache(maxsize=4)
-    def read(unit: int) -> dict[str, tuple[dict[str, Any], bytes]]:
-        table, content = ready[0][1].read(unit) or ({"layers": []}, b"")
-        return {each["target"]: (each, content) for each in table["layers"]}
+    def gathered(extractor: Extractor) -> Callable[[Task], list[Outcome]]:
+        units, partials = units_of(extractor, options, into)
+        partials.every()
+        unit_of = {change.target: n for n, unit in enumerate(units) for task in unit for change in task}
 
-    def gathered(extractor: Extractor, task: Task) -> list[Outcome]:
-        with lock:
-            if not ready:
-                units, partials = units_of(extractor, options, into)
-                partials.every()
-                ready.append(({c.target: n for n, unit in enumerate(units) for each in unit for c in each}, partials))
-        found = []
-        for change in task:
-            entry, content = read(ready[0][0][change.target])[change.target]
-            found.append(outcome_of(change, entry, content))
-        return found
+        @lru_cache(maxsize=4)
+        def read(unit: int) -> dict[str, tuple[dict[str, Any], bytes]]:
+            table, content = partials.read(unit) or ({"layers": []}, b"")
+            return {each["target"]: (each, content) for each in table["layers"]}
+
+        return lambda task: [outcome_of(each, *read(unit_of[each.target])[each.target]) for each in task]
 
     return extract(base, tuned, out, options, progress, gathered)
 
