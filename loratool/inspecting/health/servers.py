@@ -6,7 +6,7 @@ Such facts age. Each has in `FACTS` the release that it was seen in, and when; t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,33 +22,22 @@ from loratool.errors import printable
 from loratool.grouping import by_key
 from loratool.layouts.architectures import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from loratool.results.findings import Finding, command, quoted
+from loratool.reworking.converting.servers import SERVERS, Server
 from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.bases.adapter_fit import Fit
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a fact about a server was seen."""
+# What a fact about a server was seen in: the release that `convert --for` goes by too
+VLLM, SGLANG = (SERVERS[word][0] for word in ("vllm", "sglang"))
+CONVERTER = Server("llama.cpp's converter", "in llama-cpp-python 0.3.36", "2026-11", "gguf")
+# or single files of their repositories, whose release is not recorded
+VLLM_FILES, SGLANG_FILES, CONVERTER_FILES = (
+    replace(server, release="main branch", seen="2026-08") for server in (VLLM, SGLANG, CONVERTER)
+)
 
-    server: str
-    release: str
-    seen: str  # year and month
-
-    def __str__(self) -> str:
-        return f"{self.server} {self.release} ({self.seen})"
-
-
-VLLM = Source("vLLM", "0.32.0", "2026-11")
-SGLANG = Source("SGLang", "0.5.23", "2026-11")
-CONVERTER = Source("llama.cpp's converter", "in llama-cpp-python 0.3.36", "2026-11")
-# single files of their repositories, whose release is not recorded
-VLLM_FILES = Source("vLLM", "main branch", "2026-08")
-SGLANG_FILES = Source("SGLang", "main branch", "2026-08")
-CONVERTER_FILES = Source("llama.cpp's converter", "main branch", "2026-08")
-
-FACTS: Mapping[str, Source] = {
+FACTS: Mapping[str, Server] = {
     "vllm-type": VLLM,
     "vllm-rank": VLLM,
     "vllm-dora": VLLM,
@@ -77,7 +66,7 @@ VLLM_EXPERTS = (
     "qwen3_omni_moe",
     "interns1_pro",
 )  # families whose fused experts it reads
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+VLLM_RANKS = (1, *VLLM.ranks)  # values of --max-lora-rank
 VLLM_DEFAULT = 16
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by SGLang
 
