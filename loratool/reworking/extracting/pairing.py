@@ -32,7 +32,7 @@ from loratool.layouts.architectures import (
 from loratool.layouts.fusions import EXPERT_COUNTS, FLAGGED_EXPERTS
 from loratool.notes import Note
 from loratool.reworking.extracting.differences import same_values
-from loratool.reworking.extracting.selecting import Selection, nearest_names
+from loratool.reworking.extracting.selecting import nearest_names, selected
 from loratool.templates import listed
 
 # Modules that are tables of vectors, which PEFT adapts otherwise than matrices; nothing on disk tells them apart.
@@ -186,14 +186,14 @@ class Sorter:
                 nearest_names(list(self.tuned.tensors), list(self.base.tensors)),
             )
         paths = {name: self.path(name) for name in self.pairs}
-        selected = Selection.of(include, exclude, list(dict.fromkeys(paths.values())))
+        wanted = selected(include, exclude, dict.fromkeys(paths.values()))
         biases: list[str] = []
         for name, (one, two) in self.pairs.items():
             if self.mirrored(name):
                 continue
             if not self.differs(name):
                 self.found.identical += 1
-            elif paths[name] not in selected:
+            elif paths[name] not in wanted:
                 self.found.excluded += 1
             elif reason := self.why_left_out(name, one, two):
                 self.found.left_out[name] = reason

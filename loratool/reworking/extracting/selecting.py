@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 
 from loratool.adapters.patterns import search_names
 from loratool.errors import UsageError, printable
 from loratool.templates import first_few
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which modules are asked for."""
+def selected(include: Sequence[str], exclude: Sequence[str], modules: Collection[str]) -> set[str]:
+    """The modules that are asked for.
 
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    matching: dict[str, set[str]]  # module → the patterns that match in it
-
-    @classmethod
-    def of(cls, include: Sequence[str], exclude: Sequence[str], modules: Sequence[str]) -> Selection:
-        """Raises `UsageError` for a pattern that is no regular expression, takes for ever, or matches nothing."""
-        patterns = (*include, *exclude)
-        try:
-            matching = search_names(patterns, modules)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        if idle := set(patterns) - set[str]().union(*matching.values()):
-            raise UsageError(f"no module matches {first_few([*map(repr, sorted(idle))], 3)}")
-        return cls(tuple(include), tuple(exclude), matching)
-
-    def __contains__(self, module: str) -> bool:
-        found = self.matching[module]
-        return (not self.include or not found.isdisjoint(self.include)) and found.isdisjoint(self.exclude)
+    Raises `UsageError` for a pattern that is no regular expression, takes for ever, or matches nothing.
+    """
+    patterns = (*include, *exclude)
+    try:
+        matching = search_names(patterns, modules)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if idle := set(patterns) - set[str]().union(*matching.values()):
+        raise UsageError(f"no module matches {first_few([*map(repr, sorted(idle))], 3)}")
+    included = {module for module in modules if not include or not matching[module].isdisjoint(include)}
+    return {module for module in included if matching[module].isdisjoint(exclude)}
 
 
 def nearest_names(names: Sequence[str], known: Sequence[str]) -> Iterator[str]:
