@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,9 +71,9 @@ def sketch_of(adapter: Adapter, base: Checkpoint | None = None) -> Sketch:
     """
     known = settled(adapter, base.config) if base is not None else adapter
     contents = contents_of(known, "sketch", as_products=True)
-    names = base_names(contents, base)
+    origin, targets = names = base_names(contents, base)
     needs_base = base is not None and (known is not adapter or names != base_names(contents, None))
-    parts = names.by_layer()
+    parts = parts_of(targets)
     sketcher, squares, roundings = Sketcher(), [0.0], [0.0]
     with OpenSources() as sources:
         for target, layer in contents.layers.items():
@@ -85,11 +85,11 @@ def sketch_of(adapter: Adapter, base: Checkpoint | None = None) -> Sketch:
                 for part in parts.get(target, ()):
                     if (part.rows.expert or 0) == number:
                         sketcher.add(part.name, up[part.rows.first : part.rows.first + part.rows.count], down, part.at)
-        saved = digest_of(contents, names, sources)
+        saved = digest_of(contents, parts, sources)
     values = sketcher.sketch()
     if len(values) and np.abs(values).max() > LARGEST:
         raise not_finite(adapter)
-    return Sketch(values, names.origin, math.sqrt(math.fsum(squares)), max(roundings), saved, needs_base)
+    return Sketch(values, origin, math.sqrt(math.fsum(squares)), max(roundings), saved, needs_base)
 
 
 def not_finite(adapter: Adapter) -> InputError:
@@ -126,12 +126,12 @@ def values_of(tensor: StoredTensor, sources: OpenSources) -> NDArray[Any]:
     return shaped.T if tensor.transposed else shaped
 
 
-def digest_of(contents: Contents, names: BaseNames, sources: OpenSources) -> str:
+def digest_of(contents: Contents, parts: Mapping[str, Sequence[Part]], sources: OpenSources) -> str:
     """SHA-256 of what an adapter holds besides factors; empty where that is nothing.
 
     It goes over `name\\0role\\0` and the values as little-endian float32, in the order of names and roles.
     """
-    entries = sorted(entries_of(contents, names), key=lambda entry: entry[:2])
+    entries = sorted(entries_of(contents, parts), key=lambda entry: entry[:2])
     if not entries:
         return ""
     digest = hashlib.sha256()
@@ -145,9 +145,9 @@ def digest_of(contents: Contents, names: BaseNames, sources: OpenSources) -> str
 Entry = tuple[str, str, Any, float, slice | None]  # name, role, tensor, what multiplies it, rows of it
 
 
-def entries_of(contents: Contents, names: BaseNames) -> Iterator[Entry]:
+def entries_of(contents: Contents, by_layer: Mapping[str, Sequence[Part]]) -> Iterator[Entry]:
     """What stands besides the factors: magnitudes of DoRA, biases, tensors saved whole, rows of tokens."""
-    for target, parts in names.by_layer().items():
+    for target, parts in by_layer.items():
         layer = contents.layers[target]
         if layer.magnitude is None:
             continue
@@ -181,29 +181,20 @@ class Part:
     rows: Rows
 
 
-@dataclass(frozen=True)
-class BaseNames:
-    """The parts that the layers of an adapter consist of."""
+def base_names(contents: Contents, base: Checkpoint | None) -> tuple[Origin, dict[str, Target]]:
+    """Where names are from, and the weights of the base that an adapter changes, of its layers' rows.
 
-    origin: Origin
-    parts: tuple[Part, ...]
-
-    def by_layer(self) -> dict[str, list[Part]]:
-        """The parts of each layer."""
-        return by_key((part.rows.target, part) for part in self.parts)
-
-
-def base_names(contents: Contents, base: Checkpoint | None) -> BaseNames:
-    """The weights of the base that an adapter changes; `base` tells what neither names nor tables do."""
+    `base` tells what neither names nor tables do.
+    """
     layers = contents.layers
     config: Mapping[str, Any] = base.config if base is not None else {}
     found = [] if all(target.startswith(LANGUAGE) for target in layers) else readings(layers)
     if found:
         reading, _ = chosen(found, layers, hint_of(contents))
         try:
-            return BaseNames("base", tuple(parts_of(Divided(reading, DIFFUSERS, layers, frozenset(layers)).targets())))
+            return "base", Divided(reading, DIFFUSERS, layers, frozenset(layers)).targets()
         except LoratoolError:  # its rows are not those of the architecture
-            return BaseNames("as stored", tuple(parts_of({t: Target.same(layer) for t, layer in layers.items()})))
+            return "as stored", {target: Target.same(layer) for target, layer in layers.items()}
     origin: Origin = "base"
     names = dotted(base)
     targets: dict[str, Target] = {}
@@ -216,12 +207,14 @@ def base_names(contents: Contents, base: Checkpoint | None) -> BaseNames:
         except LoratoolError:  # how its rows are divided depends on the model
             origin = "as stored"
             targets[name] = Target.same(layer)
-    return BaseNames(origin, tuple(parts_of(targets)))
+    return origin, targets
 
 
-def parts_of(targets: Mapping[str, Target]) -> Iterator[Part]:
-    """The rows of layers; a matrix of several experts has the number of the expert in its name."""
-    for name, target in targets.items():
-        for expert, at, rows in target.places:
-            if rows.target:
-                yield Part(f"{name}#{expert}" if target.kind is Kind.PARAMETER else name, at, rows)
+def parts_of(targets: Mapping[str, Target]) -> dict[str, list[Part]]:
+    """The rows of each layer; a matrix of several experts has the number of the expert in its name."""
+    return by_key(
+        (rows.target, Part(f"{name}#{expert}" if target.kind is Kind.PARAMETER else name, at, rows))
+        for name, target in targets.items()
+        for expert, at, rows in target.places
+        if rows.target
+    )
