@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
@@ -93,7 +94,7 @@ def gpt2(config: Mapping[str, Any]) -> tuple[Shapes, bool]:
         ("mlp.c_proj", hidden, inner),
     ):
         layer |= {f"{name}.weight": (rows, columns), f"{name}.bias": (columns,)}
-    norm = {f"{part}": (hidden,) for part in ("weight", "bias")}
+    norm = {"weight": (hidden,), "bias": (hidden,)}
     layer |= {f"{name}.{part}": shape for name in ("ln_1", "ln_2") for part, shape in norm.items()}
     shapes: Shapes = {
         "transformer.wte.weight": (vocabulary, hidden),
@@ -115,13 +116,9 @@ def with_head(shapes: Shapes, head: tuple[int, int], tied: bool) -> tuple[Shapes
     return {**shapes, "lm_head.weight": head}, bool(tied)
 
 
-def decoder(family: Family) -> Callable[[Mapping[str, Any]], tuple[Shapes, bool]]:
-    return lambda config: like_llama(family, config)
-
-
 # Model type → from a config the shapes of all parameters, the head last, and whether the head is the embedding.
 # `KeyError` names a field that is wanted and not there; a number that is none is a `TypeError` or a `ValueError`.
 SHAPES: Mapping[str, Callable[[Mapping[str, Any]], tuple[Shapes, bool]]] = {
-    **{name: decoder(family) for name, family in FAMILIES.items()},
+    **{name: partial(like_llama, family) for name, family in FAMILIES.items()},
     "gpt2": gpt2,
 }

@@ -37,12 +37,13 @@ def whole_of(places: Sequence[Place], weight_of: Callable[[str], StoredWeight]) 
     """What an update covers that depends on all of it, as one matrix; None where one place is all, or it depends on none."""
     if len(places) == 1 or not places[0].update.needs_weight:
         return None
-    pieces: list[StoredWeight] = []
-    for place in sorted(places, key=lambda place: place.update_row):
-        weight = weight_of(place.tensor)
-        matrix = weight.matrix(math.prod(weight.shape[place.fold :]))
-        pieces.append(Slice(matrix, place.first_row, place.rows, place.columns))
-    return Stacked(tuple(pieces))
+    in_order = sorted(places, key=lambda place: place.update_row)
+    return Stacked(tuple(rows_at(place, weight_of(place.tensor)) for place in in_order))
+
+
+def rows_at(place: Place, weight: StoredWeight) -> Slice:
+    """The rows and columns of a weight that are meant by a place."""
+    return Slice(weight.matrix(math.prod(weight.shape[place.fold :])), place.first_row, place.rows, place.columns)
 
 
 def torn(edits: Mapping[str, Sequence[Edit]]) -> Iterator[str]:

@@ -55,16 +55,16 @@ def unlike_bases(base: Checkpoint, adapters: Sequence[Adapter]) -> Iterator[Note
                 f"says it was trained on {printable(named.repo)}, but BASE is {printable(place.repo)}; on another "
                 "base the result is not what was trained"
             )
-            yield Note("base-mismatch", text).under(adapter.name)
         elif differing := unlike_shapes(config, base.config):
             text = f"says it was trained on {printable(name)}, whose config.json has {differing}"
-            yield Note("base-mismatch", text).under(adapter.name)
         elif packing is None and (weight := unlike_weight(name, base, adapter)):
             text = (
                 f"says it was trained on {printable(name)}, whose {printable(weight)} has other values than BASE's; on "
                 "another base the result is not what was trained"
             )
-            yield Note("base-mismatch", text).under(adapter.name)
+        else:
+            continue
+        yield Note("base-mismatch", text).under(adapter.name)
 
 
 def unlike_weight(name: str, base: Checkpoint, adapter: Adapter) -> str:

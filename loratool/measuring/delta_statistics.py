@@ -12,7 +12,8 @@ from loratool.algebra.lowrank.products import Product, decompose
 from loratool.algebra.updates.additive import LowRank
 from loratool.algebra.updates.dora import Magnitude
 from loratool.bases.decoded import weight_of
-from loratool.bases.weights import Held, Room, Slice
+from loratool.bases.edits import rows_at
+from loratool.bases.weights import Held, Room
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from loratool.algebra.updates.base import Update
     from loratool.bases.binding import Place
-    from loratool.bases.weights import StoredWeight
+    from loratool.bases.weights import Slice
     from loratool.files.checkpoint import Checkpoint
 
 BLOCK = 4 << 20  # bytes of float32 weight that are looked at together
@@ -73,11 +74,6 @@ def measure_on_base(
         gain=rounding.gain,
         sampled_rows=rounding.rows,
     )
-
-
-def rows_at(place: Place, weight: StoredWeight) -> Slice:
-    """The rows and columns of a weight that are meant by a place."""
-    return Slice(weight.matrix(math.prod(weight.shape[place.fold :])), place.first_row, place.rows, place.columns)
 
 
 def low_rank(update: Update) -> LowRank | None:

@@ -82,19 +82,16 @@ def della(_: Stack, weights: Tensor, setting: Setting) -> Rule:
 def sce(stack: Stack, weights: Tensor, setting: Setting) -> Rule:
     """SCE (Wan et al. 2024, arXiv:2408.07990): where updates differ most, weighted by their energy there, one sign."""
     total = stack.shape[1] * stack.shape[2]
-    select: Callable[[Tensor], Tensor] | None = None
-    if setting.density < 1:
+    least = stack.largest(variances, [max(1, round(setting.density * total))]) if setting.density < 1 else None
 
-        def variance(_: int, tile: Tensor) -> Tensor:
-            return tile.var(0, correction=0)[None]
+    def select(_: int, tile: Tensor) -> Tensor:
+        return tile if least is None else tile * (variances(0, tile) >= least[:, None, None])
 
-        least = stack.largest(variance, [max(1, round(setting.density * total))])
-        select = lambda tile: tile * (variance(0, tile) >= least[:, None, None])  # noqa: E731 (a rule with its threshold)
     energies = torch.zeros(stack.shape[0], dtype=torch.float64, device=stack.device)
-    for _, tile in stack.tiles():
-        energies += (select(tile) if select else tile).double().square().sum((1, 2))
+    for first, tile in stack.tiles():
+        energies += select(first, tile).double().square().sum((1, 2))
     shares = (energies / energies.sum().clamp_min(1e-300)).to(weights.dtype)
-    return lambda _, tile: agreed(select(tile) if select else tile, weights, setting, shares)
+    return lambda first, tile: agreed(select(first, tile), weights, setting, shares)
 
 
 METHODS: dict[str, Callable[[Stack, Tensor, Setting], Rule]] = {
@@ -110,6 +107,10 @@ METHODS: dict[str, Callable[[Stack, Tensor, Setting], Rule]] = {
 
 def magnitudes(_: int, tile: Tensor) -> Tensor:
     return tile.abs()
+
+
+def variances(_: int, tile: Tensor) -> Tensor:
+    return tile.var(0, correction=0)[None]
 
 
 def largest_entries(stack: Stack, density: float) -> Rule:

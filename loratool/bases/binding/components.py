@@ -140,22 +140,17 @@ def with_words(parts: list[Component]) -> tuple[Component, ...]:
         return (replace(parts[0], words=tuple(sorted(TEXT_WORDS))),)
     clips = [part for part in texts if part.family is not None and part.family.name == "clip"]
     ordered = sorted(texts, key=lambda part: order_of(part, clips))
+    claims = [
+        *((part.name, part) for part in parts),
+        *((word, part) for part in [part for part in parts if part.is_denoiser][:1] for word in DENOISER),
+        *((word, part) for part in texts for word in kinds_of(part, clips)),
+        *((f"te{number}", part) for number, part in enumerate(ordered, 1)),
+        *((f"text_encoder_{number}" if number > 1 else "text_encoder", part) for number, part in enumerate(ordered, 1)),
+        *((word, part) for part in texts if len(texts) == 1 for word in ("te", "te1", "prior_te")),
+    ]
     taken: dict[str, Component] = {}
-    denoisers = [part for part in parts if part.is_denoiser]
-    for part in parts:
-        taken.setdefault(part.name, part)
-    for part in denoisers[:1]:
-        for word in DENOISER:
-            taken.setdefault(word, part)
-    for part in texts:
-        for word in kinds_of(part, clips):
-            taken.setdefault(word, part)
-    for number, part in enumerate(ordered, 1):
-        taken.setdefault(f"te{number}", part)
-        taken.setdefault("text_encoder" if number == 1 else f"text_encoder_{number}", part)
-    if len(texts) == 1:
-        for word in ("te", "te1", "prior_te"):
-            taken.setdefault(word, texts[0])
+    for word, part in claims:
+        taken.setdefault(word, part)
     return tuple(replace(part, words=tuple(word for word, owner in taken.items() if owner is part)) for part in parts)
 
 

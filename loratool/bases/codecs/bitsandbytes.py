@@ -328,11 +328,9 @@ def statistics_of(json: StoredTensor, kind: str, room: Room) -> Statistics:
 
 def int8(finder: Finder, room: Room) -> Iterator[tuple[str, Int8]]:
     """The weights that have an SCB."""
-    for scales in finder.base.tensors:
-        module, found, rest = scales.rpartition(".SCB")
-        if found and not rest:
-            with suppress(Unfit):
-                yield f"{module}.weight", int8_weight(finder, module, room)
+    for module in finder.stems(".SCB"):
+        with suppress(Unfit):
+            yield f"{module}.weight", int8_weight(finder, module, room)
 
 
 def int8_weight(finder: Finder, module: str, room: Room) -> Int8:

@@ -99,7 +99,7 @@ class CompressedTensors(Codec):
                     found[f"{module}.weight"] = weight_of(
                         finder, module, parts, schemes_by_module[module], Room(sources)
                     )
-        note_unlisted(finder, found, lambda names: in_list(ignored(settings.values), names), "ignore")
+        note_unlisted(finder, found, lambda names: in_list(texts_in(settings.values.get("ignore")), names), "ignore")
         return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
 
     def left_plain(
@@ -211,10 +211,6 @@ def matching(entries: Collection[str], modules: Collection[str]) -> Mapping[str,
 def in_list(entries: Collection[str], modules: Collection[str]) -> Collection[str]:
     """The modules that an entry matches."""
     return {module for module, own in matching(entries, modules).items() if own}
-
-
-def ignored(values: Mapping[str, Any]) -> list[str]:
-    return texts_in(values.get("ignore"))
 
 
 def weight_of(

@@ -9,7 +9,7 @@ layers that it has fused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from loratool.adapters.patterns import search_names
@@ -71,11 +71,8 @@ def is_negative(rule: str) -> bool:
 def with_plain(dynamic: object, plain: Sequence[str], packed: Collection[str]) -> dict[str, Any]:
     """The rules with rules for plain modules before them. `packed` are the modules that stay packed."""
     new: dict[str, Any] = {f"-:{pattern}": {} for pattern in patterns_of(plain, packed)}
-    return new | {rule: change for rule, change in as_mapping(dynamic).items() if rule not in new}
-
-
-def as_mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+    own = dynamic if isinstance(dynamic, Mapping) else {}
+    return new | {rule: change for rule, change in own.items() if rule not in new}
 
 
 def patterns_of(names: Sequence[str], others: Collection[str]) -> list[str]:
@@ -94,13 +91,7 @@ def patterns_of(names: Sequence[str], others: Collection[str]) -> list[str]:
 
 def loosened(name: str, kept: int) -> str:
     """A pattern for a name that has any number in place of all numbers but the first ones."""
-
-    def pieces() -> Iterator[str]:
-        start = 0
-        for number in [*NUMBER.finditer(name)][kept:]:
-            yield re.escape(name[start : number.start()])
-            yield r"\d+"
-            start = number.end()
-        yield re.escape(name[start:])
-
-    return f"^{''.join(pieces())}$"
+    numbers = NUMBER.findall(name)
+    follow = [*numbers[:kept], *[r"\d+"] * len(numbers[kept:]), ""]
+    pieces = (re.escape(piece) + after for piece, after in zip(NUMBER.split(name), follow, strict=True))
+    return f"^{''.join(pieces)}$"

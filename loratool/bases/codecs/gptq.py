@@ -207,8 +207,9 @@ def scheme_of(said: Mapping[str, Any]) -> Scheme:
         raise ValueError(f"bits must be 2, 3, 4 or 8, but it is {shown(bits)}")
     if group != -1 and not is_count(group):
         raise ValueError(f"group_size must be -1 or a number of inputs, but it is {shown(group)}")
-    version = VERSIONS[formats[0]] if formats else 1
-    return Scheme(bits, group, version, "gptqmodel" in writer_of(said), bool(said.get("desc_act")))
+    version, meta = VERSIONS[formats[0]] if formats else 1, said.get("meta")
+    writer = meta.get("quantizer", "") if isinstance(meta, Mapping) else ""  # such as `gptqmodel:5.0.0`
+    return Scheme(bits, group, version, "gptqmodel" in str(writer).lower(), bool(said.get("desc_act")))
 
 
 def formats_of(said: Mapping[str, Any]) -> list[str]:
@@ -218,12 +219,6 @@ def formats_of(said: Mapping[str, Any]) -> list[str]:
     if isinstance(method, str) and method.lower() in OTHER_FORMATS:
         named.append(method)
     return [str(each).lower() for each in named if each is not None]
-
-
-def writer_of(said: Mapping[str, Any]) -> str:
-    """The names of the tools that quantised, such as `gptqmodel:5.0.0`."""
-    meta = said.get("meta")
-    return str(meta.get("quantizer", "")).lower() if isinstance(meta, Mapping) else ""
 
 
 def words_of(finder: Finder, module: str) -> TensorInfo | None:

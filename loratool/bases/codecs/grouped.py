@@ -14,8 +14,9 @@ them while they are in the cache.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from loratool.bases.codecs import numpy_values
@@ -69,8 +70,8 @@ class Grouped(WithParameters):
 
     def decode(self, first: int, count: int, device: torch.device, room: Room) -> Tensor:
         part = room.held.part(first, first + count, device, lambda: self.columns(first, count, device, room))
-        scales = held("scales", device, room, lambda: self.scales_by_output(room))
-        zeros = held("zeros", device, room, lambda: self.zeros_by_output(room))
+        scales = held("scales", device, room, lambda: rows_of(read_whole(self.tensors[2], room).T))
+        zeros = held("zeros", device, room, lambda: rows_of(self.zero_points(read_whole(self.tensors[1], room)).T))
         groups = held("groups", device, room, lambda: self.groups(room))
         which = slice(first, first + count)
         integers = self.integers(part.values, first - part.first, count)
@@ -82,7 +83,9 @@ class Grouped(WithParameters):
 
     def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
         count = len(values)
-        part = memory.held.part(first, first + count, "numpy", lambda: self.columns_by_numpy(first, count, memory))
+        read = partial(memory.read, self.tensors[0])
+        start, stop = self.columns_from(first, count)
+        part = memory.held.part(first, first + count, "numpy", lambda: self.part(start, stop, "numpy", read))
         scales, zeros, groups = memory.held.of("grid by numpy", lambda: self.grid_by_numpy(memory))
         which = slice(first, first + count)
         integers = numpy.ascontiguousarray(self.integers_by_numpy(part.values, first - part.first, count))
@@ -96,16 +99,15 @@ class Grouped(WithParameters):
         numpy.copyto(values, integers)
         numpy_values.multiply(values, scales[which], self.group)
 
-    def columns_by_numpy(self, first: int, count: int, memory: Memory) -> HeldPart:
-        """As `columns`."""
+    def part(self, start: int, stop: int, place: object, read: Callable[[int, int], NDArray[Any]]) -> HeldPart:
+        """Columns of packed values, (rows, columns) of int32 as they lie on disk; `read` gives some of their bytes."""
         rows, width = self.tensors[0].info.shape
-        start, stop = self.columns_from(first, count)
         found, step = numpy.empty((rows, stop - start), numpy.int32), max(1, PIECE // (4 * width))
         for at in range(0, rows, step):
             number = min(step, rows - at)
-            raw = memory.read(self.tensors[0], 4 * at * width, 4 * number * width)
+            raw = read(4 * at * width, 4 * number * width)
             found[at : at + number] = raw.view(numpy.int32).reshape(number, width)[:, start:stop]
-        return HeldPart(start * self.together, stop * self.together, found, "numpy")
+        return HeldPart(start * self.together, stop * self.together, found, place)
 
     def grid_by_numpy(self, memory: Memory) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """As `Grid`; zero points are int8."""
@@ -134,30 +136,17 @@ class Grouped(WithParameters):
 
     def columns(self, first: int, count: int, device: torch.device, room: Room) -> HeldPart:
         """The packed values of some outputs and of those after them, (rows, columns) of int32 as they lie on disk."""
-        rows, width = self.tensors[0].info.shape
         start, stop = self.columns_from(first, count)
-        stop = stop if device.type == "cpu" else width
-        found = torch.empty(rows, stop - start, dtype=torch.int32)
-        reading, cpu, step = Room(room.sources, room.host), torch.device("cpu"), max(1, PIECE // (4 * width))
-        for at in range(0, rows, step):
-            number = min(step, rows - at)
-            raw = reading.read(self.tensors[0], 4 * at * width, 4 * number * width, cpu)
-            found[at : at + number] = raw.view(torch.int32).view(number, width)[:, start:stop]
-        return HeldPart(start * self.together, stop * self.together, found.to(device), device)
+        stop = stop if device.type == "cpu" else self.tensors[0].info.shape[1]
+        reading, cpu = Room(room.sources, room.host), torch.device("cpu")
+        part = self.part(start, stop, device, lambda at, size: reading.read(self.tensors[0], at, size, cpu).numpy())
+        return replace(part, values=torch.from_numpy(part.values).to(device))
 
     def columns_from(self, first: int, count: int) -> tuple[int, int]:
         """The columns of packed values, from that of an output on, that a thread holds on a CPU."""
         rows, width = self.tensors[0].info.shape
         start, stop = first // self.together, -(-(first + count) // self.together)
         return start, min(width, max(stop, start + self.memory // (4 * rows)))
-
-    def scales_by_output(self, room: Room) -> Tensor:
-        """(outputs, groups), as stored."""
-        return read_whole(self.tensors[2], room).T.contiguous()
-
-    def zeros_by_output(self, room: Room) -> Tensor:
-        """(outputs, groups) of uint8."""
-        return self.zero_points(read_whole(self.tensors[1], room)).T.contiguous()
 
     def groups(self, room: Room) -> Tensor:
         """The group of each input, (inputs,) of int64; none where every `group` inputs in a row are one."""
@@ -244,13 +233,9 @@ class Grouped(WithParameters):
     def grid(self, first: int, count: int, parameters: Mapping[str, Tensor], device: torch.device) -> Grid:
         """The grid of some outputs, of parameters as they are stored."""
         zeros, scales, *order = (parameters[tensor.info.name] for tensor in self.tensors[1:])
-        groups, start, stop = (
-            self.in_turns(*order),
-            first // 32,
-            -(-(first + count) // 32),
-        )  # 32 outputs are whole words
+        start, stop = first // 32, -(-(first + count) // 32)  # 32 outputs are whole words
         points = self.zero_points(zeros[:, start * self.bits : stop * self.bits]).T[first - 32 * start :][:count]
-        parts = scales.T[first : first + count].float(), points, groups
+        parts = scales.T[first : first + count].float(), points, self.in_turns(*order)
         return Grid(*(part.to(device) for part in parts))
 
 

@@ -174,8 +174,11 @@ class HqqCodec(Codec):
         if settings.method not in ("", "hqq"):
             return None
         finder = Finder(base)
+        found: dict[str, Packed] = {}
         with OpenSources() as sources:
-            found = dict(weights(finder, Room(sources)))
+            for module in finder.stems(VALUES):
+                with suppress(Unfit):
+                    found[f"{module}.weight"] = weight_of(finder, module, Room(sources))
         finder.refuse(self.title, WAY_OUT)
         return Packing(found) if found else None
 
@@ -205,15 +208,6 @@ class HqqCodec(Codec):
 def tag_of(module: str) -> str:
     """A module's name as transformers compares it."""
     return ".".join(part for part in module.split(".") if part not in ("model", "layers") and not part.isnumeric())
-
-
-def weights(finder: Finder, room: Room) -> Iterator[tuple[str, Packed]]:
-    """The weights that have a `W_q`."""
-    for name in finder.base.tensors:
-        module, found, rest = name.rpartition(VALUES)
-        if found and not rest:
-            with suppress(Unfit):
-                yield f"{module}.weight", weight_of(finder, module, room)
 
 
 def weight_of(finder: Finder, module: str, room: Room) -> Hqq:

@@ -135,15 +135,13 @@ class Mxfp4(Codec):
             return None
         finder = Finder(base)
         found: dict[str, Packed] = {}
-        for blocks in base.tensors:
-            name, ending, rest = blocks.rpartition("_blocks")
-            if ending and not rest:
-                with suppress(Unfit):
-                    found[name] = weight_of(finder, name)
+        for name in finder.stems("_blocks"):
+            with suppress(Unfit):
+                found[name] = weight_of(finder, name)
+        for name in finder.stems("_scales"):
+            if f"{name}_blocks" not in base.tensors:
+                finder.note(f"{name}_blocks", f"is missing, but {printable(name)}_scales exists")
         for name, info in base.tensors.items():
-            whole = name.removesuffix("_scales")
-            if whole != name and f"{whole}_blocks" not in base.tensors:
-                finder.note(f"{whole}_blocks", f"is missing, but {printable(name)} exists")
             if info.dtype in FLOAT_NAMES and name in found:
                 finder.note_both(name, f"{name}_blocks")
         note_unlisted(finder, found, lambda names: skipped_by(settings.values.get(LIST), names, base), LIST)

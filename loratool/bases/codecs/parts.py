@@ -40,6 +40,10 @@ class Finder:
     base: Checkpoint
     problems: list[str] = field(default_factory=list)
 
+    def stems(self, ending: str) -> Iterator[str]:
+        """What the names of tensors with an ending begin with."""
+        return (name.removesuffix(ending) for name in self.base.tensors if name.endswith(ending))
+
     def part(self, name: str, dtypes: Sequence[str], shape: Sequence[int] | None = None, why: str = "") -> Plain | None:
         """A tensor of one of these dtypes and of this shape (None: any); else None, and a problem is noted."""
         info = self.base.tensors.get(name)

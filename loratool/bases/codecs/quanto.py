@@ -44,17 +44,15 @@ class Quanto(Codec):
             return None
         finder = Finder(base)
         found: dict[str, Packed] = {}
-        unread: dict[str, str] = {}
         leftovers: dict[str, list[str]] = {}
-        for name in base.tensors:
-            module, is_packed, rest = name.rpartition(VALUES)
-            if is_packed and not rest:
-                with suppress(Unfit):
-                    found[f"{module}.weight"] = weight_of(finder, module)
-                scales = (f"{module}.{scale}" for scale in SCALES_OF_ACTIVATIONS)
-                leftovers[f"{module}.weight"] = [scale for scale in scales if scale in base.tensors]
-            elif name.endswith(VALUES + GROUPED):
-                unread[name] = "quanto's groups of 4 or 2 bits"
+        for module in finder.stems(VALUES):
+            with suppress(Unfit):
+                found[f"{module}.weight"] = weight_of(finder, module)
+            scales = (f"{module}.{scale}" for scale in SCALES_OF_ACTIVATIONS)
+            leftovers[f"{module}.weight"] = [scale for scale in scales if scale in base.tensors]
+        unread = dict.fromkeys(
+            (name for name in base.tensors if name.endswith(VALUES + GROUPED)), "quanto's groups of 4 or 2 bits"
+        )
         for module in mapped(settings):
             if (info := base.tensors.get(f"{module}.weight")) is not None and f"{module}{VALUES}" not in base.tensors:
                 finder.note(info.name, f"is {told(info)}, but {MAP} says that it is packed")

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from loratool.adapters.adapter import load_update
 from loratool.algebra.lowrank.products import Product, decompose
 from loratool.bases.decoded import weight_of
+from loratool.bases.edits import rows_at
 from loratool.bases.weights import Held, Plain, Room, plain_of
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.model_files import TOKENIZER_FILES, VOCABULARIES
 from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import TensorInfo
 from loratool.lazy import Tensor, torch
-from loratool.measuring.delta_statistics import blocks, low_rank, rows_at
+from loratool.measuring.delta_statistics import blocks, low_rank
 from loratool.notes import Note
 from loratool.templates import listed
 
