@@ -149,15 +149,22 @@ def make_base(folder: Path) -> None:
 def make_adapter(folder: Path) -> None:
     """A rank-8 adapter in PEFT's layout, as if training had moved B away from zero."""
     generator = torch.Generator().manual_seed(1)
-    modules = {f"model.layers.{layer}.{name}": shape for layer in range(LAYERS) for name, shape in TARGETS.items()}
-    names = WRITTEN.spelling({f"{module}.weight": Kind.LINEAR for module in modules})
-    tensors = {}
-    for module, (out, into) in modules.items():
-        down, up = names.factors(f"{module}.weight")
-        tensors[down] = torch.randn(RANK, into, generator=generator) / into**0.5
-        tensors[up] = torch.randn(out, RANK, generator=generator) * 0.005
-    config = WRITTEN.plain_config(Training(task="CAUSAL_LM"), dict.fromkeys(modules, (RANK, ALPHA)))
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer in range(LAYERS):
+        for name, (out, into) in TARGETS.items():
+            down = torch.randn(RANK, into, generator=generator) / into**0.5
+            up = torch.randn(out, RANK, generator=generator) * 0.005
+            factors[f"model.layers.{layer}.{name}.weight"] = down, up
+    write_lora(folder, factors, ALPHA, Training(task="CAUSAL_LM"))
+
+
+def write_lora(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float, training: Training) -> None:
+    """An adapter in PEFT's layout: weight → A (r, in) and B (out, r)."""
+    names = WRITTEN.spelling(dict.fromkeys(factors, Kind.LINEAR))
+    tensors = {name: f for weight, pair in factors.items() for name, f in zip(names.factors(weight), pair, strict=True)}
+    ranks = {weight.removesuffix(".weight"): (len(down), alpha) for weight, (down, _) in factors.items()}
     write_tensors(tensors, folder / WRITTEN.weights_name)
+    config = WRITTEN.plain_config(training, ranks)
     (folder / WRITTEN.config_name).write_text(json.dumps(config, indent=2) + "\n", newline="\n")
 
 

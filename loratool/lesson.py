@@ -11,7 +11,7 @@ from statistics import median, quantiles
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.layers import Kind
 from loratool.adapters.training import Training
-from loratool.demo import made_in, make_base, ordered, tensors_of, write_tensors
+from loratool.demo import made_in, make_base, ordered, tensors_of, write_lora, write_tensors
 from loratool.errors import VerificationError
 from loratool.lazy import Tensor, torch
 from loratool.results.lesson import Latency, Nearness
@@ -44,17 +44,7 @@ def make_matrix(base: Path, adapter: Path) -> None:
     write_tensors({MATRIX: torch.tensor(W0, dtype=torch.float32)}, base / "model.safetensors")
     (base / "config.json").write_text(json.dumps({"architectures": ["OneLayer"]}) + "\n", newline="\n")
     factors = torch.tensor(A, dtype=torch.float32), torch.tensor(B, dtype=torch.float32)
-    write_lora(adapter, {MATRIX: factors}, MATRIX_ALPHA)
-
-
-def write_lora(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> None:
-    """An adapter in PEFT's layout: weight → A (r, in) and B (out, r)."""
-    names = WRITTEN.spelling(dict.fromkeys(factors, Kind.LINEAR))
-    tensors = {name: f for weight, pair in factors.items() for name, f in zip(names.factors(weight), pair, strict=True)}
-    ranks = {weight.removesuffix(".weight"): (len(down), alpha) for weight, (down, _) in factors.items()}
-    write_tensors(tensors, folder / WRITTEN.weights_name)
-    config = WRITTEN.plain_config(Training(), ranks)
-    (folder / WRITTEN.config_name).write_text(json.dumps(config, indent=2) + "\n", newline="\n")
+    write_lora(adapter, {MATRIX: factors}, MATRIX_ALPHA, Training())
 
 
 def train(base: Path, adapter: Path) -> None:
@@ -78,7 +68,7 @@ def train(base: Path, adapter: Path) -> None:
         up = torch.zeros(len(names), out, RANK)  # B
         learn(down, up, change, x.T @ x / EXAMPLES)
         factors |= {name: (down[n].clone(), up[n].clone()) for n, name in enumerate(names)}
-    write_lora(adapter, dict(sorted(factors.items())), ALPHA)
+    write_lora(adapter, dict(sorted(factors.items())), ALPHA, Training())
 
 
 def learn(down: Tensor, up: Tensor, change: Tensor, second_moment: Tensor) -> None:
@@ -145,28 +135,21 @@ def time_layers(home: Path) -> dict[str, Latency]:
     x = torch.randn(TOKENS, layers[0][0].shape[1], generator=torch.Generator().manual_seed(3))
     linear = torch.nn.functional.linear
 
-    def plain() -> None:
-        for weight, *_ in layers:
-            linear(x, weight)
-
-    def with_adapter() -> None:
-        for weight, _, down, up in layers:
-            linear(x, weight) + linear(linear(x, down), up)
-
-    def after_merge() -> None:
-        for _, weight, *_ in layers:
-            linear(x, weight)
-
+    passes: dict[str, Callable[[], object]] = {
+        "base": lambda: [linear(x, weight) for weight, *_ in layers],
+        "base + adapter": lambda: [linear(x, weight) + linear(linear(x, down), up) for weight, _, down, up in layers],
+        "merged": lambda: [linear(x, weight) for _, weight, *_ in layers],
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            return measured({"base": plain, "base + adapter": with_adapter, "merged": after_merge})
+            return measured(passes)
     finally:
         torch.set_num_threads(threads)
 
 
-def measured(passes: Mapping[str, Callable[[], None]]) -> dict[str, Latency]:
+def measured(passes: Mapping[str, Callable[[], object]]) -> dict[str, Latency]:
     """Medians and quartiles of one call, and of its ratio to the first function's in the same round.
 
     Every round calls all of them, and begins with another one than the round before.
