@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Facts, Group, Tiles
 from loratool.pictures.heat_map import Cell, HeatMap
-from loratool.pictures.layers import Layers, Map, Measure, rank_group, ranks_of
+from loratool.pictures.layers import Layers, Map, Measure, ends_of, rank_group
 from loratool.pictures.page import Page
 from loratool.results.combine import CombinedLayer, CombineReport, met, plain_value
 from loratool.results.text import cost_rows, kept, number, percent
@@ -51,7 +51,7 @@ def blocks(report: CombineReport) -> Iterator[Block]:
         [
             ("method", report.method),
             ("adapters", f"{len(report.adapters)}"),
-            ("rank", ranks_of(layer.rank for layer in report.modules.values())),
+            ("rank", ends_of(layer.rank for layer in report.modules.values())),
             ("error", percent(totals.error)),
             ("parameters", f"{totals.parameters:,}"),
             ("factors", size(totals.bytes)),

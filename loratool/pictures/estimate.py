@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Shown, Table, Tiles, Value
-from loratool.pictures.page import Page
+from loratool.pictures.page import Page, last_part
 from loratool.results.estimate import Estimate, Memory, growth, quantised_line
 from loratool.shown import size
 
 
 def page_of(result: Estimate) -> Page:
     """The page of one base."""
-    title = result.path.rstrip("/").rpartition("/")[2] or result.path
-    return Page(title, "estimate", tuple(blocks_of(result)))
+    return Page(last_part(result.path), "estimate", tuple(blocks_of(result)))
 
 
 def blocks_of(result: Estimate) -> Iterator[Block]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Facts, Group, Tiles
-from loratool.pictures.layers import Layers, Map, Measure, energy, rank_group, ranks_of
+from loratool.pictures.layers import Layers, Map, Measure, ends_of, energy, rank_group
 from loratool.pictures.page import Page
 from loratool.results.extract import ExtractedLayer, ExtractReport
 from loratool.results.text import cost_rows, kept, percent
@@ -35,7 +35,7 @@ def blocks(report: ExtractReport) -> Iterator[Block]:
     totals = report.totals
     yield Tiles(
         [
-            ("rank", ranks_of(layer.rank for layer in report.modules.values())),
+            ("rank", ends_of(layer.rank for layer in report.modules.values())),
             ("energy kept", kept(energy(totals.achieved))),
             ("error", percent(totals.achieved)),
             ("‖M‖", f"{totals.norm:.4g}"),

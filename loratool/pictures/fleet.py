@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles, Value
-from loratool.pictures.page import Page
+from loratool.pictures.page import Page, last_part
 from loratool.results.fleet import OK, FleetFacts, FleetRow, base_cell, several, short_count, target_cell
 from loratool.results.sketch import Neighbour
 from loratool.results.text import counts, figure, plural
@@ -20,7 +20,7 @@ MOST_NAMES = 100
 
 def page_of(facts: FleetFacts) -> Page:
     """The page of a table."""
-    return Page(facts.path.rstrip("/").rpartition("/")[2] or facts.path, "inspect", tuple(blocks(facts)))
+    return Page(last_part(facts.path), "inspect", tuple(blocks(facts)))
 
 
 def blocks(facts: FleetFacts) -> Iterator[Block]:

@@ -35,7 +35,7 @@ class HeatMap(Figure):
     columns: tuple[str, ...]
     cells: tuple[Cell, ...]
     scale: Literal["up", "down", "both"] = "up"  # whether the largest value stands out, or the smallest, or both
-    bounds: tuple[float, float] | None = None  # of the colours; those of the values where none are given
+    bounds: tuple[float | None, float | None] = (None, None)  # of the colours; None: that of the values
     states: tuple[
         tuple[str, str], ...
     ] = ()  # name and class of each, for values that are states: s0 … s7, bad or quiet
@@ -75,7 +75,9 @@ class HeatMap(Figure):
     def range(self) -> tuple[float, float]:
         """The values of the first colour and the last."""
         values = [cell.value for cell in self.cells if cell.value is not None]
-        low, high = self.bounds or (min(values, default=0.0), max(values, default=0.0))
+        low, high = self.bounds
+        low = min(values, default=0.0) if low is None else low
+        high = max(values, default=0.0) if high is None else high
         if figure(low, 4) == figure(high, 4):  # colours tell no differences that the numbers do not
             high = low
         bound = max(abs(low), abs(high))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from loratool.pictures.blocks import MOST_ROWS, Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles
-from loratool.pictures.layers import Layers, Map, Measure
+from loratool.pictures.layers import Layers, Map, Measure, ends_of
 from loratool.pictures.lines import Axis, Line, Lines, counting, linear, logarithmic, thinned
 from loratool.pictures.modules import bare
-from loratool.pictures.page import Page
+from loratool.pictures.page import Page, last_part
 from loratool.pictures.spectrum import energy_by_rank, energy_of
 from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
 from loratool.results.findings import Finding
 from loratool.results.text import plural
-from loratool.results.values import Measured, Suggestion, Values
+from loratool.results.values import Measured, Suggestion
 from loratool.shown import size
 
 MOST_LINES = 2000  # of a figure; of more, every second, third … is drawn
@@ -52,12 +52,7 @@ NORMS = Map[Measured](
 def page_of(facts: OneFacts) -> Page:
     """The page of one path."""
     blocks = [*(adapter_blocks(facts) if isinstance(facts, AdapterFacts) else other_blocks(facts))]
-    return Page(last_name(facts.path), "inspect", tuple(blocks))
-
-
-def last_name(path: str) -> str:
-    """The last part of a path."""
-    return path.rstrip("/").rpartition("/")[2] or path
+    return Page(last_part(facts.path), "inspect", tuple(blocks))
 
 
 def adapter_blocks(facts: AdapterFacts) -> Iterator[Block]:
@@ -78,35 +73,23 @@ def adapter_blocks(facts: AdapterFacts) -> Iterator[Block]:
             *([("parameters", facts.against.line)] if facts.against else []),
             *(("not mergeable", reason) for reason in facts.unsupported),
             *(("note", note) for note in (*facts.notes, *(values.notes if values else ()))),
-            *not_measured(values),
+            *(("not measured", f"{target}: {why}") for target, why in (values.skipped if values else {}).items()),
         ],
     )
 
 
-def not_measured(values: Values | None) -> list[tuple[str, str]]:
-    return [("not measured", f"{target}: {why}") for target, why in (values.skipped if values else {}).items()]
-
-
 def adapter_tiles(facts: AdapterFacts) -> list[tuple[str, str]]:
     """The numbers that a page begins with."""
-    tiles = []
-    if facts.ranks:
-        tiles += [(word, several(values)) for word, values in (("rank", facts.ranks), ("α", facts.alphas))]
-        tiles.append(("α/√r" if facts.rslora else "α/r", several(facts.scalings)))
-    tiles += [("parameters", f"{facts.parameters:,}"), ("size", size(facts.bytes))]
-    if facts.values:
-        tiles.append((NORM, f"{facts.values.norm:.4g}"))
-        if facts.values.norm_base:
-            tiles.append(("‖ΔW‖/‖W₀‖", f"{100 * facts.values.norm / facts.values.norm_base:.3g} %"))
-    if facts.against:
-        tiles.append(("trainable", f"{facts.against.percent:.4f} %"))
-    return tiles
-
-
-def several(values: Mapping[str, int]) -> str:
-    """One value, or the smallest and the largest of several."""
-    ordered = sorted(values, key=float)
-    return ordered[0] if len(ordered) == 1 else f"{ordered[0]} … {ordered[-1]}"
+    scales = {"rank": facts.ranks, "α": facts.alphas, "α/√r" if facts.rslora else "α/r": facts.scalings}
+    norm, norm_base = (facts.values.norm, facts.values.norm_base) if facts.values else (None, None)
+    return [
+        *((name, ends_of(values)) for name, values in scales.items() if facts.ranks),
+        ("parameters", f"{facts.parameters:,}"),
+        ("size", size(facts.bytes)),
+        *([(NORM, f"{norm:.4g}")] if norm is not None else []),
+        *([("‖ΔW‖/‖W₀‖", f"{100 * norm / norm_base:.3g} %")] if norm is not None and norm_base else []),
+        *([("trainable", f"{facts.against.percent:.4f} %")] if facts.against else []),
+    ]
 
 
 def module_blocks(modules: Sequence[Measured], suggestions: Sequence[Suggestion]) -> Iterator[Block]:

@@ -35,7 +35,7 @@ class Map(Generic[Layer]):
     about: str
     measure: Measure[Layer]
     bounds: tuple[float | None, float | None] = (None, None)  # of the colours; None: that of the values
-    scale: Literal["up", "both"] = "up"
+    scale: Literal["up", "down", "both"] = "up"
 
 
 class Layers(Generic[Layer]):
@@ -46,22 +46,18 @@ class Layers(Generic[Layer]):
         self.layers = {target: layers[target] for target in self.places.by_layer}
         self.entries = {target: at for at, target in enumerate(self.layers)}
 
-    def heat_map(self, each: Map[Layer]) -> HeatMap:
-        """A cell for each layer, linked with its row of the table."""
+    def heat_map(self, each: Map[Layer], linked: bool = True) -> HeatMap:
+        """A cell for each layer, linked with its row of the table if the page has one."""
         values = {target: each.measure.of(layer) for target, layer in self.layers.items()}
-        known = [value for value in values.values() if value is not None]
-        low, high = each.bounds
-        low = min(known, default=0.0) if low is None else low
-        high = max(known, default=0.0) if high is None else high
         return HeatMap(
             name=each.name,
             title=each.title,
             about=each.about,
             rows=self.places.rows,
             columns=self.places.columns,
-            cells=self.places.cells(values, self.entries),
+            cells=self.places.cells(values, self.entries if linked else None),
             scale=each.scale,
-            bounds=(low, high),
+            bounds=each.bounds,
             what=each.measure.name,
         )
 
@@ -70,14 +66,14 @@ class Layers(Generic[Layer]):
         title = maps[0].title if len(maps) == 1 else "Layers and modules"
         return Group(title, "", [self.heat_map(each) for each in maps], chooses=maps[0].scale == "up")
 
-    def table(self, measures: Sequence[Measure[Layer]]) -> Table:
-        """All numbers of all layers; columns that no layer has a number for are left out."""
+    def table(self, measures: Sequence[Measure[Layer]], what: str = "module") -> Table:
+        """All numbers of all layers, each of which is a `what`; columns that no layer has a number for are left out."""
         shown = [each for each in measures if any(each.of(layer) is not None for layer in self.layers.values())]
-        columns = [Column("module"), *(Column(each.name, each.about) for each in shown)]
+        columns = [Column(what.rpartition(" ")[2]), *(Column(each.name, each.about) for each in shown)]
         rows: list[tuple[Value, ...]] = [
             (bare(target), *(each.of(layer) for each in shown)) for target, layer in self.layers.items()
         ]
-        return Table(plural(len(rows), "module"), columns, rows, linked=True)
+        return Table(plural(len(rows), what), columns, rows, linked=True)
 
     def by_kind(self, measure: Callable[[Layer], float]) -> Iterator[tuple[str, list[float]]]:
         """The values of each kind of module."""
@@ -106,10 +102,10 @@ def rank_group(layers: Layers[Layer], rank: Callable[[Layer], int]) -> Iterator[
     yield Group("Rank budget", "", [spread, total])
 
 
-def ranks_of(ranks: Iterable[int]) -> str:
-    """One rank, or the smallest and the largest of several."""
-    ordered = sorted({*ranks})
-    return " … ".join(map(str, (ordered[0], ordered[-1])[: len(ordered)])) if ordered else "–"
+def ends_of(numbers: Iterable[object]) -> str:
+    """One number, or the smallest and the largest of several."""
+    ordered = sorted({*map(str, numbers)}, key=float)
+    return " … ".join((ordered[0], ordered[-1])[: len(ordered)]) if ordered else "–"
 
 
 def energy(error: float) -> float:

@@ -10,8 +10,8 @@ from loratool.files.stopwatch import Spent
 from loratool.notes import Note
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Table, Tiles
-from loratool.pictures.heat_map import HeatMap
-from loratool.pictures.modules import Places, bare, places_of
+from loratool.pictures.layers import Layers, Map, Measure
+from loratool.pictures.modules import bare
 from loratool.pictures.page import Page
 from loratool.results.merge import AdapterEffect, MergeReport
 from loratool.results.profile import Profile
@@ -23,6 +23,7 @@ RATIO, GAIN, ADDED = "‖ΔW‖/‖W‖", "gain", "error added"
 LOWEST = 0.5  # a gain that stands out as much as any
 LEAST = 0.02  # of all time: what a stage must have taken to have a bar of its own
 IDLE = "wait"  # the stage of a thread that has nothing to do
+Weight = Mapping[str, float]  # measure → what was measured of a weight
 
 
 def page_of(report: MergeReport | StreamReport) -> Page:
@@ -42,63 +43,69 @@ def measures_of(report: MergeReport | StreamReport) -> dict[str, Mapping[str, fl
     return {what: values for what, values in found.items() if values}
 
 
+def layers_of(measures: Mapping[str, Mapping[str, float]]) -> Layers[Weight]:
+    """What was measured of each weight."""
+    names = dict.fromkeys(name for values in measures.values() for name in values)
+    return Layers({name: {what: v[name] for what, v in measures.items() if name in v} for name in names})
+
+
 def beginning(report: MergeReport | StreamReport) -> Iterator[Block]:
     """What both kinds of merge have: numbers, maps, adapters, and the table of weights."""
     yield Tiles(tiles_of(report))
     measures = measures_of(report)
-    names = [*dict.fromkeys(name for values in measures.values() for name in values)]
-    if names:
-        places = places_of(names)
-        entries = {name: at for at, name in enumerate(places.by_layer)}
-        maps = [map_of(what, values, places, entries) for what, values in measures.items()]
+    layers = layers_of(measures)
+    if measures:
+        maps = [layers.heat_map(map_of(what, values)) for what, values in measures.items()]
         yield Group("Layers and modules", "How much every weight changed, and what rounding left of the update.", maps)
     yield what_became(report)
     if report.adapters:
         yield adapters_table(report.adapters)
-    if names:
-        yield weights_table(places.by_layer, measures)
+    if measures:
+        yield layers.table([measure_of(what) for what in measures], "edited weight")
 
 
 def tiles_of(report: MergeReport | StreamReport) -> list[tuple[str, str]]:
     """The numbers that the page begins with."""
-    seconds = report.cost.seconds
-    tiles = [("edited", f"{report.edited:,}"), ("copied", f"{report.copied:,}")]
-    if report.gain is not None:
-        tiles.append(("gain", f"{report.gain:.4f}"))
-    if isinstance(report, MergeReport) and report.relative_norms:
-        tiles.append((f"largest {RATIO}", f"{max(report.relative_norms.values()):.3g}"))
-    tiles += [("written", size(report.bytes_written)), ("time", f"{seconds:.2f} s")]
-    return [*tiles, ("peak memory", memory(report.cost.peak_memory))]
+    norms = report.relative_norms if isinstance(report, MergeReport) else {}
+    return [
+        ("edited", f"{report.edited:,}"),
+        ("copied", f"{report.copied:,}"),
+        *([("gain", f"{report.gain:.4f}")] if report.gain is not None else []),
+        *([(f"largest {RATIO}", f"{max(norms.values()):.3g}")] if norms else []),
+        ("written", size(report.bytes_written)),
+        ("time", f"{report.cost.seconds:.2f} s"),
+        ("peak memory", memory(report.cost.peak_memory)),
+    ]
 
 
-ABOUT = {
+MAPS = {  # measure → name of the figure, its title, and what it shows
     RATIO: (
+        "relative-norm",
         "Relative norm of the update, ‖ΔW‖/‖W‖",
         "The Frobenius norm of the update over that of the base's weight.",
     ),
     GAIN: (
+        "gain",
         "Gain: the part of the update that rounding leaves",
         "⟨W' − W, ΔW⟩ / ‖ΔW‖² on sampled rows: 1 where the update comes through whole, 0 where rounding takes it away.",
     ),
-    ADDED: ("Error added by requantising", "‖W' − (W + ΔW)‖ / ‖ΔW‖ of every weight that was packed again."),
+    ADDED: (
+        "error-added",
+        "Error added by requantising",
+        "‖W' − (W + ΔW)‖ / ‖ΔW‖ of every weight that was packed again.",
+    ),
 }
 
 
-def map_of(what: str, values: Mapping[str, float], places: Places, entries: Mapping[str, int] | None = None) -> HeatMap:
-    """A map of one measure."""
-    title, about = ABOUT[what]
-    names = {RATIO: "relative-norm", GAIN: "gain", ADDED: "error-added"}
-    return HeatMap(
-        name=names[what],
-        title=title,
-        about=about,
-        rows=places.rows,
-        columns=places.columns,
-        cells=places.cells({name: values.get(name) for name in places.of}, entries),
-        scale="down" if what == GAIN else "up",
-        bounds=(min(LOWEST, *values.values()), 1.0) if what == GAIN else None,
-        what=what,
-    )
+def measure_of(what: str) -> Measure[Weight]:
+    return Measure(what, MAPS[what][2], lambda weight: weight.get(what))
+
+
+def map_of(what: str, values: Mapping[str, float]) -> Map[Weight]:
+    """The map of one measure; of gains the lowest stand out."""
+    if what == GAIN:
+        return Map(*MAPS[what], measure_of(what), (min(LOWEST, *values.values()), 1.0), "down")
+    return Map(*MAPS[what], measure_of(what))
 
 
 def what_became(report: MergeReport | StreamReport) -> Group:
@@ -126,13 +133,6 @@ def adapters_table(effects: Sequence[AdapterEffect]) -> Table:
     ]
     rows = [(each.name, float(each.weight), each.modules, len(each.unchanged)) for each in effects]
     return Table("Adapters", columns, rows, plain=True)
-
-
-def weights_table(names: Sequence[str], measures: Mapping[str, Mapping[str, float]]) -> Table:
-    """Every edited weight with its numbers."""
-    columns = [Column("weight"), *(Column(what, ABOUT[what][1]) for what in measures)]
-    rows = [(bare(name), *(values.get(name) for values in measures.values())) for name in names]
-    return Table(plural(len(rows), "edited weight"), columns, rows, linked=True)
 
 
 def told(notes: Sequence[Note]) -> Messages:

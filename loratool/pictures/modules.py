@@ -124,9 +124,13 @@ def places_of(targets: Iterable[str]) -> Places:
 
 
 def layer_place(target: str) -> tuple[Key, str, str]:
-    """The layer of a module, by its number, and the module's name."""
-    layer, name = place_of(target)
-    return ((layer is None, layer or 0), NO_LAYER if layer is None else str(layer), name)
+    """The layer of a module, by the first number of its path, and the path without it."""
+    path = bare(target)
+    match = LAYER.search(path)
+    if match is None:
+        return (True, 0), NO_LAYER, path
+    name = re.sub(r"\.+", ".", f"{path[: match.start()]}{path[match.end() :]}").strip(".")
+    return (False, int(match[0])), str(int(match[0])), name
 
 
 def image_place(target: str) -> tuple[Key, str, str]:
@@ -142,15 +146,6 @@ def image_place(target: str) -> tuple[Key, str, str]:
 def bare(target: str) -> str:
     """The module of a weight."""
     return target.removesuffix(".weight")
-
-
-def place_of(target: str) -> tuple[int | None, str]:
-    """(layer, name) of a module: the first number of its path, and the path without it."""
-    path = bare(target)
-    match = LAYER.search(path)
-    if match is None:
-        return None, path
-    return int(match[0]), re.sub(r"\.+", ".", f"{path[: match.start()]}{path[match.end() :]}").strip(".")
 
 
 def order_of(name: str) -> tuple[bool, bool, str, int, str]:

@@ -61,6 +61,11 @@ def pages_of(results: Result | Iterable[Result]) -> list[Page]:
     return [page_of(result) for result in every]
 
 
+def last_part(path: str) -> str:
+    """The title of a page that is about a path: its last part."""
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
 def page_of(result: Result) -> Page:
     name = next((kind.__name__ for kind in type(result).__mro__ if kind.__name__ in MAKERS), None)
     if name is None:
@@ -83,13 +88,19 @@ def html_of(pages: Sequence[Page]) -> str:
     title = ", ".join(page.title for page in pages) or "nothing"
     command = next((page.command for page in pages), "inspect")
     sections = "\n".join(section(page, f"p{at}") for at, page in enumerate(pages))
+    tables = (  # ids of the headings of those that can be sorted
+        f"p{at}-{number}"
+        for at, page in enumerate(pages)
+        for number, block in enumerate(page.blocks)
+        if isinstance(block, Table) and not block.plain
+    )
     parts = {
         "TITLE": f"{safe(title)} · loratool {safe(command)}",
         "STYLE": style_of_page() + asset("page.css"),
         "CONTENT": sections,
         "SCRIPT": asset("page.js"),
         "VERSION": html.escape(__version__),
-        "TABLE": next((found for found in map(table_in, pages, range(len(pages))) if found), "main"),
+        "TABLE": next(tables, "main"),
     }
     return re.sub("@@([A-Z]+)@@", lambda match: parts[match[1]], asset("page.html"))
 
@@ -103,12 +114,6 @@ def section(page: Page, name: str) -> str:
     blocks = "\n".join(block.markup(f"{name}-{at}") for at, block in enumerate(page.blocks))
     header = f'<header><p>loratool {safe(page.command)}</p><h1 id="{name}">{safe(page.title)}</h1></header>'
     return f'<article aria-labelledby="{name}">\n{header}\n{blocks}\n</article>'
-
-
-def table_in(page: Page, at: int) -> str:
-    """The id of the heading of a page's first table that can be sorted."""
-    tables = (n for n, block in enumerate(page.blocks) if isinstance(block, Table) and not block.plain)
-    return next((f"p{at}-{n}" for n in tables), "")
 
 
 def figures_of(results: Result | Iterable[Result]) -> dict[str, Figure]:

@@ -8,8 +8,8 @@ from loratool.merging.plan import MergePlan
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Shown, Table, Tiles, Value
 from loratool.pictures.lines import Line, Lines, logarithmic
-from loratool.pictures.merge import GAIN, map_of, told
-from loratool.pictures.modules import bare, places_of
+from loratool.pictures.merge import GAIN, layers_of, map_of, told
+from loratool.pictures.modules import bare
 from loratool.pictures.page import Page
 from loratool.results.simulation import Simulation, duration
 from loratool.results.text import plural
@@ -38,8 +38,8 @@ def blocks_of(plan: MergePlan) -> Iterator[Block]:
     if plan.simulations:
         yield from simulated(plan.simulations)
     if plan.gains_forecast:
-        places = places_of(plan.gains_forecast)
-        yield Group("Gain to be expected", "", [map_of(GAIN, plan.gains_forecast, places)])
+        gains = layers_of({GAIN: plan.gains_forecast}).heat_map(map_of(GAIN, plan.gains_forecast), linked=False)
+        yield Group("Gain to be expected", "", [gains])
     yield told(plan.notes)
     if len(table["files"]) > 1:
         yield Group("Weight files of the output", "", [files(table["files"])])

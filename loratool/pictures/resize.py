@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratool.pictures.blocks import Block, Facts, Tiles
-from loratool.pictures.layers import Layers, Map, Measure, energy, rank_group, ranks_of
+from loratool.pictures.layers import Layers, Map, Measure, ends_of, energy, rank_group
 from loratool.pictures.page import Page
 from loratool.results.resize import ResizedLayer, ResizeReport
 from loratool.results.text import cost_rows, kept, percent
@@ -32,7 +32,7 @@ def blocks(report: ResizeReport) -> Iterator[Block]:
     totals = report.totals
     yield Tiles(
         [
-            ("rank", ranks_of(layer.rank for layer in report.modules.values())),
+            ("rank", ends_of(layer.rank for layer in report.modules.values())),
             ("energy kept", kept(energy(totals.achieved))),
             ("error", percent(totals.achieved)),
             ("parameters", f"{totals.parameters:,}"),

@@ -9,7 +9,8 @@ from loratool.errors import printable
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Table, Tiles
 from loratool.pictures.heat_map import HeatMap
-from loratool.pictures.modules import bare, places_of
+from loratool.pictures.layers import Layers
+from loratool.pictures.modules import bare
 from loratool.pictures.page import Page
 from loratool.results.text import figure, memory, plural
 from loratool.results.verify import TensorProof, Verification
@@ -54,14 +55,14 @@ def blocks_of(result: Verification) -> Iterator[Block]:
 
 def tiles_of(result: Verification) -> list[tuple[str, str]]:
     """The verdict, and the numbers that it is made of."""
-    tiles = [("verdict", result.verdict.replace("-", " "))]
-    tiles += [(status.replace("-", " "), f"{count:,}") for status, count in result.counts.items()]
     distances = [proof.ulp for proof in (result.tensors or {}).values() if proof.ulp is not None]
-    if distances:
-        tiles.append(("largest distance", f"{figure(max(distances), 4)} ulp"))
-    if result.files:
-        tiles.append(("files as recorded", f"{result.files:,}"))
-    return [*tiles, *([("read", size(result.bytes_read))] if result.bytes_read else [])]
+    return [
+        ("verdict", result.verdict.replace("-", " ")),
+        *((status.replace("-", " "), f"{count:,}") for status, count in result.counts.items()),
+        *([("largest distance", f"{figure(max(distances), 4)} ulp")] if distances else []),
+        *([("files as recorded", f"{result.files:,}")] if result.files else []),
+        *([("read", size(result.bytes_read))] if result.bytes_read else []),
+    ]
 
 
 def found(result: Verification) -> Messages:
@@ -73,17 +74,16 @@ def found(result: Verification) -> Messages:
 
 def tensor_blocks(tensors: Mapping[str, TensorProof], adapters: Sequence[str]) -> Iterator[Block]:
     """Maps, distances and the table of all tensors."""
-    places = places_of(tensors)
-    entries = {name: at for at, name in enumerate(places.by_layer)}
+    layers = Layers(tensors)
     states = [state for state in STATES if any(proof.status == state[0] for proof in tensors.values())]
     numbers = {name: float(at) for at, (name, _) in enumerate(states)}
     states_map = HeatMap(
         name="states",
         title="What every tensor is",
         about="Identical to the base, proven to be what the formula gives, or something else.",
-        rows=places.rows,
-        columns=places.columns,
-        cells=places.cells({name: numbers[proof.status] for name, proof in tensors.items()}, entries, worst),
+        rows=layers.places.rows,
+        columns=layers.places.columns,
+        cells=layers.places.cells({n: numbers[proof.status] for n, proof in tensors.items()}, layers.entries, worst),
         states=tuple(states),
         what="status",
     )
@@ -91,7 +91,7 @@ def tensor_blocks(tensors: Mapping[str, TensorProof], adapters: Sequence[str]) -
     distances = [proof.ulp for proof in tensors.values() if proof.ulp is not None]
     if distances:
         yield Group("Distance from the formula", "", [distance_bars(distances)])
-    yield tensor_table(tensors, places.by_layer, adapters)
+    yield tensor_table(layers.layers, adapters)
 
 
 def worst(states: Sequence[float | None]) -> float | None:
@@ -115,7 +115,7 @@ def distance_bars(distances: Sequence[float]) -> Bars:
     )
 
 
-def tensor_table(tensors: Mapping[str, TensorProof], order: Sequence[str], adapters: Sequence[str]) -> Table:
+def tensor_table(tensors: Mapping[str, TensorProof], adapters: Sequence[str]) -> Table:
     """Every tensor with what was found."""
     columns = [
         Column("tensor"),
@@ -125,5 +125,5 @@ def tensor_table(tensors: Mapping[str, TensorProof], order: Sequence[str], adapt
         *(Column(f"factor of {name}", "how much of this adapter's update is in it") for name in adapters),
     ]
     blank = (None,) * len(adapters)
-    rows = [(bare(n), p.status, p.ulp, p.equal, *(p.factor or blank)) for n, p in ((n, tensors[n]) for n in order)]
+    rows = [(bare(n), p.status, p.ulp, p.equal, *(p.factor or blank)) for n, p in tensors.items()]
     return Table(plural(len(rows), "tensor"), columns, rows, linked=True)
