@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Shown, Table, Tiles, Value
 from loratool.pictures.page import Page, last_part
-from loratool.results.estimate import Estimate, Memory, growth, quantised_line
+from loratool.results.estimate import Estimate, growth, quantised_line
+from loratool.results.text import row_if
 from loratool.shown import size
 
 
@@ -33,7 +34,7 @@ def blocks_of(result: Estimate) -> Iterator[Block]:
             ("base", result.path),
             ("architecture", result.architecture or "unknown"),
             ("parameters", f"{result.parameters:,} in {', '.join(result.dtypes)}, {size(result.bytes)}"),
-            *([("quantised", quantised_line(result))] if result.quantisation else []),
+            *row_if(result.quantisation, "quantised", quantised_line(result)),
             ("merged model", size(result.merged_bytes)),
             ("growth", growth(result)),
             *(("note", note) for note in result.notes),
@@ -56,20 +57,21 @@ def tiles_of(result: Estimate) -> list[tuple[str, str]]:
 
 def training(result: Estimate) -> Bars:
     """What every kind of training holds."""
-    rows = [("full fine-tuning", result.full)]
-    for name, memory in (("LoRA", "lora"), ("QLoRA", "qlora")):
-        rows += [(f"{name}, r = {each.rank}", getattr(each, memory)) for each in result.ranks]
+    rows = [
+        ("full fine-tuning", result.full),
+        *((f"LoRA, r = {each.rank}", each.lora) for each in result.ranks),
+        *((f"QLoRA, r = {each.rank}", each.qlora) for each in result.ranks),
+    ]
     return Bars(
         name="memory",
         title="Memory of training",
         about="Bytes for weights, gradients and the two moments of AdamW; activations not included.",
         series=("weights", "gradients", "moments of AdamW"),
-        bars=tuple(Bar(name, pieces(memory), size(memory.total)) for name, memory in rows),
+        bars=tuple(
+            Bar(name, (float(each.weights), float(each.gradients), float(each.optimizer)), size(each.total))
+            for name, each in rows
+        ),
     )
-
-
-def pieces(memory: Memory) -> tuple[float, ...]:
-    return float(memory.weights), float(memory.gradients), float(memory.optimizer)
 
 
 def by_target(result: Estimate) -> Bars:

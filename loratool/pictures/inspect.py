@@ -12,7 +12,7 @@ from loratool.pictures.page import Page, last_part
 from loratool.pictures.spectrum import energy_by_rank, energy_of
 from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
 from loratool.results.findings import Finding
-from loratool.results.text import plural
+from loratool.results.text import counted, plural, row_if
 from loratool.results.values import Measured, Suggestion
 from loratool.shown import size
 
@@ -67,9 +67,9 @@ def adapter_blocks(facts: AdapterFacts) -> Iterator[Block]:
             ("path", facts.path),
             ("format", ", ".join(filter(None, [*facts.formats, facts.peft_type, *facts.variants]))),
             ("base", facts.base or "not named"),
-            *([("task", facts.task)] if facts.task else []),
-            *([("saved whole", ", ".join(facts.saved))] if facts.saved else []),
-            ("dtypes", ", ".join(f"{dtype} ×{count}" for dtype, count in facts.dtypes.items())),
+            *row_if(facts.task, "task", facts.task),
+            *row_if(facts.saved, "saved whole", ", ".join(facts.saved)),
+            ("dtypes", counted(facts.dtypes)),
             *([("parameters", facts.against.line)] if facts.against else []),
             *(("not mergeable", reason) for reason in facts.unsupported),
             *(("note", note) for note in (*facts.notes, *(values.notes if values else ()))),
@@ -179,16 +179,18 @@ def found(findings: Sequence[Finding] | None) -> Iterator[Block]:
 
 def other_blocks(facts: OneFacts) -> Iterator[Block]:
     """What is known of a checkpoint, or of what cannot be read."""
-    told = [("path", facts.path)]
+    told: list[tuple[str, object]] = [("path", facts.path)]
     if isinstance(facts, CheckpointFacts):
         yield Tiles(
             [("parameters", f"{facts.parameters:,}"), ("size", size(facts.bytes)), ("tensors", f"{facts.tensors:,}")]
         )
-        told += [("architecture", facts.architecture or "not named")]
-        told += [("made by", facts.made_by)] if facts.made_by else []
-        told += [("quantised", facts.quantisation)] if facts.quantisation else []
-        told += [("dtypes", ", ".join(f"{dtype} ×{count}" for dtype, count in facts.dtypes.items()))]
-        told += [("left out", name) for name in facts.left_out]
-        told += [("note", str(note)) for note in facts.notes]
+        told += [
+            ("architecture", facts.architecture or "not named"),
+            *row_if(facts.made_by, "made by", facts.made_by),
+            *row_if(facts.quantisation, "quantised", facts.quantisation),
+            ("dtypes", counted(facts.dtypes)),
+            *(("left out", name) for name in facts.left_out),
+            *(("note", note) for note in facts.notes),
+        ]
     yield from found(facts.findings)
     yield Facts("Facts", told)

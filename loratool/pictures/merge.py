@@ -16,7 +16,7 @@ from loratool.pictures.page import Page
 from loratool.results.merge import AdapterEffect, MergeReport
 from loratool.results.profile import Profile
 from loratool.results.stream import StreamReport
-from loratool.results.text import memory, plural
+from loratool.results.text import memory, plural, row_if
 from loratool.shown import size
 
 RATIO, GAIN, ADDED = "‖ΔW‖/‖W‖", "gain", "error added"
@@ -188,11 +188,9 @@ def facts_of(report: MergeReport) -> Facts:
                 f"{report.cost.device}, {plural(report.workers, 'worker')}, start-up {report.cost.startup_seconds:.2f} s",
             ),
             ("peak memory", memory(report.cost.peak_memory) + gpu),
-            *([("verified", f"{report.verified} files read again, each as it was written")] if report.verified else []),
-            *(
-                [("continued", f"{len(report.resumed)} finished files of an interrupted run were kept")]
-                if report.resumed
-                else []
+            *row_if(report.verified, "verified", f"{report.verified} files read again, each as it was written"),
+            *row_if(
+                report.resumed, "continued", f"{len(report.resumed)} finished files of an interrupted run were kept"
             ),
             *(("unchanged", f"{name} by {effect.name}") for effect, name in unchanged),
             *(("NaN/inf in base", f"{count} in {name}") for name, count in report.nonfinite.items()),

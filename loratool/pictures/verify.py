@@ -12,7 +12,7 @@ from loratool.pictures.heat_map import HeatMap
 from loratool.pictures.layers import Layers
 from loratool.pictures.modules import bare
 from loratool.pictures.page import Page
-from loratool.results.text import figure, memory, plural
+from loratool.results.text import figure, memory, plural, row_if
 from loratool.results.verify import TensorProof, Verification
 from loratool.shown import size
 
@@ -44,11 +44,11 @@ def blocks_of(result: Verification) -> Iterator[Block]:
         [
             ("merged", printable(result.merged)),
             ("verdict", result.sentence),
-            *([("formula", " + ".join(map(printable, (result.base, *result.adapters))))] if result.base else []),
-            *([("rounding", result.rounding)] if result.rounding else []),
-            *([("files", f"{result.files} compared with loratool.json")] if result.files else []),
-            *([("device", result.cost.device)] if result.cost.device else []),
-            *([("peak memory", memory(result.cost.peak_memory))] if result.cost.peak_memory else []),
+            *row_if(result.base, "formula", " + ".join(map(printable, (result.base, *result.adapters)))),
+            *row_if(result.rounding, "rounding", result.rounding),
+            *row_if(result.files, "files", f"{result.files} compared with loratool.json"),
+            *row_if(result.cost.device, "device", result.cost.device),
+            *row_if(result.cost.peak_memory, "peak memory", memory(result.cost.peak_memory)),
         ],
     )
 

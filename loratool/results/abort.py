@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import aligned, plural
+from loratool.results.text import aligned, plural, row_if
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,13 +25,12 @@ class AbortReport(Result):
     def __str__(self) -> str:
         out = str(self.out)
         in_store = out.startswith("s3:/")
-        rows: list[tuple[str, object]] = [("output", out.replace("s3:/", "s3://", 1))]
-        if in_store:
-            rows.append(("begun by", self.command))
-        else:
-            rows.append(("removed", f"{out}.partial"))
-        if self.completed:
-            rows.append(("complete", "only what its making left was removed"))
-        elif in_store:
-            rows.append(("removed", f"{plural(len(self.uploads), 'upload')} and {plural(len(self.removed), 'file')}"))
-        return aligned([*rows, *(("note", note) for note in self.notes)])
+        removed = f"{plural(len(self.uploads), 'upload')} and {plural(len(self.removed), 'file')}"
+        rows: list[tuple[str, object]] = [
+            ("output", out.replace("s3:/", "s3://", 1)),
+            ("begun by", self.command) if in_store else ("removed", f"{out}.partial"),
+            *row_if(self.completed, "complete", "only what its making left was removed"),
+            *row_if(in_store and not self.completed, "removed", removed),
+            *(("note", note) for note in self.notes),
+        ]
+        return aligned(rows)

@@ -20,7 +20,6 @@ from loratool.results.text import (
     number,
     percent,
     spread,
-    widest,
     worst_first,
 )
 from loratool.shown import size
@@ -58,7 +57,8 @@ class CombinedLayer:
     @property
     def widest_cosine(self) -> float | None:
         """That of the two adapters that are least unrelated."""
-        return widest([meeting.cosine for meeting in self.meetings.values()])
+        cosines = [meeting.cosine for meeting in self.meetings.values() if meeting.cosine is not None]
+        return max(cosines, key=abs, default=None)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import ENDLESS, aligned, fill, in_columns
+from loratool.results.text import ENDLESS, aligned, fill, in_columns, row_if
 from loratool.shown import size
 
 Shape = tuple[int, ...]
@@ -83,7 +83,7 @@ class Estimate(Result):
             ("base", self.path),
             ("architecture", self.architecture or "unknown"),
             ("parameters", f"{self.parameters:,} in {dtypes}, {size(self.bytes)}"),
-            *([("quantised", quantised_line(self))] if self.quantisation else []),
+            *row_if(self.quantisation, "quantised", quantised_line(self)),
             *(("target", target_line(t.name, t.shape, t.count, t.per_rank)) for t in self.targets),
             ("growth", growth(self)),
             *(("note", note) for note in self.notes),

@@ -13,7 +13,7 @@ from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
 from loratool.results.history import Ancestor, history_text
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import COLUMNS, ENDLESS, aligned, counted, fill, plural, shortened, spread, table
+from loratool.results.text import COLUMNS, ENDLESS, aligned, counted, fill, plural, row_if, shortened, spread, table
 from loratool.shown import size
 from loratool.templates import grouped, template_of
 
@@ -145,32 +145,27 @@ class AdapterFacts(Result):
             ("adapter", self.path),
             ("format", ", ".join(filter(None, [*self.formats, self.peft_type, *self.variants]))),
             ("base", self.base or "not named"),
-            *([("task", self.task)] if self.task else []),
-            *([("initialised", self.initialisation)] if self.initialisation else []),
+            *row_if(self.task, "task", self.task),
+            *row_if(self.initialisation, "initialised", self.initialisation),
             *low_rank_rows(self),
             *(("saved whole", name) for name in shortened(self.saved)),
-            *([("bias", self.bias)] if self.bias != "none" else []),
+            *row_if(self.bias != "none", "bias", self.bias),
             ("parameters", f"{self.parameters:,}"),
             ("size", size(self.bytes)),
             ("dtypes", counted(self.dtypes)),
             *(("not mergeable", reason) for reason in self.unsupported),
             *(("note", note) for note in self.notes if self.findings is None),  # else a finding is made of it
         ]
-        parts = [aligned(rows, COLUMNS)]
-        if self.history:
-            parts.append(history_text(self.history))
-        if self.against:
-            parts += base_text(self.against, self.modules)
-        if self.shown_metadata is not None:
-            parts.append(metadata_text(self.shown_metadata))
-        if self.values:
-            parts.append(str(self.values))
-        if self.tensors is not None:
-            parts.append(tensors_text(self.tensors))
-        if self.findings is not None:
-            parts.append(findings_text(self.findings))
-        if self.near is not None:
-            parts.append(f"nearest in the index\n{neighbours_text(self.near)}")
+        parts = [
+            aligned(rows, COLUMNS),
+            *([history_text(self.history)] if self.history else []),
+            *(base_text(self.against, self.modules) if self.against else []),
+            *([metadata_text(self.shown_metadata)] if self.shown_metadata is not None else []),
+            *([str(self.values)] if self.values else []),
+            *([tensors_text(self.tensors)] if self.tensors is not None else []),
+            *([findings_text(self.findings)] if self.findings is not None else []),
+            *([f"nearest in the index\n{neighbours_text(self.near)}"] if self.near is not None else []),
+        ]
         return "\n\n".join(parts)
 
 
@@ -244,7 +239,7 @@ class CheckpointFacts(Result):
         rows: list[tuple[str, object]] = [
             ("checkpoint", self.path),
             ("architecture", self.architecture or "not named"),
-            *([("made by", self.made_by)] if self.made_by and not self.history else []),
+            *row_if(self.made_by and not self.history, "made by", self.made_by),
             *(self.packing.rows() if self.packing else ()),
             ("tensors", f"{self.tensors:,}"),
             ("parameters", f"{self.parameters:,}"),
@@ -256,13 +251,12 @@ class CheckpointFacts(Result):
             *(("left out", name) for name in self.left_out),
             *(("note", note) for note in self.notes if self.findings is None),
         ]
-        parts = [aligned(rows, COLUMNS)]
-        if self.history:
-            parts.append(history_text(self.history))
-        if self.listing is not None:
-            parts.append(tensors_text(self.listing))
-        if self.findings is not None:
-            parts.append(findings_text(self.findings))
+        parts = [
+            aligned(rows, COLUMNS),
+            *([history_text(self.history)] if self.history else []),
+            *([tensors_text(self.listing)] if self.listing is not None else []),
+            *([findings_text(self.findings)] if self.findings is not None else []),
+        ]
         return "\n\n".join(parts)
 
 

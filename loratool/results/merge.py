@@ -10,7 +10,7 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
 from loratool.results.profile import Profile
-from loratool.results.text import aligned, memory, plural
+from loratool.results.text import aligned, memory, plural, row_if
 from loratool.shown import size
 
 MOST_WORST = 3  # tensors that are named
@@ -60,6 +60,9 @@ class MergeReport(Written):
     def text(self) -> str:
         """What a merge did, for people."""
         rate = self.bytes_written / max(self.cost.seconds, 1e-9)
+        norms = sorted(self.relative_norms.items(), key=lambda item: item[1])
+        ends = [("largest ‖ΔW‖/‖W‖", norms[-1]), ("smallest ‖ΔW‖/‖W‖", norms[0])] if norms else []
+        total = sum(self.nonfinite.values())
         rows: list[tuple[str, object]] = [
             ("merged into", printable(self.out)),
             (
@@ -77,24 +80,17 @@ class MergeReport(Written):
                 "peak memory",
                 memory(self.cost.peak_memory) + (f", GPU {size(self.gpu_memory)}" if self.gpu_memory else ""),
             ),
+            *row_if(self.verified, "verified", f"{self.verified} files read again, each as it was written"),
+            *row_if(self.resumed, "continued", f"{len(self.resumed)} finished files of an interrupted run were kept"),
+            *((label, f"{ratio:.3g}  {printable(name)}") for label, (name, ratio) in ends),
+            *([gain_row("gain", self.gain, self.gains)] if self.gain is not None else []),
+            *(error_rows(self.error_added, self.errors_added) if self.error_added is not None else []),
+            *row_if(
+                total, "NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"
+            ),
+            *(("left out", name) for name in self.left_out),
+            *(("note", note) for note in self.notes),
         ]
-        if self.verified:
-            rows.append(("verified", f"{self.verified} files read again, each as it was written"))
-        if self.resumed:
-            rows.append(("continued", f"{len(self.resumed)} finished files of an interrupted run were kept"))
-        if self.relative_norms:
-            ordered = sorted(self.relative_norms.items(), key=lambda item: item[1])
-            for label, (name, ratio) in (("largest ‖ΔW‖/‖W‖", ordered[-1]), ("smallest ‖ΔW‖/‖W‖", ordered[0])):
-                rows.append((label, f"{ratio:.3g}  {printable(name)}"))
-        if self.gain is not None:
-            rows.append(gain_row("gain", self.gain, self.gains))
-        if self.error_added is not None:
-            rows += error_rows(self.error_added, self.errors_added)
-        if self.nonfinite:
-            total = sum(self.nonfinite.values())
-            rows.append(("NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"))
-        rows += [("left out", name) for name in self.left_out]
-        rows += [("note", note) for note in self.notes]
         return aligned(rows)
 
 

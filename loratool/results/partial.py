@@ -7,7 +7,9 @@ from pathlib import Path
 
 from loratool.errors import printable
 from loratool.results.base import Result
-from loratool.results.text import aligned, plural
+from loratool.results.text import aligned, plural, row_if
+
+NEXT = "once all workers have ended: the same command with --finish in place of --part"
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,8 +26,7 @@ class PartialReport(Result):
         rows: list[tuple[str, object]] = [
             ("part", f"{self.share}, into {printable(self.into)}"),
             ("made", f"{self.made} of {plural(self.units, 'unit')} in {self.cost.seconds:.2f} s"),
+            *row_if(self.kept, "kept", f"{plural(self.kept, 'unit')}, done before"),
+            ("next", NEXT),
         ]
-        if self.kept:
-            rows.append(("kept", f"{plural(self.kept, 'unit')}, done before"))
-        rows.append(("next", "once all workers have ended: the same command with --finish in place of --part"))
         return aligned(rows)

@@ -10,8 +10,9 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result, Written
 from loratool.results.merge import MergeReport
+from loratool.results.partial import NEXT
 from loratool.results.profile import Profile
-from loratool.results.text import aligned, plural
+from loratool.results.text import aligned, plural, row_if
 from loratool.shown import size
 from loratool.templates import some
 
@@ -40,12 +41,11 @@ class PartReport(Result):
         rows: list[tuple[str, object]] = [
             ("part", f"{self.share} of {printable(self.out)}"),
             ("made", f"{plural(len(self.made), 'part')}, {size(self.bytes_written)} in {self.cost.seconds:.2f} s"),
+            *row_if(self.kept, "kept", f"{plural(len(self.kept), 'part')}, made before and still correct"),
+            *(("made again", f"{name}: {reason}") for name, reason in sorted(self.redone.items())),
+            *(("note", note) for note in self.notes),
+            ("next", NEXT),
         ]
-        if self.kept:
-            rows.append(("kept", f"{plural(len(self.kept), 'part')}, made before and still correct"))
-        rows += [("made again", f"{name}: {reason}") for name, reason in sorted(self.redone.items())]
-        rows += [("note", note) for note in self.notes]
-        rows.append(("next", "once all workers have ended: the same command with --finish in place of --part"))
         return aligned(rows)
 
 
@@ -79,26 +79,21 @@ class PartsStatus(Result):
         notes: list[tuple[str, object]] = [("note", note) for note in self.notes]
         if self.published:
             return aligned([("output", f"{printable(self.out)} is complete"), *notes])
+        makers = [f"{worker} ({plural(count, 'part')})" for worker, count in Counter(self.done.values()).most_common()]
+        making = {part for each in self.running if each.alive for part in each.parts}
+        waiting = [name for name in self.missing if name not in making]
+        done = f"{len(self.done)} of {plural(self.parts, 'part')}, {size(self.bytes_done)} of {size(self.bytes_all)}"
         rows: list[tuple[str, object]] = [
             ("output", printable(self.out)),
             ("fingerprint", self.plan[:16]),
-            (
-                "done",
-                f"{len(self.done)} of {plural(self.parts, 'part')}, {size(self.bytes_done)} of {size(self.bytes_all)}",
-            ),
+            ("done", done),
+            *row_if(makers, "made by", some(makers, MOST_NAMED)),
+            *(("running", running_line(each)) for each in self.running),
+            *row_if(waiting, "missing", some(waiting, MOST_NAMED)),
+            *row_if(not self.missing, "next", "--finish"),
+            *notes,
         ]
-        if self.done:
-            makers = Counter(self.done.values()).most_common()
-            rows.append(
-                ("made by", some([f"{worker} ({plural(count, 'part')})" for worker, count in makers], MOST_NAMED))
-            )
-        making = {part for each in self.running if each.alive for part in each.parts}
-        rows += [("running", running_line(each)) for each in self.running]
-        if waiting := [name for name in self.missing if name not in making]:
-            rows.append(("missing", some(waiting, MOST_NAMED)))
-        if not self.missing:
-            rows.append(("next", "--finish"))
-        return aligned([*rows, *notes])
+        return aligned(rows)
 
 
 def running_line(each: Running) -> str:

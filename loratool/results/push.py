@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import MOST_LINES, aligned, plural
+from loratool.results.text import MOST_LINES, aligned, plural, row_if
 from loratool.shown import size
 
 
@@ -30,29 +30,17 @@ class PushReport(Result):
 
     def __str__(self) -> str:
         """What a push did, or would do."""
-        total = sum(self.files.values())
+        names = list(self.files if self.dry_run else self.uploaded)
+        sent = f"{plural(len(names), 'file')}, {size(sum(self.files[name] for name in names))}"
         rows: list[tuple[str, object]] = [
             ("would be pushed to" if self.dry_run else "pushed to", printable(self.repo)),
-            ("what", f"{self.kind}, {plural(len(self.files), 'file')}, {size(total)}"),
+            ("what", f"{self.kind}, {plural(len(self.files), 'file')}, {size(sum(self.files.values()))}"),
+            *row_if(not self.dry_run, "sent", sent if names else "nothing; all files were already there"),
+            *(("file", f"{printable(name)}: {size(self.files[name])}") for name in names[:MOST_LINES]),
+            *row_if(len(names) > MOST_LINES, "", f"… and {len(names) - MOST_LINES} more"),
+            *(("replaced", printable(name)) for name in self.replaced),
+            *(("left out", printable(line)) for line in self.left_out),
+            *(("note", note) for note in self.notes),
+            *row_if(not self.dry_run, "see", printable(self.pull_request or self.url)),
         ]
-        shown = list(self.files.items())
-        if not self.dry_run:
-            sent = sum(self.files[name] for name in self.uploaded)
-            rows.append(
-                (
-                    "sent",
-                    f"{plural(len(self.uploaded), 'file')}, {size(sent)}"
-                    if self.uploaded
-                    else "nothing; all files were already there",
-                )
-            )
-            shown = [(name, self.files[name]) for name in self.uploaded]
-        rows += [("file", f"{printable(name)}: {size(count)}") for name, count in shown[:MOST_LINES]]
-        if len(shown) > MOST_LINES:
-            rows.append(("", f"… and {len(shown) - MOST_LINES} more"))
-        rows += [("replaced", printable(name)) for name in self.replaced]
-        rows += [("left out", printable(line)) for line in self.left_out]
-        rows += [("note", note) for note in self.notes]
-        if not self.dry_run:
-            rows.append(("see", printable(self.pull_request or self.url)))
         return aligned(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned
+from loratool.results.text import MOST_LAYERS, aligned, row_if
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RescaleReport(Written):
                 )
                 for (before, after, factor), count in alike.most_common(MOST_LAYERS)
             ),
-            *([("", f"… and {len(alike) - MOST_LAYERS} more scalings")] if len(alike) > MOST_LAYERS else []),
+            *row_if(len(alike) > MOST_LAYERS, "", f"… and {len(alike) - MOST_LAYERS} more scalings"),
             *(
                 ("change" if count == 1 else "changes", f"× {factor:.6g} in {count} stored in full")
                 for factor, count in Counter(self.changes.values()).most_common()

@@ -9,7 +9,7 @@ from pathlib import Path
 from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Written
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, spread, worst_first
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, counts, percent, row_if, spread, worst_first
 from loratool.shown import size
 
 
@@ -67,7 +67,7 @@ class ResizeReport(Written):
                 ("left out", f"{printable(target)}: the budget is too small to keep any rank")
                 for target in self.dropped[:MOST_LAYERS]
             ),
-            *([("", f"… and {len(self.dropped) - MOST_LAYERS} more")] if len(self.dropped) > MOST_LAYERS else []),
+            *row_if(len(self.dropped) > MOST_LAYERS, "", f"… and {len(self.dropped) - MOST_LAYERS} more"),
             *(("note", note) for note in self.notes),
         ]
         weighed = any(layer.activations is not None for layer in self.modules.values())

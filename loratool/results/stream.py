@@ -8,7 +8,7 @@ from loratool.errors import printable
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.merge import AdapterEffect, effect_line
-from loratool.results.text import aligned, plural
+from loratool.results.text import aligned, plural, row_if
 from loratool.shown import size
 
 
@@ -43,13 +43,10 @@ class StreamReport(Result):
             ("weights", f"{size(self.bytes_written)} in {plural(self.files, 'file')}, {self.cost.seconds:.2f} s"),
             ("on this disk", f"at most {size(self.most_on_disk)} of weights at a time"),
             ("device", self.cost.device),
+            *([("gain", f"{self.gain:.3f} of the update after rounding")] if self.gain is not None else []),
+            *row_if(self.resumed, "continued", f"{len(self.resumed)} files were already uploaded"),
+            *(("left out", printable(line)) for line in self.left_out),
+            *(("note", note) for note in self.notes),
+            *row_if(not self.dry_run, "see", printable(self.url)),
         ]
-        if self.gain is not None:
-            rows.append(("gain", f"{self.gain:.3f} of the update after rounding"))
-        if self.resumed:
-            rows.append(("continued", f"{len(self.resumed)} files were already uploaded"))
-        rows += [("left out", printable(line)) for line in self.left_out]
-        rows += [("note", note) for note in self.notes]
-        if not self.dry_run:
-            rows.append(("see", printable(self.url)))
         return aligned(rows)

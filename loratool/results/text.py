@@ -72,6 +72,11 @@ def fill(text: str, first: str = "", later: str = "", room: int = COLUMNS) -> st
     return wrapper.fill(text)
 
 
+def row_if(condition: object, name: str, value: object) -> list[tuple[str, object]]:
+    """One `name  value` line, and none where `condition` does not hold."""
+    return [(name, value)] if condition else []
+
+
 def spread(values: Mapping[str, int]) -> str:
     """Counted values: `16`, or `16 ×200, 32 ×24` where there are several."""
     return next(iter(values)) if len(values) == 1 else counted(values) or "none"
@@ -102,11 +107,6 @@ def kept(part: float | None) -> str:
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def widest(values: list[float | None]) -> float | None:
-    """The value farthest from 0."""
-    return max((value for value in values if value is not None), key=abs, default=None)
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:
@@ -185,7 +185,3 @@ def fitted(name: str, room: int) -> str:
 
 def figure(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
-
-
-def percentage(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.3g} %"

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Cost
-from loratool.results.text import COLUMNS, aligned, cost_rows, figure, fill, percentage, table
+from loratool.results.text import COLUMNS, aligned, cost_rows, figure, fill, row_if, table
 from loratool.shown import size
 from loratool.templates import common_start
 
 LAST_WORDS = re.compile(r".*_\d+_(?=\D)|_\d+$")  # what of a name without dots tells where it is, not what
+BY_NAME = "medians by name, with the ranks that keep a given fraction of ‖ΔW‖²"
+ON_BASE = "medians against the base; unchanged: fraction of the entries that do not change after rounding to its dtype"
 MOST_MODULES = 12  # rows of the table of modules before the rest is counted
 
 
@@ -64,6 +66,10 @@ class Suggestion:
     bytes_by_layer: int  # where each module gets the smallest rank that keeps that part of it
     bytes_now: int
 
+    def __str__(self) -> str:
+        now, by_layer = f"{size(self.bytes)} of {size(self.bytes_now)}", size(self.bytes_by_layer)
+        return f"rank {self.rank}: {now}; with a rank per layer: {by_layer}"
+
 
 @dataclass(frozen=True)
 class Values:
@@ -79,35 +85,29 @@ class Values:
 
     def __str__(self) -> str:
         """Norms and ranks: by name of module, then the modules that change most, and what to make of it."""
-        weighed = any(m.weight for m in self.modules)
-        rows: list[tuple[str, object]] = [("‖ΔW‖", f"{self.norm:.6g}, all {len(self.modules)} modules together")]
-        if self.norm_base:
-            rows.append(
-                ("‖W0‖", f"{self.norm_base:.6g} of the weights it changes: {percentage(self.norm / self.norm_base)}")
-            )
-        for kept in self.suggestions:
-            told = (
-                f"rank {kept.rank}: {size(kept.bytes)} of {size(kept.bytes_now)}; with a rank per layer: "
-                f"{size(kept.bytes_by_layer)}"
-            )
-            rows.append((f"{100 * kept.energy:.0f} % energy", told))
-        bad = [m for m in self.modules if m.nonfinite]
-        rows += [("not finite", f"{m.nonfinite} values in {m.target}") for m in bad[:MOST_MODULES]]
-        if subnormal := sum(m.subnormal for m in self.modules):
-            rows.append(
-                ("subnormal", f"{subnormal:,} values in {sum(bool(m.subnormal) for m in self.modules)} modules")
-            )
-        rows += [("not measured", f"{target}: {why}") for target, why in list(self.skipped.items())[:MOST_MODULES]]
-        rows += [*cost_rows(self.cost), *(("note", note) for note in self.notes)]
+        norm_base = self.norm_base or 0.0
+        ratio = self.norm / (norm_base or 1.0)
+        bad = [m for m in self.modules if m.nonfinite][:MOST_MODULES]
+        small = [m.subnormal for m in self.modules if m.subnormal]
+        rows: list[tuple[str, object]] = [
+            ("‖ΔW‖", f"{self.norm:.6g}, all {len(self.modules)} modules together"),
+            *row_if(norm_base, "‖W0‖", f"{norm_base:.6g} of the weights it changes: {100 * ratio:.3g} %"),
+            *((f"{100 * kept.energy:.0f} % energy", kept) for kept in self.suggestions),
+            *(("not finite", f"{m.nonfinite} values in {m.target}") for m in bad),
+            *row_if(small, "subnormal", f"{sum(small):,} values in {len(small)} modules"),
+            *(("not measured", f"{target}: {why}") for target, why in [*self.skipped.items()][:MOST_MODULES]),
+            *cost_rows(self.cost),
+            *(("note", note) for note in self.notes),
+        ]
         parts = [aligned(rows, COLUMNS)]
         if self.modules:
             from loratool.results.blocks import bars, is_of_images  # which knows the blocks of all layouts
 
-            parts += [by_name(self.modules), largest(self.modules)]
+            parts += [medians(BY_NAME, self.modules, SIZES), largest(self.modules)]
             if is_of_images(m.target for m in self.modules):
                 parts.append(bars({m.target: m.norm or 0.0 for m in self.modules}))
-        if weighed:
-            parts.append(against_weights(self.modules))
+        if weighed := [m for m in self.modules if m.weight]:
+            parts.append(medians(ON_BASE, weighed, AGAINST))
         return "\n\n".join(parts)
 
 
@@ -131,14 +131,13 @@ AGAINST: tuple[Column, ...] = (
 )
 
 
-def by_name(modules: Sequence[Measured]) -> str:
+def medians(about: str, modules: Sequence[Measured], columns: Sequence[Column]) -> str:
     """Medians of the modules of each name."""
     rows = [
-        [*(figure(middle([column(m) for m in members])) for _, column in SIZES), f"{name} ×{len(members)}"]
+        [*(figure(middle([of(m) for m in members])) for _, of in columns), f"{name} ×{len(members)}"]
         for name, members in named(modules).items()
     ]
-    text = "medians by name, with the ranks that keep a given fraction of ‖ΔW‖²"
-    return f"{fill(text)}\n{table([*(h for h, _ in SIZES), 'name'], rows, room=COLUMNS)}"
+    return f"{fill(about)}\n{table([*(head for head, _ in columns), 'name'], rows, room=COLUMNS)}"
 
 
 def largest(modules: Sequence[Measured]) -> str:
@@ -153,16 +152,6 @@ def largest(modules: Sequence[Measured]) -> str:
     ]
     header = [*(h for h, _ in shown), "largest updates" + (f", in {start.rstrip('.')}" if start else "")]
     return table(header, rows, len(modules) - len(ordered), COLUMNS)
-
-
-def against_weights(modules: Sequence[Measured]) -> str:
-    """Medians against the base's weights, by name."""
-    rows = [
-        [*(figure(middle([column(m) for m in members])) for _, column in AGAINST), f"{name} ×{len(members)}"]
-        for name, members in named([m for m in modules if m.weight]).items()
-    ]
-    text = "medians against the base; unchanged: fraction of the entries that do not change after rounding to its dtype"
-    return f"{fill(text)}\n{table([*(h for h, _ in AGAINST), 'name'], rows, room=COLUMNS)}"
 
 
 def named(modules: Sequence[Measured]) -> dict[str, list[Measured]]:

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from loratool.errors import VerificationError, printable
 from loratool.notes import Note
 from loratool.results.base import Result
-from loratool.results.text import MOST_LAYERS, aligned, cost_rows, figure, table
+from loratool.results.text import MOST_LAYERS, aligned, cost_rows, figure, row_if, table
 from loratool.shown import size
 
 AS_RECORDED, PROVEN, ROUNDED_TWICE, NOT_PROVEN = "as-recorded", "proven", "rounded-twice", "not-proven"
@@ -97,17 +97,16 @@ class Verification(Result):
         return {**super().to_dict(), **verdict}
 
     def __str__(self) -> str:
-        rows: list[tuple[str, object]] = [(printable(self.merged), self.sentence)]
-        if self.base:
-            rows.append(("formula", " + ".join(map(printable, (self.base, *self.adapters)))))
-            rows.append(("tensors", ", ".join(f"{count} {status}" for status, count in self.counts.items())))
-        if self.rounding:
-            rows.append(("rounding", self.rounding))
-        if self.files:
-            rows.append(("files", f"{self.files} compared with loratool.json"))
-        rows += [("found" if not each.passes else "note", each) for each in self.diagnoses]
-        rows += [("note", note) for note in self.notes]
-        rows += [("read", size(self.bytes_read)), *cost_rows(self.cost)] if self.bytes_read else []
+        rows: list[tuple[str, object]] = [
+            (printable(self.merged), self.sentence),
+            *row_if(self.base, "formula", " + ".join(map(printable, (self.base, *self.adapters)))),
+            *row_if(self.base, "tensors", ", ".join(f"{count} {status}" for status, count in self.counts.items())),
+            *row_if(self.rounding, "rounding", self.rounding),
+            *row_if(self.files, "files", f"{self.files} compared with loratool.json"),
+            *(("found" if not each.passes else "note", each) for each in self.diagnoses),
+            *(("note", note) for note in self.notes),
+            *([("read", size(self.bytes_read)), *cost_rows(self.cost)] if self.bytes_read else []),
+        ]
         far = far_tensors(self.tensors) if self.tensors and not self.passes else ""
         return "\n".join(filter(None, [aligned(rows), far]))
 
