@@ -41,7 +41,7 @@ def heat_map(*rows: tuple[float | None, ...], numbers: bool = False) -> HeatMap:
         columns=tuple(map(str, range(len(rows[0])))),
         cells=tuple(Cell(at, column, value) for at, row in enumerate(rows) for column, value in enumerate(row)),
         scale="both" if signed else "up",
-        bounds=(-1.0, 1.0) if signed else None,
+        bounds=(-1.0, 1.0) if signed else (None, None),
         numbers=numbers,
     )
 
