@@ -21,14 +21,16 @@ from loratool.fetching.answers import why_no_name
 from loratool.fetching.outline import Role, needed, small_files
 from loratool.files import stand_ins
 from loratool.files.folders import PROVENANCE, holds_weights, largest_of, sidecar_of
+from loratool.files.source import read_pieces
 from loratool.files.system import free_space, shell_word
+from loratool.files.untrusted import check_bound
 from loratool.files.weight_formats import distant_header
 from loratool.shown import size
 from loratool.stores import uploads
 from loratool.stores.begun import BEGIN, Begun
 from loratool.stores.client import connection
 from loratool.stores.names import FOLDER, StorePath
-from loratool.stores.objects import StoredObject, listed, whole
+from loratool.stores.objects import StoredObject, listed
 
 LEAD = 1 << 16  # bytes of a header that come with the first request
 
@@ -55,15 +57,14 @@ class Folder:
         source = there.source()
         source.expect(0, there.size)
         with open(path, "wb") as stream:
-            for at in range(0, there.size, 1 << 20):
-                piece = bytearray(min(1 << 20, there.size - at))
-                source.read(at, len(piece), memoryview(piece))
-                stream.write(piece)
+            stream.writelines(read_pieces(source, 0, there.size))
         self.mark(name)
 
-    def put(self, name: str, content: bytes) -> None:
-        """Give a file a content that was read."""
-        (self.root / name).write_bytes(content)
+    def put(self, name: str) -> None:
+        """Bring a small file; raises `InputError` where it is too large to be what it is called."""
+        there = self.objects[name]
+        check_bound(printable(str(there.place)), there.size, largest_of(name))
+        (self.root / name).write_bytes(there.read(0, there.size))
         self.mark(name)
 
     def mark(self, name: str) -> None:
@@ -190,7 +191,7 @@ def settle(folder: Folder, location: Path, role: Role | None, more: Set[str]) ->
     small = [Path(os.path.relpath(location.parent / name, folder.root)).as_posix() for name in small_files(location)]
     records = [name for name in (PROVENANCE, sidecar_of(location).name) if name in folder.objects]
     for name in dict.fromkeys([*small, *records]):
-        folder.put(name, whole(folder.objects[name], largest_of(name)))
+        folder.put(name)
     if role is None:
         if holds_weights(location):
             folder.put_headers(needed(folder.root, location, "any").weights)

@@ -195,9 +195,8 @@ def look(home: Path, owner: int | None = None) -> Journal | None:
     journal = read_journal(home, owner) if found else None
     if journal is None:
         found = list(walk(home))  # another process may have published or removed all of it just now
-    if journal is None and all(is_torn_head(home, path, owner) for path, _ in found):
-        return None
-    if journal is None:
+        if all(is_torn_head(home, path, owner) for path, _ in found):
+            return None
         raise foreign(home, [f"{printable(path)}: {why}" for path, why in of_no_journal(home, found, owner)])
     check_owned(home, journal, found, owner)
     return journal

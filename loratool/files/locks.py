@@ -95,8 +95,6 @@ def is_locked(folder: Path) -> bool:
     """Whether another process holds the lock of a folder."""
     try:
         lock_folder(folder).release()
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False

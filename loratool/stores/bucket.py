@@ -218,7 +218,7 @@ class Bucket(SharedOutput):
         return {name: reason for name, reason in found.items() if reason}
 
     def open(self, part: FilePart, stop: threading.Event) -> UploadedPart:
-        return UploadedPart(self, self.parts[part.name], self.layouts[part.file], stop)
+        return UploadedPart(self, self.send, self.parts[part.name], self.layouts[part.file], stop)
 
     def send(self, part: UploadPart, piece: Piece, content: mmap.mmap) -> str:
         """Bring a piece of a part to the store; its ETag."""

@@ -9,10 +9,9 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratool.errors import InputError, UsageError, printable
+from loratool.errors import InputError, UsageError
 from loratool.files.safefile import Identity, Layout
 from loratool.files.small_tensors import TINY, SmallTensors
-from loratool.files.untrusted import check_bound
 from loratool.stores.client import THREADS, ConditionError, GoneError, PassingError, ask, connection, patiently
 from loratool.stores.names import StorePath
 
@@ -168,9 +167,3 @@ def listed(place: StorePath, beside: bool = False) -> dict[str, StoredObject]:
         if not answer.get("IsTruncated"):
             return found
         words["ContinuationToken"] = answer["NextContinuationToken"]
-
-
-def whole(there: StoredObject, largest: int) -> bytes:
-    """All bytes of a small object; raises `InputError` for one that is too large to be what it is called."""
-    check_bound(printable(str(there.place)), there.size, largest)
-    return there.read(0, there.size)

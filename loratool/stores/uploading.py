@@ -5,38 +5,35 @@ from __future__ import annotations
 import mmap
 import threading
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from loratool.files.sink import Arrived, Memory, piece_of, pieces_of
+from loratool.files.sink import Arrived, piece_of, pieces_of
 from loratool.files.stopwatch import lap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from loratool.files.digests import Digest
+    from loratool.files.part_records import SharedOutput
     from loratool.files.safefile import Layout
     from loratool.files.seen import Seen
     from loratool.files.source import Source
     from loratool.stores.upload_part import Piece, UploadPart
 
 
-class Sender(Protocol):
-    """What brings pieces to a store."""
-
-    memory: Memory
-
-    def send(self, part: UploadPart, piece: Piece, content: mmap.mmap) -> str:
-        """Bring a piece of a part to the store; its ETag."""
-
-    def record_part(self, part: UploadPart, digest: Digest, seen: Seen, details: Mapping[str, object]) -> None:
-        """Make known that all of a part is there."""
-
-
 class UploadedPart:
     """One part of a file, of which each piece is in memory from its first byte until it is sent."""
 
-    def __init__(self, store: Sender, part: UploadPart, layout: Layout, stop: threading.Event) -> None:
-        self.store, self.upload, self.layout = store, part, layout
+    def __init__(
+        self,
+        output: SharedOutput,
+        send: Callable[[UploadPart, Piece, mmap.mmap], str],
+        part: UploadPart,
+        layout: Layout,
+        stop: threading.Event,
+    ) -> None:
+        """`send` brings a piece of the part to the store, and gives its ETag."""
+        self.output, self.send, self.upload, self.layout = output, send, part, layout
         self.arrived = Arrived(stop)  # bytes that are in the store
         self.pieces = part.pieces
         self.lock = threading.Lock()
@@ -64,7 +61,7 @@ class UploadedPart:
                 if full:
                     del self.held[piece.number]
             if full:
-                self.tags[piece.number] = self.store.send(self.upload, piece, held)
+                self.tags[piece.number] = self.send(self.upload, piece, held)
                 self.arrived.add(piece.size)
                 lap("write", piece.size)
             del held
@@ -87,7 +84,7 @@ class UploadedPart:
         return self.arrived.wait_for(self.upload.size)
 
     def record(self, seen: Seen, digest: Digest) -> None:
-        self.store.record_part(self.upload, digest, seen, {"tags": [self.tags[piece.number] for piece in self.pieces]})
+        self.output.record_part(self.upload, digest, seen, {"tags": [self.tags[piece.number] for piece in self.pieces]})
 
     def close(self) -> None:
         """Let go of what is in memory."""
@@ -106,7 +103,7 @@ class PartBytes:
         self.at += len(piece)
 
     def copy(self, source: Source, start: int, count: int, look: Callable[[memoryview], None] | None) -> None:
-        for at, held in pieces_of(source, start, count, self.at, self.file.store.memory):
+        for at, held in pieces_of(source, start, count, self.at, self.file.output.memory):
             lap("read", len(piece_of(held, at)))
             if look is not None:
                 look(piece_of(held, at))
