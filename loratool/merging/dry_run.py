@@ -49,5 +49,6 @@ def dry_run(
             found = dataclasses.replace(plan, simulations=simulate(plan, simulated.simulate, rates))
         else:
             found = with_forecast(plan)
+        found = dataclasses.replace(found, cost=Cost.since(started))
         assert found.bytes_written >= 0, "counted now: files from the Hub are gone when the plan is printed"
-    return dataclasses.replace(found, cost=Cost.since(started))
+    return found
