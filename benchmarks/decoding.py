@@ -30,16 +30,16 @@ def once(folder: Path, device: str) -> float:
     from loratool.bases.weights import Room
     from loratool.files.open_sources import OpenSources
     from loratool.files.safefile import FLOAT_NAMES
-    from loratool.merging.resources import CUDA_BLOCK
+    from loratool.merging.resources import PACKED_CUDA_BLOCK
 
     base, place, cuda = decoded(open_checkpoint(folder)), torch.device(device), device.startswith("cuda")
-    memory = torch.empty(CUDA_BLOCK, dtype=torch.uint8, pin_memory=cuda)
-    twin = torch.empty(CUDA_BLOCK, dtype=torch.uint8, device=place) if cuda else None
+    memory = torch.empty(PACKED_CUDA_BLOCK, dtype=torch.uint8, pin_memory=cuda)
+    twin = torch.empty(PACKED_CUDA_BLOCK, dtype=torch.uint8, device=place) if cuda else None
     taken = 0.0
     for name in (name for name in base.tensors if ".layers.0." in name and name.split(".")[-2] in LAYERS):
         weight = weight_of(base, name)
         rows, width = weight.shape
-        step = CUDA_BLOCK // (4 * width)
+        step = PACKED_CUDA_BLOCK // (4 * width)
         dtype = getattr(torch, FLOAT_NAMES[weight.exact])
         with OpenSources() as sources:
             room = Room(sources, memory, twin)

@@ -104,7 +104,8 @@ def altered(*words: str) -> None:
         exact_rows.SMALL = 0  # weights that are computed in float64
         numpy_sums.Tiles.sum = sum_in_float32  # type: ignore[method-assign]
     if options.block:
-        resources.CPU_BLOCK = resources.LARGE_BLOCK = resources.CUDA_BLOCK = options.block
+        resources.CPU_BLOCK = resources.LARGE_BLOCK = options.block
+        resources.CUDA_BLOCK = resources.PACKED_CUDA_BLOCK = options.block
     if options.numpy:
         resources.FEW_WORKERS = 1 << 10
     sys.argv = ["loratool", *command]

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,14 @@ def find_devices(device: str) -> tuple[str, ...]:
     for name in devices:
         torch.zeros(1, device=name)
     return devices
+
+
+def free_memory(devices: Sequence[str]) -> float:
+    """Bytes that are free on the fullest of some GPUs; without a limit where torch has found none, as for an estimate."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return inf
+    return float(min(torch.cuda.mem_get_info(name)[0] for name in devices))
 
 
 def load_linear_algebra(devices: Sequence[str]) -> None:

@@ -323,7 +323,8 @@ def test_numbers_in_the_text_are_the_code_s() -> None:
     small, large = resources.CPU_BLOCK >> 20, resources.LARGE_BLOCK >> 20
     assert f"{small} MiB of weight on a CPU, {large} MiB with more than {resources.FEW_WORKERS} workers" in text
     assert f"{small * resources.NUMPY_BLOCKS} MiB where numpy computes, " in text
-    assert f"and {round(resources.CUDA_BLOCK / (1 << 20))} MiB on a GPU" in text
+    on_gpu, packed = (round(size / (1 << 20)) for size in (resources.CUDA_BLOCK, resources.PACKED_CUDA_BLOCK))
+    assert f"{on_gpu} MiB on a GPU, and {packed} MiB there for packed weights" in text
     assert f"{sink.COPY_PIECE >> 20} MiB for copies" in text
     more = ("no", "one", "two", "three")[resources.WAITING_WORKERS]
     assert f"{more} more workers than cores, at most {resources.MOST_WORKERS}," in text

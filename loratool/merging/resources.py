@@ -11,6 +11,7 @@ from loratool.bases.packed import Packed
 from loratool.devices import (
     RUNTIME_MEMORY,
     Runtime,
+    free_memory,
     kind_of,
     means_cpu,
     resident_memory,
@@ -43,6 +44,9 @@ NUMPY_WORKERS = 6  # more of them wait for the interpreter's lock, whatever the 
 LARGE_BLOCK = 6 << 20  # bytes, so that they wait less for the interpreter's lock
 # bytes of weight: hides the latency of a transfer. Pinned memory comes in powers of two, and a block has pages around it
 CUDA_BLOCK = (16 << 20) - 2 * PAGE
+# the same of packed weights: to decode a block takes many calls, between which threads wait for the interpreter's lock
+PACKED_CUDA_BLOCK = (64 << 20) - 2 * PAGE
+PACKED_CUDA_MEMORY = 8  # bytes on the device for each of these
 SMALLEST_BLOCK = 64 << 10
 TILE = 1 << 17  # elements that are computed at a time on a CPU: they stay in a core's cache
 CUDA_TILE = 1 << 22  # on a GPU, in float64
@@ -147,7 +151,10 @@ def choose_resources(
     """
     used = max(used, NUMPY_MEMORY)  # which may not have been imported so far
     if kind_of(devices) == "cuda":
-        most, block = workers or min(cores(), GPU_WORKERS * len(devices)), CUDA_BLOCK
+        most = workers or min(cores(), GPU_WORKERS * len(devices))
+        packed = any(isinstance(span.weight, Packed) for span in spans if not span.untouched)
+        on_device = PACKED_CUDA_MEMORY * PACKED_CUDA_BLOCK * -(-most // len(devices))
+        block = PACKED_CUDA_BLOCK if packed and 4 * on_device <= free_memory(devices) else CUDA_BLOCK
     elif has_torch:
         most = workers or most_workers()
         block = CPU_BLOCK if most <= FEW_WORKERS else LARGE_BLOCK

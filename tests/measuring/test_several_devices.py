@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import planted, save_model, seeded
+from packed_bnb import nf4
+from packed_models import save_packed
 from peft_files import save_peft
 from workbench import snapshot
 
@@ -206,6 +208,22 @@ def test_a_memory_limit_holds_for_any_number_of_devices(devices: Sequence[str], 
     assert chosen.memory(spans) < most
     with pytest.raises(UsageError, match="--max-memory"):
         choose_resources(spans, tuple(devices), 32, 10**6, 0)
+
+
+@pytest.mark.parametrize(
+    ("free", "block"), [(2**34, resources.PACKED_CUDA_BLOCK), (2**33, resources.CUDA_BLOCK)], ids=str
+)
+def test_packed_weights_take_larger_blocks_on_a_gpu_that_has_the_memory(
+    free: int, block: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    packed = nf4({name: torch.randn(shape) for name, shape in SHAPES.items()})
+    save_packed(tmp_path / "packed", packed.tensors, packed.config)
+    spans = prepare(tmp_path / "packed", inputs / "one", tmp_path / "out", MergeAndPushOptions())[0].spans
+    monkeypatch.setattr(resources, "free_memory", lambda _: free)
+    assert choose_resources(spans, ("cuda:0", "cuda:1"), 16, None, 0).block == block
+    plain = prepare(inputs / "base", inputs / "one", tmp_path / "out", MergeAndPushOptions())[0].spans
+    assert choose_resources(plain, ("cuda:0", "cuda:1"), 16, None, 0).block == resources.CUDA_BLOCK
 
 
 @pytest.mark.parametrize(
