@@ -31,8 +31,7 @@ from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.algebra.updates.replacing import Replace, ReplaceRows
 from loratool.algebra.updates.residual import Residual
 from loratool.algebra.updates.rewriting import Injection, Network, Pairs, Recomposed
-from loratool.algebra.updates.sparse import Scatter, Spectrum
-from loratool.algebra.updates.wavelets import Wavelet
+from loratool.algebra.updates.sparse import Scatter, Spectrum, Wavelet
 
 Random = Callable[..., Tensor]  # sizes → a float64 tensor
 

@@ -18,9 +18,16 @@ from loratool.bases.codecs.bit_fields import packed, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
 from loratool.bases.codecs.gptq import SCALES, WAY_OUT, method_of, packed_modules, words_of
 from loratool.bases.codecs.grouped import Grouped, rows_of
-from loratool.bases.codecs.mixed import note_unlisted, skipped_by
 from loratool.bases.codecs.parts import Finder, Unfit, is_count, shown
-from loratool.bases.codecs.plain_modules import expert_layers, in_memory, modules_of, plain_matrices, texts_in
+from loratool.bases.codecs.plain_modules import (
+    expert_layers,
+    in_memory,
+    modules_of,
+    note_unlisted,
+    plain_matrices,
+    skipped_by,
+    texts_in,
+)
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import NDArray, Tensor, numpy, torch

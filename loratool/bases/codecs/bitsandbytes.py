@@ -25,7 +25,6 @@ from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
 from loratool.bases.codecs import numpy_values
-from loratool.bases.codecs.mixed import note_unlisted, skipped_by
 from loratool.bases.codecs.parameters import InMemory, LineByLine, Parameters
 from loratool.bases.codecs.parts import (
     Finder,
@@ -39,7 +38,14 @@ from loratool.bases.codecs.parts import (
     told,
     wrong_scales,
 )
-from loratool.bases.codecs.plain_modules import grown, is_of_diffusers, last_name, matched_in_diffusers
+from loratool.bases.codecs.plain_modules import (
+    grown,
+    is_of_diffusers,
+    last_name,
+    matched_in_diffusers,
+    note_unlisted,
+    skipped_by,
+)
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Memory, Plain, Room

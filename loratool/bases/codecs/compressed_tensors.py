@@ -24,11 +24,17 @@ from typing import Any
 
 from loratool.adapters.patterns import search_names
 from loratool.bases.codecs.fp8 import Block
-from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP6, FP8, INT8, Numbers, offset_integers
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, read_whole, told
-from loratool.bases.codecs.plain_modules import modules_of, texts_in
+from loratool.bases.codecs.plain_modules import (
+    complete,
+    modules_of,
+    note_unlisted,
+    stacks_left,
+    texts_in,
+    with_entries,
+)
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of

@@ -15,11 +15,10 @@ from contextlib import suppress
 from typing import Any
 
 from loratool.adapters.patterns import search_names
-from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP8
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, told
-from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of

@@ -20,10 +20,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from loratool.bases.codecs.fp8 import scale_names
-from loratool.bases.codecs.mixed import complete
 from loratool.bases.codecs.numbers import BY_DTYPE, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, bytes_of, told
+from loratool.bases.codecs.plain_modules import complete
 from loratool.bases.codecs.scaled import Scaled, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParameters, plain_dtype
 from loratool.bases.weights import Room, plain_of

@@ -28,9 +28,15 @@ from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.bit_fields import packed, repeated, unpacked
 from loratool.bases.codecs.dynamic_rules import is_negative, rules_for, settings_by_module, with_plain
 from loratool.bases.codecs.grouped import Grouped, rows_of
-from loratool.bases.codecs.mixed import note_unlisted
 from loratool.bases.codecs.parts import Finder, Unfit, integers_of, is_count, read_whole, shown, told
-from loratool.bases.codecs.plain_modules import expert_layers, fused_modules, in_memory, last_name, modules_of
+from loratool.bases.codecs.plain_modules import (
+    expert_layers,
+    fused_modules,
+    in_memory,
+    last_name,
+    modules_of,
+    note_unlisted,
+)
 from loratool.bases.codecs.turned import Turned
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room

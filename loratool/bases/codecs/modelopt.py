@@ -24,11 +24,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from loratool.bases.codecs.fp8 import Block
-from loratool.bases.codecs.mixed import complete, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.numbers import FP4, FP4_OF_TWO_ROWS, FP8, INT4_OF_TWO_ROWS, INT8, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, told
-from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, with_entries
 from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, plain_of

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratool.bases.codecs.byte_values import by_columns, by_rows, e8m0
-from loratool.bases.codecs.mixed import note_unlisted, skipped_by, stacks_left, with_entries
 from loratool.bases.codecs.new_scales import stored_powers
 from loratool.bases.codecs.numbers import FP4
 from loratool.bases.codecs.parameters import WithParameters
 from loratool.bases.codecs.parts import Finder, Unfit, in_blocks, told
-from loratool.bases.codecs.plain_modules import modules_of
+from loratool.bases.codecs.plain_modules import modules_of, note_unlisted, skipped_by, stacks_left, with_entries
 from loratool.bases.codecs.scaled import wrong
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room

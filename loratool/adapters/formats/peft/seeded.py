@@ -9,9 +9,9 @@ from typing import Any
 from loratool.adapters.adapter import derived
 from loratool.adapters.formats.peft.draft import Draft, Module, UnsupportedError
 from loratool.adapters.formats.peft.method import MERGE_IN_PEFT, Method, Reader, Updates, always, low_rank, save_again
-from loratool.algebra.updates import formulas, wavelets
+from loratool.algebra.updates import formulas
 from loratool.algebra.updates.products import Bases
-from loratool.algebra.updates.wavelets import Wavelet
+from loratool.algebra.updates.sparse import LARGEST_ORDER, Wavelet
 
 
 def randlora(module: Module) -> Updates:
@@ -96,11 +96,9 @@ def waveft(module: Module) -> Updates:
     order = 0
     if draft.flag("use_idwt", True):
         family = draft.setting("wavelet_family", "db1", lambda value: isinstance(value, str), "the name of a wavelet")
-        orders = {f"db{number}": number for number in range(1, wavelets.LARGEST_ORDER + 1)}
+        orders = {f"db{number}": number for number in range(1, LARGEST_ORDER + 1)}
         if family not in orders:
-            raise UnsupportedError(
-                f"WaveFT with a wavelet other than db1 to db{wavelets.LARGEST_ORDER}; {MERGE_IN_PEFT}"
-            )
+            raise UnsupportedError(f"WaveFT with a wavelet other than db1 to db{LARGEST_ORDER}; {MERGE_IN_PEFT}")
         order = orders[family]
     return {"weight": Wavelet(spectrum, draft.number("scaling", 25.0), seed, order)}
 
