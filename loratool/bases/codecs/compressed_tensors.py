@@ -19,11 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.adapters.patterns import search_names
-from loratool.bases.codecs.fp8 import Block
 from loratool.bases.codecs.numbers import FP4, FP6, FP8, INT8, Numbers, offset_integers
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, read_whole, told
@@ -35,7 +34,7 @@ from loratool.bases.codecs.plain_modules import (
     texts_in,
     with_entries,
 )
-from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
+from loratool.bases.codecs.scaled import Block, Scaled, Tiles
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import InputError, printable
@@ -264,28 +263,24 @@ class Parts:
         if values.dtype == "I32" and width != -(-line * scheme.bits // 32):
             wanted = f"I32 {[*matrices, rows, -(-line * scheme.bits // 32)]} for {line} columns of {scheme.bits} bits"
             raise self.finder.unfit(values.name, f"must be {wanted}, but it is {told(values)}")
-        block = scheme.block(rows, line)
-        stack = tuple(matrices)
-        (scales,) = self.finder.every(
-            self.part("weight_scale", (*SCALES, *POWERS, "F8_E4M3"), stack, rows, line, block)
-        )
-        zeros = self.zeros(stack, rows, line, block)
+        tiles = Tiles(tuple(matrices), rows, line, scheme.block(rows, line))
+        (scales,) = self.finder.every(self.part("weight_scale", (*SCALES, *POWERS, "F8_E4M3"), tiles))
+        zeros = self.zeros(tiles)
         return Scaled(
-            shape=(*stack, rows, line),
+            shape=tiles.shape,
             line=line,
             dtype=plain_dtype(self.finder.base),
             tensors=self.tensors,
-            scheme=scheme_of("NVFP4" if "weight_global_scale" in self.parts else numbers.title, block, rows, line),
+            scheme=tiles.scheme("NVFP4" if "weight_global_scale" in self.parts else numbers.title),
             numbers=numbers,
-            height=rows,
-            block=block,
+            tiles=tiles,
             scales=scales,
-            whole=self.whole(scales, stack, rows, line),
+            whole=self.whole(scales, tiles),
             divides=True,
             zeros=zeros,
             zero_bits=scheme.bits if zeros is not None and zeros.info.dtype == "I32" else 0,
             groups=self.optional("weight_g_idx", ["I32"], [line]),
-            values_shape=self.optional("weight_shape", ["I64", "I32"], [len(stack) + 2]),
+            values_shape=self.optional("weight_shape", ["I64", "I32"], [len(tiles.shape)]),
         )
 
     @property
@@ -324,33 +319,29 @@ class Parts:
         told_again = self.finder.part(f"{self.module}.weight_shape", ["I64", "I32"], [len(values.shape)])
         return int(read_whole(told_again, room)[-1]) if told_again is not None else 0
 
-    def part(
-        self, ending: str, dtypes: Sequence[str], stack: tuple[int, ...], rows: int, line: int, block: Block
-    ) -> Plain | None:
+    def part(self, ending: str, dtypes: Sequence[str], tiles: Tiles) -> Plain | None:
         """A tensor with an entry for each block; None where it is not so, which is noted."""
         info, name = self.parts.get(ending), f"{self.module}.{ending}"
-        if info is not None and info.dtype in dtypes and fits(info.shape, stack, rows, line, block):
+        if info is not None and info.dtype in dtypes and tiles.fits(info.shape):
             return plain_of(self.finder.base, name)
-        wanted = [*stack, -(-rows // block[0]), -(-line // block[1])]
-        return self.finder.part(name, dtypes[:2], wanted, f"for {[*stack, rows, line]}")
+        return self.finder.part(name, dtypes[:2], tiles.grid, f"for {[*tiles.shape]}")
 
-    def zeros(self, stack: tuple[int, ...], rows: int, line: int, block: Block) -> Plain | None:
+    def zeros(self, tiles: Tiles) -> Plain | None:
         """The zero points, where there are any or should be."""
         info = self.parts.get("weight_zero_point")
         if info is None and self.scheme.symmetric:
             return None
         if info is None or info.dtype != "I32":
-            return self.part("weight_zero_point", ["I8"], stack, rows, line, block)
-        words = -(-rows * self.scheme.bits // 32)
-        return self.finder.part(
-            info.name, ["I32"], [*stack, words, -(-line // block[1])], f"for {[*stack, rows, line]}"
-        )
+            return self.part("weight_zero_point", ["I8"], tiles)
+        *stack, _, across = tiles.grid
+        words = -(-tiles.rows * self.scheme.bits // 32)
+        return self.finder.part(info.name, ["I32"], [*stack, words, across], f"for {[*tiles.shape]}")
 
-    def whole(self, scales: Plain, stack: tuple[int, ...], rows: int, line: int) -> Plain | None:
+    def whole(self, scales: Plain, tiles: Tiles) -> Plain | None:
         """The scale of the whole matrix, which scales in FP8 need."""
         if "weight_global_scale" not in self.parts and scales.info.dtype != "F8_E4M3":
             return None
-        return self.part("weight_global_scale", ["F32"], stack, rows, line, (rows, line))
+        return self.part("weight_global_scale", ["F32"], replace(tiles, block=(tiles.rows, tiles.line)))
 
     def optional(self, ending: str, dtypes: Sequence[str], shape: Sequence[int]) -> Plain | None:
         if ending not in self.parts:

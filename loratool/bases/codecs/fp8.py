@@ -19,7 +19,7 @@ from loratool.bases.codecs.numbers import FP4, FP8
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, told
 from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, with_entries
-from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
+from loratool.bases.codecs.scaled import Block, Scaled, Tiles
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of
 from loratool.errors import InputError, printable
@@ -31,7 +31,6 @@ LISTS = ("modules_to_not_convert", "ignored_layers")  # of modules that are not 
 DEFAULT_BLOCK = (128, 128)  # of transformers, where a config names none
 WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
 LEFTOVERS = ("input_scale", "activation_scale", "input_scale_ub")
-Block = tuple[int, int]
 
 
 class Fp8(Codec):
@@ -97,22 +96,24 @@ def weight_of(finder: Finder, name: str, scales: str, block: Block | None) -> Sc
         raise finder.unfit(name, f"must have values, but it is {told(info)}")
     *matrices, rows, width = info.shape
     line = width if numbers is FP8 else 2 * width
-    allowed = [(1, 32)] if numbers is FP4 else blocks(block, rows, line, bool(matrices))
+    allowed = [
+        Tiles(tuple(matrices), rows, line, each)
+        for each in ([(1, 32)] if numbers is FP4 else blocks(block, rows, line, bool(matrices)))
+    ]
     there = finder.base.tensors[scales]
-    fitting = [each for each in allowed if fits(there.shape, tuple(matrices), rows, line, each)]
+    fitting = [tiles for tiles in allowed if tiles.fits(there.shape)]
     if not fitting or there.dtype not in (*SCALES, *POWERS):
-        shapes = " or ".join(str([*matrices, -(-rows // down), -(-line // across)]) for down, across in allowed)
+        shapes = " or ".join(str([*tiles.grid]) for tiles in allowed)
         raise finder.unfit(scales, f"must be F32 {shapes} for {list(info.shape)}, but it is {told(there)}")
     parts = (plain_of(finder.base, name), plain_of(finder.base, scales))
     return Scaled(
-        shape=(*matrices, rows, line),
+        shape=fitting[0].shape,
         line=line,
         dtype=plain_dtype(finder.base),
         tensors=parts,
-        scheme=scheme_of(numbers.title, fitting[0], rows, line),
+        scheme=fitting[0].scheme(numbers.title),
         numbers=numbers,
-        height=rows,
-        block=fitting[0],
+        tiles=fitting[0],
         scales=parts[1],
     )
 

@@ -24,7 +24,7 @@ from loratool.bases.codecs.numbers import BY_DTYPE, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, bytes_of, told
 from loratool.bases.codecs.plain_modules import complete
-from loratool.bases.codecs.scaled import Scaled, scheme_of
+from loratool.bases.codecs.scaled import Scaled, Tiles
 from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParameters, plain_dtype
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import printable
@@ -146,16 +146,15 @@ def weight_of(finder: Finder, name: str, scale: str) -> Packed:
     if there.shape not in ((), (1,)) or there.dtype not in SCALES:
         raise finder.unfit(scale, f"must be F32 [] or [1], the scale of all values, but it is {told(there)}")
     rows, line = info.shape
-    tensors = (values, plain_of(base, scale))
+    tiles, tensors = Tiles((), rows, line, (rows, line)), (values, plain_of(base, scale))
     return Scaled(
         shape=info.shape,
         line=line,
         dtype=dtype,
         tensors=tensors,
-        scheme=scheme_of(numbers.title, (rows, line), rows, line),
+        scheme=tiles.scheme(numbers.title),
         numbers=numbers,
-        height=rows,
-        block=(rows, line),
+        tiles=tiles,
         scales=tensors[1],
     )
 

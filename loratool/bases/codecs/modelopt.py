@@ -19,16 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from loratool.bases.codecs.fp8 import Block
 from loratool.bases.codecs.numbers import FP4, FP4_OF_TWO_ROWS, FP8, INT4_OF_TWO_ROWS, INT8, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, told
 from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, with_entries
-from loratool.bases.codecs.scaled import Scaled, fits, scheme_of
+from loratool.bases.codecs.scaled import Scaled, Tiles
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, plain_of
 from loratool.errors import InputError, printable
@@ -50,17 +49,7 @@ class Way:
 
     title: str
     numbers: Numbers
-    rows: int  # of a matrix of values
-    line: int
-    block: Block
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Blocks down and across."""
-        return -(-self.rows // self.block[0]), -(-self.line // self.block[1])
-
-    def fits(self, scales: TensorInfo, stack: tuple[int, ...]) -> bool:
-        return fits(scales.shape, stack, self.rows, self.line, self.block)
+    tiles: Tiles
 
 
 class ModelOpt(Codec):
@@ -172,66 +161,68 @@ def weight_of(finder: Finder, name: str, info: TensorInfo, group: int) -> Scaled
     scales = finder.need(beside(name, "weight_scale"), [*SCALES, "F8_E4M3", "U8"])
     if not info.elements:
         raise finder.unfit(name, f"must have values, but it is {told(info)}")
-    *matrices, rows, width = info.shape
-    stack = tuple(matrices)
     ways = [
-        way for way in ways_of(info.dtype, scales.info.dtype, rows, width, group) if stack or way.block != (rows, 1)
+        way
+        for way in ways_of(info, scales.info.dtype, group)
+        if way.tiles.stack or way.tiles.block != (info.shape[-2], 1)
     ]
-    fitting = [way for way in ways if way.fits(scales.info, stack)]
+    fitting = [way for way in ways if way.tiles.fits(scales.info.shape)]
     if beside(name, "svdquant_lora_a") in base.tensors:
         raise finder.unfit(name, "has a low-rank part of its own (svdquant_lora_a), which cannot be read")
-    if not fitting or len({(way.rows, way.grid) for way in fitting}) > 1:
-        wanted = " or ".join(f"{[*stack, *way.grid]} ({way.title})" for way in ways)
+    if not fitting or len({(way.tiles.rows, way.tiles.grid) for way in fitting}) > 1:
+        wanted = " or ".join(f"{[*way.tiles.grid]} ({way.title})" for way in ways)
         raise finder.unfit(
             scales.info.name, f"must be {wanted or 'of another dtype'} for {told(info)}; it is {told(scales.info)}"
         )
-    way = fitting[0]
+    way, tiles = fitting[0], fitting[0].tiles
     second, columns = beside(name, "weight_scale_2"), beside(name, "pre_quant_scale")
     whole = prescale = None
     if second in base.tensors or way.title == "NVFP4":
         whole = finder.need(second, ["F32"])
-        if not fits(whole.info.shape, stack, way.rows, way.line, (way.rows, way.line)):
+        if not replace(tiles, block=(tiles.rows, tiles.line)).fits(whole.info.shape):
             raise finder.unfit(
                 second, f"must be one scale for each matrix of {told(info)}, but it is {told(whole.info)}"
             )
     if way.numbers is INT4_OF_TWO_ROWS and whole is not None:
         raise finder.unfit(name, "is int4 made of FP8 (W4A8_AWQ), which cannot be read")
     if columns in base.tensors:
-        prescale = finder.need(columns, SCALES, [way.line])
+        prescale = finder.need(columns, SCALES, [tiles.line])
     parts: list[Plain | None] = [plain_of(base, name), scales, whole, prescale]
     return Scaled(
-        shape=(*stack, way.rows, way.line),
-        line=way.line,
+        shape=tiles.shape,
+        line=tiles.line,
         dtype=plain_dtype(base),
         tensors=tuple(part for part in parts if part is not None),
-        scheme=scheme_of(way.title, way.block, way.rows, way.line),
+        scheme=tiles.scheme(way.title),
         numbers=way.numbers,
-        height=way.rows,
-        block=way.block,
+        tiles=tiles,
         scales=scales,
         whole=whole,
         columns=prescale,
     )
 
 
-def ways_of(values: str, scales: str, rows: int, width: int, group: int) -> Iterator[Way]:
-    """The ways in which values and scales of these dtypes may be packed, in a tensor of (rows, width)."""
-    match values, scales:
+def ways_of(values: TensorInfo, scales: str, group: int) -> Iterator[Way]:
+    """The ways in which these values may be packed, with scales of this dtype."""
+    *stack, rows, width = values.shape
+    whole = Tiles(tuple(stack), rows, width, (rows, width))
+    high, wide = replace(whole, rows=2 * rows), replace(whole, line=2 * width)  # where a byte has two values
+    match values.dtype, scales:
         case "F8_E4M3", "U8":
-            yield Way("MXFP8", FP8, rows, width, (1, 32))
+            yield Way("MXFP8", FP8, replace(whole, block=(1, 32)))
         case "F8_E4M3", "F32" | "BF16" | "F16":
             for block in ((rows, width), (1, width), (rows, 1), (group or 128, group or 128)):
-                yield Way("FP8", FP8, rows, width, block)
+                yield Way("FP8", FP8, replace(whole, block=block))
         case "U8", "F8_E4M3":
-            yield Way("NVFP4", FP4, rows, 2 * width, (1, group or 16))
-            yield Way("NVFP4", FP4_OF_TWO_ROWS, 2 * rows, width, (group or 16, 1))
+            yield Way("NVFP4", FP4, replace(wide, block=(1, group or 16)))
+            yield Way("NVFP4", FP4_OF_TWO_ROWS, replace(high, block=(group or 16, 1)))
         case "U8", "U8":
-            yield Way("MXFP4", FP4, rows, 2 * width, (1, 32))
-            yield Way("MXFP4", FP4_OF_TWO_ROWS, 2 * rows, width, (32, 1))
+            yield Way("MXFP4", FP4, replace(wide, block=(1, 32)))
+            yield Way("MXFP4", FP4_OF_TWO_ROWS, replace(high, block=(32, 1)))
         case "U8", "F32" | "BF16" | "F16":
-            yield Way("int4", INT4_OF_TWO_ROWS, 2 * rows, width, (1, group or 128))
+            yield Way("int4", INT4_OF_TWO_ROWS, replace(high, block=(1, group or 128)))
         case "I8", "F32" | "BF16" | "F16":
-            yield Way("int8", INT8, rows, width, (1, width))
+            yield Way("int8", INT8, replace(whole, block=(1, width)))
 
 
 def beside(name: str, ending: str) -> str:

@@ -25,6 +25,50 @@ from loratool.bases.weights import WIDENED, Memory, Room, widen
 from loratool.errors import printable
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
+Block = tuple[int, int]  # rows, columns
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix, or a stack of matrices, in blocks that have a scale each; blocks at the edges may be cut."""
+
+    stack: tuple[int, ...]  # matrices; none for a matrix alone
+    rows: int  # of one matrix
+    line: int
+    block: Block
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return (*self.stack, self.rows, self.line)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of a tensor with an entry for each block."""
+        return (*self.stack, -(-self.rows // self.block[0]), -(-self.line // self.block[1]))
+
+    def fits(self, found: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape has an entry for each block; ones may be left out or put in."""
+        return found == self.grid or (len(found) != len(self.grid) and without_ones(found) == without_ones(self.grid))
+
+    def scheme(self, title: str) -> str:
+        """What a person calls it: `int4, groups of 32`."""
+        match self.block:
+            case (1, across) if across == self.line:
+                return f"{title}, one scale per row"
+            case (1, across):
+                return f"{title}, groups of {across}"
+            case block if block == (self.rows, self.line):
+                return f"{title}, one scale"
+            case (down, 1) if down == self.rows:
+                return f"{title}, one scale per column"
+            case (down, across):
+                return f"{title}, blocks of {down} x {across}"
+
+
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled(LineByLine):
@@ -35,8 +79,7 @@ class Scaled(LineByLine):
     """
 
     numbers: Numbers
-    height: int  # rows of one matrix
-    block: tuple[int, int]  # rows, columns
+    tiles: Tiles
     scales: StoredTensor
     whole: StoredTensor | None = None  # one scale for each matrix
     divides: bool = False  # scales are divided by that of the whole matrix, not multiplied
@@ -45,11 +88,6 @@ class Scaled(LineByLine):
     groups: StoredTensor | None = None  # (line,) of int32: the column of `scales` that a column goes with
     values_shape: StoredTensor | None = None  # int64: the shape of the values, told again
     zero_bits: int = 0  # of zeros in int32
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Blocks of a matrix down and across."""
-        return -(-self.height // self.block[0]), -(-self.line // self.block[1])
 
     def span(self, first: int, count: int) -> tuple[int, int]:
         width = self.tensors[0].info.nbytes // (math.prod(self.shape) // self.line // self.together)
@@ -75,12 +113,12 @@ class Scaled(LineByLine):
         def widened() -> NDArray[Any]:
             found = numpy.empty(self.scales.info.elements, numpy.float32)
             widen(found, memory.small(self.scales), self.scales.info.dtype)
-            return found.reshape(-1, self.grid[1])
+            return found.reshape(-1, self.tiles.grid[-1])
 
         scales = memory.held.of("scales by numpy", widened)
         numpy_values.e4m3(values.reshape(-1), memory.read(self.tensors[0], first * self.line, values.size))
         blocks = [self.row_of_blocks(line) for line in range(first, first + len(values))]
-        numpy_values.multiply(values, scales[blocks], min(self.block[1], self.line))
+        numpy_values.multiply(values, scales[blocks], min(self.tiles.block[1], self.line))
 
     def read_numbers(self, raw: Tensor, first: int, count: int) -> Tensor:
         """(count, line) of float32."""
@@ -98,28 +136,32 @@ class Scaled(LineByLine):
             return found
         each = small(self.whole, parameters)
         if len(each) > 1:
-            each = each[torch.arange(first, first + count, device=each.device) // self.height, None]
+            each = each[torch.arange(first, first + count, device=each.device) // self.tiles.rows, None]
         return found.div_(each) if self.divides else found.mul_(each)
 
     def read_entries(self, tensor: StoredTensor, first: int, count: int, parameters: Parameters) -> Tensor:
         """Of a tensor with an entry for each block, those of some lines: (count, blocks across) of float32."""
         top, bottom = self.row_of_blocks(first), self.row_of_blocks(first + count - 1) + 1
-        entries = as_float32(parameters.some(tensor, top * self.grid[1], bottom * self.grid[1])).view(bottom - top, -1)
-        if self.block[0] == 1:
+        entries = as_float32(parameters.some(tensor, top * self.tiles.grid[-1], bottom * self.tiles.grid[-1])).view(
+            bottom - top, -1
+        )
+        if self.tiles.block[0] == 1:
             return entries
         lines = torch.arange(first, first + count, device=entries.device)
-        return entries[lines // self.height * self.grid[0] + lines % self.height // self.block[0] - top]
+        return entries[
+            lines // self.tiles.rows * self.tiles.grid[-2] + lines % self.tiles.rows // self.tiles.block[0] - top
+        ]
 
     def row_of_blocks(self, line: int) -> int:
         """The row of blocks that a line is in, over all matrices."""
-        return line // self.height * self.grid[0] + line % self.height // self.block[0]
+        return line // self.tiles.rows * self.tiles.grid[-2] + line % self.tiles.rows // self.tiles.block[0]
 
     def read_zeros(self, first: int, count: int, parameters: Parameters) -> Tensor:
         """(count, blocks across) of float32."""
         assert self.zeros is not None
         if not self.zero_bits:
             return self.read_entries(self.zeros, first, count, parameters)
-        across, words = self.grid[1], -(-self.height * self.zero_bits // 32)  # of a matrix
+        across, words = self.tiles.grid[-1], -(-self.tiles.rows * self.zero_bits // 32)  # of a matrix
         found = []
         for matrix, start, stop in self.within_matrices(first, count):
             top, bottom = start // 32 * self.zero_bits, min(-(-stop // 32) * self.zero_bits, words)
@@ -130,9 +172,9 @@ class Scaled(LineByLine):
 
     def within_matrices(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
         """Some lines as lines of matrices: number of the matrix, first line, and the one after the last."""
-        for matrix in range(first // self.height, (first + count - 1) // self.height + 1):
-            begin = matrix * self.height
-            yield matrix, max(first - begin, 0), min(first + count - begin, self.height)
+        for matrix in range(first // self.tiles.rows, (first + count - 1) // self.tiles.rows + 1):
+            begin = matrix * self.tiles.rows
+            yield matrix, max(first - begin, 0), min(first + count - begin, self.tiles.rows)
 
     def group_index(self, parameters: Parameters) -> Tensor | None:
         """The column of scales for each column, where a tensor tells it. Older files fill it with −1: in order."""
@@ -140,7 +182,7 @@ class Scaled(LineByLine):
             return None
 
         def made(index: Tensor) -> Tensor:
-            in_order = torch.arange(self.line, dtype=torch.int32, device=index.device) // self.block[1]
+            in_order = torch.arange(self.line, dtype=torch.int32, device=index.device) // self.tiles.block[1]
             return torch.where((index < 0).all(), in_order, index)
 
         return parameters.kept(self.groups, made)
@@ -149,7 +191,7 @@ class Scaled(LineByLine):
         self, values: Tensor, entries: Tensor, groups: Tensor | None, change: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         """Change values in place, each by the entry of its block."""
-        width = self.block[1]
+        width = self.tiles.block[1]
         if groups is not None:
             change(values, entries.index_select(1, groups))
         elif width == 1 or entries.shape[1] == 1:
@@ -177,7 +219,7 @@ class Scaled(LineByLine):
 
     def largest(self, magnitudes: Tensor) -> Tensor:
         """That of each block of a line."""
-        across, width = self.grid[1], self.block[1]
+        across, width = self.tiles.grid[-1], self.tiles.block[1]
         index = None if self.groups is None else self.groups.load(magnitudes.device, torch.float32).long()
         if index is not None and int(index.min()) >= 0:
             found = magnitudes.new_zeros(len(magnitudes), across)
@@ -187,10 +229,10 @@ class Scaled(LineByLine):
 
     def new_parameters(self, measured: Tensor, own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Scales for the largest magnitudes; that of a whole matrix stays where those of its blocks fit beside it."""
-        down, across = self.grid
-        lines = measured.cpu().view(-1, self.height, measured.shape[1])
-        lines = torch.nn.functional.pad(lines, (0, 0, 0, down * self.block[0] - self.height))
-        blocks = lines.view(len(lines), down, self.block[0], -1).amax(2)
+        down, across = self.tiles.grid[-2:]
+        lines = measured.cpu().view(-1, self.tiles.rows, measured.shape[1])
+        lines = torch.nn.functional.pad(lines, (0, 0, 0, down * self.tiles.block[0] - self.tiles.rows))
+        blocks = lines.view(len(lines), down, self.tiles.block[0], -1).amax(2)
         below, above = blocks[..., :across], blocks[..., -across:]
         largest = torch.maximum(below, above)
         wanted = (largest if self.zeros is None else (below + above) / 2) / self.numbers.span
@@ -229,7 +271,7 @@ class Scaled(LineByLine):
     def wrong_indices(self, room: Room) -> str:
         """What is wrong with the index of groups, or with the shape that is told again. Empty where nothing is."""
         if self.groups is not None:
-            index, blocks = read_whole(self.groups, room), -(-self.line // self.block[1])
+            index, blocks = read_whole(self.groups, room), -(-self.line // self.tiles.block[1])
             unset = bool((index == -1).all())
             if not unset and not bool(((index >= 0) & (index < blocks)).all()):
                 return (
@@ -256,28 +298,3 @@ def wrong(scales: StoredTensor, room: Room) -> str:
 def small(tensor: StoredTensor, parameters: Parameters) -> Tensor:
     """The values of a small tensor, as (n,) of float32."""
     return parameters.kept(tensor, lambda values: as_float32(values).flatten())
-
-
-def fits(found: tuple[int, ...], matrices: tuple[int, ...], rows: int, line: int, block: tuple[int, int]) -> bool:
-    """Whether a tensor of this shape has an entry for each block of a stack of matrices; ones may be left out or put in."""
-    wanted = (*matrices, -(-rows // block[0]), -(-line // block[1]))
-    return found == wanted or (len(found) != len(wanted) and without_ones(found) == without_ones(wanted))
-
-
-def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
-
-
-def scheme_of(title: str, block: tuple[int, int], rows: int, line: int) -> str:
-    """What a person calls it: `int4, groups of 32`."""
-    match block:
-        case (1, across) if across == line:
-            return f"{title}, one scale per row"
-        case (1, across):
-            return f"{title}, groups of {across}"
-        case (down, across) if (down, across) == (rows, line):
-            return f"{title}, one scale"
-        case (down, 1) if down == rows:
-            return f"{title}, one scale per column"
-        case (down, across):
-            return f"{title}, blocks of {down} x {across}"
