@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.adapters.adapter import FACTOR_NAMES, Flattened, StoredTensor, stored_tensors, unloaded
-from loratool.adapters.formats import WRITTEN, format_of, replaceable
+from loratool.adapters.formats import NAMED, WRITTEN, format_of, replaceable
 from loratool.adapters.formats.format import Format, Parts, Restated, Scaled, Spelling
 from loratool.adapters.layers import Contents, Form, Layer
 from loratool.adapters.told import as_input
@@ -22,7 +22,7 @@ from loratool.adapters.weight_files import MODEL_CONFIG, fates, module_files
 from loratool.algebra.lowrank.products import Product
 from loratool.algebra.rounding import round_once
 from loratool.arguments import PathLike
-from loratool.errors import FitError, InputError, printable
+from loratool.errors import FitError, InputError, UsageError, printable
 from loratool.files.digests import recorded
 from loratool.files.folders import CARD, PROVENANCE, leaves, sort_side_files
 from loratool.files.gguf import GgufFile
@@ -32,6 +32,7 @@ from loratool.files.model_files import MADE_HERE
 from loratool.files.outputs import as_json, check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, clearing_spent, staged
+from loratool.files.system import shell_word
 from loratool.files.tensor_writer import TensorFile, Triple, tensor_file
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
@@ -39,6 +40,7 @@ from loratool.options.described import dtypes, option
 from loratool.options.writing import WritingOptions
 from loratool.provenance.cards import card, is_nobodys, terms_of
 from loratool.provenance.record import versions
+from loratool.results.text import one_of
 
 SPELLED = {name: dtype for dtype, name in {**FACTOR_NAMES, "I64": "int64"}.items()}  # float32 → F32
 SLACK = 1 << 16  # bytes of metadata that a copy may have besides
@@ -187,6 +189,13 @@ def check_adapter_target(
     """`out` as it will be written, for an adapter, which replaces nothing but adapters; raises as `check_target` does."""
     replaced = replaceable(options.overwrite or options.dry_run)
     single = is_single(Path(out), form)
+    if form.config_name and Path(out).suffix == ".safetensors":
+        folder = printable(Path(out).with_suffix(""))
+        raise UsageError(
+            f"{printable(out)}: OUT must be a folder, such as {folder}; only adapters of image and video models can be "
+            f"one file, with --to {one_of(NAMED.dialects)}",
+            hint=f"-o {shell_word(folder)}",
+        )
     with clearing_spent(out, options.dry_run):
         return check_target(Path(out), inputs, replaced, form.config_name or form.weights_name, single)
 

@@ -253,12 +253,29 @@ def proposed_name(command: str, operands: Sequence[Operand], words: Mapping[str,
     if command == "merge" and not parts["adapters"]:
         parts["adapters"] = "merged"
     name = NAMES.get(command, "").format_map(parts).strip("-") or f"{next(iter(parts.values()), '') or 'out'}-{command}"
-    base = next((operand.word for operand in operands if operand.parameter == "base"), "")
-    suffix = Path(base).suffix if command == "merge" and os.path.isfile(base) else ""
+    suffix = suffix_of_output(command, operands, words)
     found, number = f"./{name}{suffix}", 2
     while os.path.lexists(found):
         found, number = f"./{name}-{number}{suffix}", number + 1
     return found
+
+
+def suffix_of_output(command: str, operands: Sequence[Operand], words: Mapping[str, Any]) -> str:
+    """That of an output which is one file, as its base or its first adapter is; empty for a folder."""
+    from loratool.adapters.formats import DIALECTS, format_at
+
+    if command == "merge":
+        base = next((operand.word for operand in operands if operand.parameter == "base"), "")
+        return Path(base).suffix if os.path.isfile(base) else ""
+    first = Path(operands[0].word) if operands else Path()
+    if command not in ("rescale", "resize", "combine", "convert", "rebase") or not first.is_file():
+        return ""
+    dialect = words.get("to")
+    try:
+        form = DIALECTS[dialect].format if dialect in DIALECTS else format_at(first)
+    except LoratoolError:
+        return ""
+    return Path(form.weights_name).suffix if form.dialects and not form.config_name else ""
 
 
 def stem_of(word: str) -> str:

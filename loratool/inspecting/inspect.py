@@ -197,6 +197,8 @@ def exit_code_of(findings: Iterable[Finding]) -> int:
 
 def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> AdapterFacts:
     """What headers and config tell; with a `fit` also what the base tells."""
+    from loratool.adapters.kinds import image_models, kinds_of_adapter  # which knows many models
+
     layers = {target: layer for target, update in adapter.updates.items() if (layer := layer_in(target, update))}
     training = adapter.training
     counted = set[str]()
@@ -243,6 +245,7 @@ def adapter_facts(adapter: Adapter, path: Path, fit: Fit | None = None) -> Adapt
         ),
         metadata={escaped(key): escaped(value) for key, value in (adapter.file.layout.metadata or {}).items()},
         against=fit.base if fit else None,
+        models=image_models(kinds_of_adapter(adapter)),
     )
 
 
@@ -346,6 +349,9 @@ def look_at_checkpoint(location: Path, path: Path, options: InspectOptions) -> C
 
 def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
     """What the headers of a model tell."""
+    from loratool.adapters.kinds import image_models  # which knows many models
+    from loratool.bases.binding.components import components_of
+    from loratool.bases.binding.unlike import kinds_of_base
     from loratool.inspecting.packing import unpacked  # which loads all about packed weights
 
     seen, packing = unpacked(checkpoint)
@@ -367,6 +373,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
         notes=checkpoint.notes,
         packing=packing,
         components=component_facts(checkpoint),
+        models=image_models(kinds_of_base(checkpoint, components_of(checkpoint))),
     )
 
 

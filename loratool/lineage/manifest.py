@@ -6,7 +6,7 @@ It is read by PyYAML's safe loader, which makes plain values only; what is wrong
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.untrusted import read_bounded
 from loratool.lazy import yaml
 from loratool.lineage.makers import Maker, Makers
-from loratool.options.described import JsonFile, Options, PathKind, described_by, made_of
+from loratool.options.described import JsonFile, Options, PathKind, described_by, made_of, nearest
 from loratool.stores.names import is_in_store, parse_store
 
 LARGEST = 1 << 20  # bytes of a manifest
 OURS = ("overwrite", "dry_run")  # what `run` decides itself
+HELP = "loratool run --help"  # the hint where a manifest is not understood
 FULL = {"digests": "full"}  # so that it can be seen whether a local base is still the same
 
 
@@ -67,7 +68,7 @@ def read_manifest(path: Path, makers: Makers) -> list[Step]:
             problems += [f"line {node.start_mark.line + 1}, step {number}: {each}" for each in error.problems]
     problems += misplaced(steps)
     if problems:
-        raise InputError(f"{shown}: the manifest cannot be run:", problems)
+        raise InputError(f"{shown}: the manifest cannot be run:", problems, hint=HELP)
     return steps
 
 
@@ -115,27 +116,36 @@ def step_of(number: int, node: Any, path: Path, makers: Makers) -> Step:
         )
     ((command, inner),) = table.items()
     if command not in makers:
-        raise InputError(f"unknown command {printable(command)}; the commands are {', '.join(makers)}")
+        meant = f"; did you mean {near!r}? The" if (near := nearest(command, makers)) else "; the"
+        raise InputError(f"unknown command {printable(command)}{meant} commands are {', '.join(makers)}")
     maker = makers[command]
     values = {key.replace("-", "_"): value_of(each) for key, each in entries(inner, command).items()}
     out = values.pop("output", values.pop("out", None))
     if not isinstance(out, str) or not out:
         raise InputError(f"{command}: output is missing")
     home = path.parent
-    given = [*operands(command, maker, values, home)]
+    known = described_by(maker.options)
     if own := [name for name in OURS if name in values]:
         raise InputError(f"{command}: {', '.join(own)} is decided by `loratool run`")
-    known = described_by(maker.options)
+    names = [*(name.removesuffix("*") for name in maker.operands), *(name for name in known if name not in OURS)]
+    if unknown := [*unknown_keywords(values, names)]:
+        raise InputError(f"{command}: {', '.join(unknown)}")
+    given = [*operands(command, maker, values, home)]
     for name in values.keys() & known.keys():
         values[name] = at_home(known[name][0].kind, values[name], home)
     if "digests" in known and known["digests"][0].recorded:
         values = {**FULL, **values}
-    try:
-        options = made_of(maker.options, values, command)
-    except TypeError as error:
-        raise InputError(str(error).replace("() got an unexpected keyword argument", ": unknown keyword")) from None
+    options = made_of(maker.options, values, command)
     where = f"{printable(path)}, step {number} ({command})"
     return Step(number, where, command, maker, tuple(given), place(out, home), values, options)
+
+
+def unknown_keywords(values: Iterable[str], known: Collection[str]) -> Iterator[str]:
+    """What is wrong with each keyword that a command does not have."""
+    for name in values:
+        if name not in known:
+            meant = f"; did you mean {near!r}?" if (near := nearest(name, [*known, "output"])) else ""
+            yield f"unknown keyword {printable(repr(name))}{meant}"
 
 
 def value_of(node: Any) -> Any:

@@ -50,7 +50,7 @@ def blocks(facts: FleetFacts) -> Iterator[Block]:
 def figures_of(rows: Sequence[FleetRow]) -> Iterator[Bars]:
     """Bars of what differs."""
     ranks = counts(max(row.rank) for row in rows if row.rank)
-    bases = counts(base_cell(row.base) if row.base else "not named" for row in rows)
+    bases = counts(base_cell(row) if row.base or row.model else "not named" for row in rows)
     if ranks:
         in_order = {f"rank {rank}": ranks[rank] for rank in sorted(ranks, key=int)}
         yield counted("ranks", "Adapters by rank", in_order)
@@ -83,7 +83,7 @@ def row_of(row: FleetRow, norms: bool) -> tuple[Value, ...]:
     return (
         row.name,
         row.health,
-        base_cell(row.base),
+        base_cell(row),
         *(Shown(several(values), max(values)) if values else None for values in (row.rank, row.alpha, row.scale)),
         target_cell(row.targets),
         Shown(short_count(row.parameters), row.parameters),

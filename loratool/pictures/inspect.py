@@ -12,7 +12,7 @@ from loratool.pictures.page import Page, last_part
 from loratool.pictures.spectrum import energy_by_rank, energy_of
 from loratool.results.facts import AdapterFacts, CheckpointFacts, OneFacts
 from loratool.results.findings import Finding
-from loratool.results.text import counted, plural, row_if
+from loratool.results.text import counted, one_of, plural, row_if
 from loratool.results.values import Measured, Suggestion
 from loratool.shown import size
 
@@ -67,6 +67,7 @@ def adapter_blocks(facts: AdapterFacts) -> Iterator[Block]:
             ("path", facts.path),
             ("format", ", ".join(filter(None, [*facts.formats, facts.peft_type, *facts.variants]))),
             ("base", facts.base or "not named"),
+            *row_if(facts.models, "model", one_of(facts.models)),
             *row_if(facts.task, "task", facts.task),
             *row_if(facts.saved, "saved whole", ", ".join(facts.saved)),
             ("dtypes", counted(facts.dtypes)),

@@ -13,7 +13,19 @@ from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
 from loratool.results.history import Ancestor, history_text
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import COLUMNS, ENDLESS, aligned, counted, fill, plural, row_if, shortened, spread, table
+from loratool.results.text import (
+    COLUMNS,
+    ENDLESS,
+    aligned,
+    counted,
+    fill,
+    one_of,
+    plural,
+    row_if,
+    shortened,
+    spread,
+    table,
+)
 from loratool.shown import size
 from loratool.templates import grouped, template_of
 
@@ -134,6 +146,7 @@ class AdapterFacts(Result):
     sketch: tuple[float, ...] | None = None  # with values
     sketched: SketchFacts | None = None
     near: tuple[Neighbour, ...] | None = None  # with an index
+    models: tuple[str, ...] = ()  # image and video models that its names and shapes fit, such as "SDXL"
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -145,6 +158,7 @@ class AdapterFacts(Result):
             ("adapter", self.path),
             ("format", ", ".join(filter(None, [*self.formats, self.peft_type, *self.variants]))),
             ("base", self.base or "not named"),
+            *row_if(self.models, "model", one_of(self.models)),
             *row_if(self.task, "task", self.task),
             *row_if(self.initialisation, "initialised", self.initialisation),
             *low_rank_rows(self),
@@ -233,12 +247,14 @@ class CheckpointFacts(Result):
     listing: tuple[TensorFacts, ...] | None = None
     findings: tuple[Finding, ...] | None = None
     history: Ancestor | None = None  # where loratool made it
+    models: tuple[str, ...] = ()  # image and video models that its names and shapes fit, such as "SDXL"
 
     def __str__(self) -> str:
         """What is in a checkpoint, for people."""
         rows: list[tuple[str, object]] = [
             ("checkpoint", self.path),
             ("architecture", self.architecture or "not named"),
+            *row_if(self.models, "model", one_of(self.models)),
             *row_if(self.made_by and not self.history, "made by", self.made_by),
             *(self.packing.rows() if self.packing else ()),
             ("tensors", f"{self.tensors:,}"),

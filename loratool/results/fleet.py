@@ -14,7 +14,7 @@ from loratool.results.facts import OneFacts
 from loratool.results.findings import Finding
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
-from loratool.results.text import ENDLESS, counts, figure, fill, fitted, plural, shortened, table as text_of
+from loratool.results.text import ENDLESS, counts, figure, fill, fitted, one_of, plural, shortened, table as text_of
 from loratool.shown import size
 
 OK = "ok"
@@ -53,11 +53,16 @@ class FleetRow:
     same_update_as: tuple[str, ...] | None = None  # of those whose other tensors differ
     near: tuple[Neighbour, ...] | None = None  # with an index
     findings: tuple[Finding, ...] | None = None  # of a check
+    model: tuple[str, ...] = ()  # image and video models that its names and shapes fit, such as "SDXL"
 
 
 FIELDS = tuple(each.name for each in fields(FleetRow))
 OF_VALUES = ("norm", "same_as", "same_update_as")
-LISTED = (*FIELDS[: FIELDS.index("exit_code")], *OF_VALUES)  # what people filter and sort by, and the columns of CSV
+LISTED = (
+    *FIELDS[: FIELDS.index("exit_code")],
+    *OF_VALUES,
+    "model",
+)  # what people filter and sort by, and the columns of CSV
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,7 +100,7 @@ class FleetFacts(Result):
             parts.append(table(self.adapters, with_base=True))
         else:
             for base, rows in by_base(self.adapters).items():
-                heading = fill(f"{base or 'base not named'}: {plural(len(rows), 'adapter')}", room=ENDLESS)
+                heading = fill(f"{base}: {plural(len(rows), 'adapter')}", room=ENDLESS)
                 parts.append(f"{heading}\n{table(rows)}")
         bad = [row for row in self.adapters if row.reason]
         if bad:
@@ -126,9 +131,14 @@ def worst(codes: Any) -> int:
 
 
 def by_base(rows: Sequence[FleetRow]) -> Mapping[str, list[FleetRow]]:
-    """Rows by the base that they name, those that name none last."""
-    found = by_key((row.base, row) for row in rows)
-    return {base: found[base] for base in sorted(found, key=lambda base: (not base, base))}
+    """Rows by the base that they name; last those that name none, by the kind of model that they fit."""
+    found = by_key(((not row.base, row.base or unnamed(row)), row) for row in rows)
+    return {base: found[unknown, base] for unknown, base in sorted(found)}
+
+
+def unnamed(row: FleetRow) -> str:
+    """What is known of a base that is not named."""
+    return f"base not named ({one_of(row.model)})" if row.model else "base not named"
 
 
 def table(rows: Sequence[FleetRow], with_base: bool = False) -> str:
@@ -141,7 +151,7 @@ def table(rows: Sequence[FleetRow], with_base: bool = False) -> str:
         line += [short_count(row.parameters), size(row.bytes) if row.bytes else "–", row.date[:10] or "–"]
         line += [figure(row.norm)] if norms else []
         line += [row.health, "+".join(row.dialect) or "–"]
-        cells.append([*line, *([base_cell(row.base)] if with_base else []), row.name])
+        cells.append([*line, *([base_cell(row)] if with_base else []), row.name])
     return text_of([*header, "dialect", *(["base"] if with_base else []), "name"], cells, spare=SPARE)
 
 
@@ -161,8 +171,10 @@ def target_cell(targets: Sequence[str]) -> str:
     return (text if len(text) <= LONGEST_TARGETS else f"{len(targets)} kinds") or "–"
 
 
-def base_cell(base: str) -> str:
-    return fitted(base.rpartition("/")[2] or "–", LONGEST_BASE)
+def base_cell(row: FleetRow) -> str:
+    """The name of the base, else the kind of model in parentheses."""
+    kind = f"({one_of(row.model)})" if row.model else "–"
+    return fitted(row.base.rpartition("/")[2] or kind, LONGEST_BASE)
 
 
 def short_count(count: int) -> str:

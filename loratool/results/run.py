@@ -43,7 +43,7 @@ class RunReport(Result):
         """A line for each step."""
         rows: list[tuple[str, object]] = [("manifest", printable(self.manifest))]
         for step in self.steps:
-            reason = f": {step.reason}" if step.reason else ""
+            reason = f"; reason: {step.reason}" if step.reason else ""
             rows.append(
                 (f"step {step.number}", f"{step.command} → {printable(step.out)}, {WORDS[step.status]}{reason}")
             )

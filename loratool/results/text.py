@@ -92,6 +92,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def one_of(names: Sequence[str]) -> str:
+    """`SDXL`, or `SDXL, Stable Diffusion 1 or Stable Diffusion 2`."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def percent(part: float) -> str:
     """A relative error."""
     return f"{100 * part:.3g} %" if part >= 1e-5 or part == 0 else f"{part:.1e}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loratool.adapters.blocks import BlockWeights
 from loratool.adapters.formats.format import Parts
+from loratool.adapters.kinds import kinds_of_adapter
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind
 from loratool.adapters.ranks import evened, told_of_cuts
 from loratool.adapters.writer import (
@@ -34,6 +35,7 @@ from loratool.lazy import torch
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
+from loratool.results.text import one_of
 from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart, told_bases
 from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
@@ -53,7 +55,9 @@ def combine(
     ways = options.readings(len(operands))
     paths = [local(operand, "adapter") for operand in operands]
     base = options.model()
-    sources, manner = in_manner(contents_apart(paths, ways, "combine", base), options.to, base)
+    found = contents_apart(paths, ways, "combine", base)
+    check_kinds(found)
+    sources, manner = in_manner(found, options.to, base)
     target = check_adapter_target(out, paths, options, manner.form)
     layers, blocks = align_layers(sources, weights), BlockWeights.of(options.block_weights)
     blocks.check(layers)
@@ -73,6 +77,16 @@ def combine(
         notes=rest.notes,
         **at_work.told(started),
     )
+
+
+def check_kinds(sources: Sequence[Contents]) -> None:
+    """Raise `FitError` for adapters of models of different kinds, as far as names and shapes tell."""
+    kinds = {source.name: found for source in sources if (found := kinds_of_adapter(source.adapter))}
+    if kinds and not frozenset.intersection(*kinds.values()):
+        raise FitError(
+            "these adapters belong to different models, so they cannot be combined:",
+            (f"{name}: {one_of(sorted(found))}" for name, found in kinds.items()),
+        )
 
 
 def refuse(

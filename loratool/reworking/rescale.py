@@ -413,7 +413,7 @@ def remarks(
         )
     if asleep := sum(m.factor is None for m in modules.values()):
         yield Note("alpha-was-zero", f"{asleep} layers had an alpha of 0 and had no effect")
-    if still := sum(m.after == 0 for m in modules.values()):
+    if still := sum(m.before == m.after == 0 for m in modules.values()):
         yield Note(
             "alpha-is-zero", f"{still} layers have an alpha of 0, which a factor cannot change; pass --alpha to set it"
         )

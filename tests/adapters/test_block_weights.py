@@ -206,7 +206,8 @@ def test_a_merge_weighs_blocks(inputs: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_an_adapter_rescaled_by_block_merges_to_the_same(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
-    loratool.rescale(adapter, tmp_path / "scaled.safetensors", block_weights=WORDS)
+    report = loratool.rescale(adapter, tmp_path / "scaled.safetensors", block_weights=WORDS)
+    assert "alpha-is-zero" not in [note.code for note in report.notes]  # it is what was asked for
     loratool.merge(base, tmp_path / "scaled.safetensors", tmp_path / "out.safetensors", device="cpu")
     factors = list(MODULES.values())
     assert changes_in(base, tmp_path / "out.safetensors") == {

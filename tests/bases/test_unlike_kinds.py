@@ -93,6 +93,53 @@ def test_an_adapter_of_another_kind_of_model_ends_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "language"])
+def test_inspect_says_which_model_an_adapter_or_a_checkpoint_is_of(
+    bases: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    facts, model = loratool.inspect(adapter_of(kind, tmp_path)), loratool.inspect(bases[kind])
+    assert isinstance(facts, loratool.AdapterFacts)
+    assert isinstance(model, loratool.CheckpointFacts)
+    own = NAMES.get(kind, kind)
+    assert model.models == (own,)
+    assert facts.models == ((own,) if kind not in MODELS else ("Flux", "HunyuanVideo"))
+    line = f"model       {MODELS.get(kind, own)}"
+    assert [each for each in str(facts).splitlines() if each.startswith("model ")] == [line]
+
+
+def test_of_a_language_model_nothing_is_said(bases: dict[str, Path], tmp_path: Path) -> None:
+    for path in (adapter_of("language", tmp_path), bases["language"]):
+        facts = loratool.inspect(path)
+        assert isinstance(facts, (loratool.AdapterFacts, loratool.CheckpointFacts))
+        assert facts.models == ()
+
+
+def test_a_table_is_grouped_and_filtered_by_the_models_that_adapters_fit(tmp_path: Path) -> None:
+    for kind in ("SDXL", "Wan", "language"):
+        (tmp_path / kind).mkdir()
+        adapter_of(kind, tmp_path / kind)
+    table = loratool.inspect(tmp_path)
+    assert isinstance(table, loratool.FleetFacts)
+    headings = [line for line in str(table).splitlines() if line.endswith(": 1 adapter")]
+    assert headings == [f"base not named{end}: 1 adapter" for end in ("", " (SDXL)", " (Wan)")]
+    found = loratool.inspect(tmp_path, where="model=SDXL", sort="name")
+    assert isinstance(found, loratool.FleetFacts)
+    assert [row.model for row in found.adapters] == [("SDXL",)]
+    assert "(SDXL)" in str(found)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("Flux", "SD 1.5"), ("SDXL", "SD 1.5"), ("language", "Wan")])
+def test_adapters_of_different_models_are_not_combined(tmp_path: Path, kind: str, other: str) -> None:
+    """Some of their modules have the same names, or none; a sum of them is an adapter of neither model."""
+    for each in (kind, other):
+        (tmp_path / each).mkdir()
+    adapters = [adapter_of(each, tmp_path / each) for each in (kind, other)]
+    with pytest.raises(loratool.FitError, match="belong to different models") as caught:
+        loratool.combine(adapters, tmp_path / "out", device="cpu")
+    assert all(NAMES.get(each, each) in str(caught.value) for each in (kind, other))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("module", ["attention.wq", "attention.query", "attention.attention.query", "feed_forward.w1"])
 def test_names_that_models_of_language_have_too_are_no_sign_of_another_kind(
     bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], module: str

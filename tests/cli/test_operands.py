@@ -13,8 +13,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from malformed import write_adapter, write_base
+from safetensors.numpy import save_file
 
 from loratool import cli
 
@@ -306,6 +308,10 @@ WITHOUT_OUT = {
     "convert style --to mlx": "style-mlx",
     "convert style --for vllm": "style-vllm",
     "extract base merged": "merged-adapter",
+    "resize style/adapter_model.safetensors --rank 1": "adapter_model-resized",
+    "resize flux.safetensors --rank 1": "flux-resized.safetensors",
+    "convert flux.safetensors --to comfy": "flux-comfy.safetensors",
+    "convert flux.safetensors --to peft": "flux-peft",
 }
 
 
@@ -315,6 +321,8 @@ def test_without_an_output_a_name_and_the_whole_command_are_proposed(
     words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is written; the command that is proposed is one that Click takes, and its name is free."""
+    module = "transformer.single_transformer_blocks.0.proj_mlp"
+    save_file({f"{module}.lora_{side}.weight": np.ones((2, 2), np.float32) for side in "AB"}, "flux.safetensors")
     before = sorted(os.listdir())
     name = WITHOUT_OUT[words]
     for wanted in (name, f"{Path(name).stem}-2{Path(name).suffix}"):

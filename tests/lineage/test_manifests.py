@@ -82,7 +82,7 @@ def test_each_step_is_told_when_it_is_done_and_has_a_line(home: Path, capsys: py
         ["step", str(number), command, "→", f"{home / out},", "up", "to", "date"]
         for number, command, out in ((1, "rescale", "half"), (2, "merge", "made"), (3, "resize", "small"))
     ]
-    assert str(report).splitlines()[2].endswith("made, made: no output yet")
+    assert str(report).splitlines()[2].endswith("made, made; reason: no output yet")
 
 
 OTHERS = {
@@ -164,7 +164,18 @@ WRONG = {
     "no YAML": ("steps: [", "line 1"),
     "empty": ("", "is empty"),
     "no steps": ("models: []", "unknown keys: models"),
-    "an unknown command": ("steps:\n- mrege: {}", "line 2, step 1: unknown command mrege"),
+    "an unknown command": (
+        "steps:\n- mrege: {}",
+        "line 2, step 1: unknown command mrege; did you mean 'merge'? The commands are",
+    ),
+    "an operand with another name": (
+        "steps:\n- merge: {base: ./base, adapter: [./style], output: ./x}",
+        "unknown keyword 'adapter'; did you mean 'adapters'?",
+    ),
+    "several unknown keywords": (
+        "steps:\n- resize: {adaptr: ./style, rnk: 2, output: ./x}",
+        "did you mean 'adapter'?, unknown keyword 'rnk'",
+    ),
     "two commands": ("steps:\n- {merge: {}, rescale: {}}", "must have one command"),
     "an unknown keyword": (
         "steps:\n- rescale: {adapter: ./style, scael: 2, output: ./x}",

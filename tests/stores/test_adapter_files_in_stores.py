@@ -154,7 +154,9 @@ def test_formats_with_a_config_need_a_prefix(
     """The message names the address, and not the folder on this disk in which the output is built."""
     out = f"s3://{BUCKET}/{PLACE}/peft.safetensors"
     assert cli.run(["resize", str(models / "adapter"), "--rank", "2", "-o", out]) == 2
-    assert f"{out}: OUT must be a folder, such as s3://{BUCKET}/{PLACE}/peft\n" in capfd.readouterr().err
+    assert (
+        f"{out}: OUT must be a folder, such as s3://{BUCKET}/{PLACE}/peft; only adapters of" in capfd.readouterr().err
+    )
     assert cli.run(["resize", str(here / "a.safetensors"), "--rank", "2", "-o", f"s3://{BUCKET}/top.gguf"]) == 2
     assert f"s3://{BUCKET}/top.gguf: OUT must be a folder, such as s3://{BUCKET}/top\n" in capfd.readouterr().err
     assert not store.objects(BUCKET, PLACE).keys() & {"peft.safetensors"}

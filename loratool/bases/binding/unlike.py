@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from loratool.adapters.adapter import Adapter, Flattened
+from loratool.adapters.adapter import Adapter
+from loratool.adapters.kinds import kinds_of_adapter
 from loratool.bases.binding.components import Component
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.kinds import LANGUAGE, OF_LANGUAGE, models_of
+from loratool.results.text import one_of
 
 
 def unlike_kinds(adapter: Adapter, base: Checkpoint, parts: Sequence[Component]) -> str:
@@ -19,21 +21,9 @@ def unlike_kinds(adapter: Adapter, base: Checkpoint, parts: Sequence[Component])
     if not own or not there or own & there:
         return ""
     return (
-        f"this is an adapter of {said(own)}, but BASE is {said(there)}; pass the model that it was trained on, or one made "
+        f"this is an adapter of {one_of(sorted(own))}, but BASE is {one_of(sorted(there))}; pass the model that it was trained on, or one made "
         "from that"
     )
-
-
-def said(models: Collection[str]) -> str:
-    return " or ".join(sorted(models))
-
-
-def kinds_of_adapter(adapter: Adapter) -> frozenset[str]:
-    """The models that an adapter may be of; none where its names do not tell."""
-    found = models_of((t, update.shape, isinstance(t, Flattened)) for t, update in adapter.updates.items())
-    if found or adapter.format == "named" or adapter.component:
-        return found
-    return frozenset({LANGUAGE}) if any(map(OF_LANGUAGE.match, adapter.updates)) else found
 
 
 def kinds_of_base(base: Checkpoint, parts: Sequence[Component]) -> frozenset[str]:

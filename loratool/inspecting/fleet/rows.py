@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import format_at, format_of, is_adapter, not_an_adapter
+from loratool.adapters.kinds import image_models, kinds_of_adapter
 from loratool.adapters.reading import Reading
 from loratool.errors import FitError, InputError, LoratoolError, code_of, escaped, folded, printable
 from loratool.fetching import place_of
@@ -167,6 +168,7 @@ def row_of(adapter: Adapter) -> FleetRow:
         dtype=distinct(info.dtype for info in adapter.file.tensors.values()),
         reason=escaped(adapter.unsupported[0]) if adapter.unsupported else "",
         health="not-mergeable" if adapter.unsupported else OK,
+        model=image_models(kinds_of_adapter(adapter)),
     )
 
 
