@@ -102,6 +102,7 @@ def test_inspect_says_which_model_an_adapter_or_a_checkpoint_is_of(
     assert isinstance(model, loratool.CheckpointFacts)
     own = NAMES.get(kind, kind)
     assert model.models == (own,)
+    assert f"\nmodel         {own}\n" in str(model)
     assert facts.models == ((own,) if kind not in MODELS else ("Flux", "HunyuanVideo"))
     line = f"model       {MODELS.get(kind, own)}"
     assert [each for each in str(facts).splitlines() if each.startswith("model ")] == [line]
