@@ -179,7 +179,7 @@ class LoratoolError(Exception):
     def __init__(self, message: str, problems: Iterable[str] = (), hint: str = "") -> None:
         self.message = message
         self.problems = tuple(problems)
-        self.own_hint = hint
+        self.own_hint = as_typed(hint)
         super().__init__(message)
 
     @property

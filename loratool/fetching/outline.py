@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from loratool.adapters.formats import CONFIGS, FORMATS, format_at, has_adapter
 from loratool.bases.packed import TWINS
-from loratool.errors import HubError, InputError, LoratoolError, Problem, printable
+from loratool.errors import HubError, InputError, printable, shown_as
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently
 from loratool.fetching.ranges import RangedFile
@@ -80,17 +80,13 @@ def outlined(remote: Remote, place: HubPath) -> Iterator[Path]:
         location = root / place.inside if place.inside else root
         if not location.exists():
             raise InputError(f"{printable(place)}: no such folder or file in the repository")
+        shown_as[str(root)] = str(place)
         try:
             for name in small_files(location):
                 (location.parent / name).write_bytes(read_small(remote, (location.parent / name).relative_to(root)))
             yield location
-        except LoratoolError as error:
-            old, new = str(root), printable(place)
-            told = (
-                Problem(p.replace(old, new), p.code) if isinstance(p, Problem) else p.replace(old, new)
-                for p in error.problems
-            )
-            raise type(error)(error.message.replace(old, new), told) from None
+        finally:
+            del shown_as[str(root)]
 
 
 def small_files(location: Path) -> Iterator[str]:

@@ -337,10 +337,10 @@ def why_other_tree(path: Path, wanted: Tree, find: Finder, copies: Sequence[Copi
     ranges = [*tensor_ranges(file, wanted, begin, find), *copied_ranges(file, copies)]
     with file.open() as source:
         if in_order:
+            ranges.sort(key=lambda each: each.start)
             whole = InOrder(source)
-            kept = {id(each): each.holds(whole) for each in sorted(ranges, key=lambda each: each.start)}
+            right = [each.holds(whole) for each in ranges]
             hashed[os.fspath(path)] = whole.sha256()
-            right = [kept[id(each)] for each in ranges]
         else:
             right = on_all_cores(lambda each: each.holds(source), ranges)
         file.check_unchanged(source)

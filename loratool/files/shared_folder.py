@@ -236,14 +236,10 @@ class SharedFolder(SharedOutput):
     def assemble(self, parts: Sequence[FilePart], records: Mapping[str, PartRecord]) -> None:
         """Put the bytes of pages that parts share in their place."""
         for part in parts:
-            self.put_edges(part, records[part.name])
-
-    def put_edges(self, part: FilePart, record: PartRecord) -> None:
-        """Put the bytes that a record holds in their place, where the file is there; for one process alone."""
-        with suppress(FileNotFoundError), closing(open_file(self.folder / part.file, os.O_WRONLY)) as descriptor:
-            for at, content in (edges_of(record) or {}).items():
-                write_fully(descriptor, content, at)
-            sync_file(descriptor)
+            with suppress(FileNotFoundError), closing(open_file(self.folder / part.file, os.O_WRONLY)) as descriptor:
+                for at, content in (edges_of(records[part.name]) or {}).items():
+                    write_fully(descriptor, content, at)
+                sync_file(descriptor)
 
     @contextmanager
     def finishing(self) -> Iterator[Stage]:
