@@ -19,7 +19,7 @@ from loratool.errors import UsageError, about, printable
 from loratool.files.folders import holds_weights
 from loratool.files.hub_names import PAGE, HubPath, parse, slashed
 from loratool.files.names import at_home
-from loratool.files.untrusted import unreadable
+from loratool.files.untrusted import reading
 from loratool.stores.names import StorePath, parse_store
 
 if TYPE_CHECKING:
@@ -48,11 +48,8 @@ def check_there(*operands: PathLike) -> None:
     for operand in operands:
         if place_of(operand) is None:
             path = at_home(operand)
-            with about(operand):
-                try:
-                    path.stat()
-                except OSError as error:
-                    raise unreadable(path, error) from None
+            with about(operand), reading(path):
+                path.stat()
 
 
 def local(operand: PathLike, role: Role = "any") -> Path:

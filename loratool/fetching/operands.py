@@ -308,7 +308,6 @@ def near_names(path: Path, role: Role) -> list[str]:
     with suppress(OSError):
         names = sorted(os.listdir(path.parent))[:MOST_ENTRIES]
         lower = {name.lower(): name for name in reversed(names)}
-        near = get_close_matches(path.name.lower(), lower, 5, 0.6)
-        found = [path.parent / lower[name] for name in near]
+        found = [path.parent / lower[name] for name in get_close_matches(path.name.lower(), lower, 5, 0.6)]
         return [str(each) for each in sorted(found, key=lambda each: not fits(each, role))]
     return []

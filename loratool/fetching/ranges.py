@@ -36,8 +36,7 @@ class RangedFile:
 
     @property
     def identity(self) -> Identity:
-        number = int.from_bytes(hashlib.sha256(self.state.encode()).digest()[:7], "little")
-        return Identity(0, number, self.size, 0)
+        return Identity(0, int.from_bytes(hashlib.sha256(self.state.encode()).digest()[:7], "little"), self.size, 0)
 
     @property
     def ahead(self) -> int:

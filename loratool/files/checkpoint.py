@@ -30,7 +30,7 @@ from loratool.files.gguf_splits import gguf_in, read_splits
 from loratool.files.hub_cache import name_of
 from loratool.files.names import has_other_parts
 from loratool.files.safefile import FLOAT_NAMES, SafeFile, TensorInfo, read_safefile
-from loratool.files.untrusted import LARGEST_INDEX, read_json, unreadable
+from loratool.files.untrusted import LARGEST_INDEX, read_json, reading
 from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.shown import Shown
@@ -124,10 +124,8 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
     Raises `InputError` when there are no weights, when a shard is malformed or missing, or when the index and the shards
     disagree: all faulty shards at once.
     """
-    try:
+    with reading(root):
         is_folder = stat.S_ISDIR(root.stat().st_mode)
-    except OSError as error:
-        raise unreadable(root, error) from error
     if not is_folder:
         if root.name.endswith(INDEX_SUFFIX):
             return open_folder(root.parent, root, is_adapter)
@@ -146,10 +144,8 @@ def open_files(root: Path, is_adapter: Callable[[Path], bool]) -> Checkpoint:
 
 def gguf_alone(folder: Path) -> Path | None:
     """The GGUF model in a folder that holds weights in no other format; None where there is none."""
-    try:
+    with reading(folder):
         names = os.listdir(folder)
-    except OSError as error:
-        raise unreadable(folder, error) from error
     return None if any(name.endswith(".safetensors") for name in names) else gguf_in(folder)
 
 
@@ -157,10 +153,8 @@ def open_folder(
     root: Path, index: Path | None, is_adapter: Callable[[Path], bool], ignored: Collection[str] = ()
 ) -> Checkpoint:
     notes: list[Note] = []
-    try:
+    with reading(root):
         names = sorted(entry.name for entry in os.scandir(root) if not is_folder(entry) and entry.name not in ignored)
-    except OSError as error:
-        raise unreadable(root, error) from error
     if index is None:
         index = choose_index(root, names, notes)
     metadata: Mapping[str, Any] | None = None

@@ -31,7 +31,7 @@ from loratool.files.safefile import (
 )
 from loratool.files.stand_ins import told_identity
 from loratool.files.system import closing
-from loratool.files.untrusted import open_regular, unreadable
+from loratool.files.untrusted import open_regular, reading
 from loratool.layouts.ggml import ARRAY, BY_CODE, NUMBERS, STRING, TYPES
 from loratool.layouts.gguf import ARCHITECTURES, SIZES
 
@@ -157,18 +157,15 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises `InputError` where the file breaks a rule of the format, or lists tensors that it does not hold.
     """
-    try:
-        with closing(open_regular(path)) as descriptor:
+    with reading(path), closing(open_regular(path)) as descriptor:
 
-            def read(start: int, count: int) -> bytes:
-                buffer = bytearray(count)
-                read_exactly(descriptor, memoryview(buffer), start, path)
-                return bytes(buffer)
+        def read(start: int, count: int) -> bytes:
+            buffer = bytearray(count)
+            read_exactly(descriptor, memoryview(buffer), start, path)
+            return bytes(buffer)
 
-            identity = Identity.of(os.fstat(descriptor))
-            layout = gguf_layout(path, identity.size, read)
-    except OSError as error:
-        raise unreadable(path, error) from error
+        identity = Identity.of(os.fstat(descriptor))
+        layout = gguf_layout(path, identity.size, read)
     return GgufFile(path, layout, told_identity(path) or identity)
 
 

@@ -22,7 +22,7 @@ from loratool.files.foreign_starts import archive, foreign_start, is_text
 from loratool.files.source import Source, read_pieces
 from loratool.files.stand_ins import stand_in, told_identity
 from loratool.files.system import closing, copy_in_kernel, read_ahead, read_at, write_at
-from loratool.files.untrusted import RepeatedKeyError, json_object, open_regular, unreadable
+from loratool.files.untrusted import RepeatedKeyError, json_object, open_regular, reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -261,13 +261,10 @@ def read_header(path: Path) -> tuple[bytes, Identity]:
 
     Raises `InputError` as `header_length` does.
     """
-    try:
-        with open(open_regular(path), "rb", buffering=0) as stream:
-            identity = Identity.of(os.fstat(stream.fileno()))
-            buffer = bytearray(PREFIX + header_length(path, stream.read(64), identity.size))
-            read_exactly(stream.fileno(), memoryview(buffer), 0, path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path), open(open_regular(path), "rb", buffering=0) as stream:
+        identity = Identity.of(os.fstat(stream.fileno()))
+        buffer = bytearray(PREFIX + header_length(path, stream.read(64), identity.size))
+        read_exactly(stream.fileno(), memoryview(buffer), 0, path)
     return bytes(buffer), identity
 
 

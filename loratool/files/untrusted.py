@@ -13,14 +13,14 @@ import os
 import re
 import stat
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, StorageError, printable
 from loratool.files.system import open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 LARGEST_CONFIG = 16 << 20  # bytes of a config, or any other JSON file that is parsed
@@ -50,12 +50,10 @@ def open_regular(path: Path) -> int:
 
     `stat` comes before `open`, since opening a device or a pipe may hang or have effects.
     """
-    try:
+    with reading(path):
         if what := special(path):
             raise InputError(f"{printable(path)}: is {what}, not a file")
         descriptor = open_file(path, os.O_RDONLY, links=True)
-    except OSError as error:
-        raise unreadable(path, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise InputError(f"{printable(path)}: was replaced while it was being opened")
@@ -76,6 +74,15 @@ def special_files(folder: Path, names: Iterable[str]) -> list[str]:
             if (what := special(folder / name)) and what != KINDS[stat.S_IFDIR]:
                 found.append(f"{printable(name)}: is {what}, not a file")
     return found
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """An `OSError` in the block is told in a sentence about an input."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def unreadable(path: Path, error: OSError) -> InputError | StorageError:
@@ -112,12 +119,9 @@ def unreadable(path: Path, error: OSError) -> InputError | StorageError:
 
 def read_bounded(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
     """The bytes of a small file; one of more than `largest` bytes is an `InputError`, and none of it is read."""
-    try:
-        with open(open_regular(path), "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            raw = stream.read(largest + 1) if size <= largest else b""
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with reading(path), open(open_regular(path), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        raw = stream.read(largest + 1) if size <= largest else b""
     check_bound(printable(path), max(size, len(raw)), largest)
     return raw
 

@@ -59,8 +59,7 @@ class Writer:
         self.relate("contains", made, [self.file(file, f"{name}-file-{n}") for n, file in enumerate(part.files)])
         if part.license:
             self.relate("hasDeclaredLicense", made, [self.license(part.license)])
-        inputs = [self.model(each, f"{name}-{n}") for n, each in enumerate(part.inputs)]
-        self.relate("descendantOf", made, inputs)
+        self.relate("descendantOf", made, [self.model(each, f"{name}-{n}") for n, each in enumerate(part.inputs)])
         return made
 
     def file(self, file: Any, name: str) -> Any:

@@ -109,8 +109,7 @@ def stray_uploads(place: StorePath, begun: Begun) -> list[str]:
 
 def read_record(place: StorePath) -> dict[str, Any]:
     """The record of an output, which has that place; empty where there is none that can be read."""
-    raw = uploads.get(place) or b""
-    return json_or_empty(raw[: LARGEST_RECORD + 1], lenient=True)
+    return json_or_empty((uploads.get(place) or b"")[: LARGEST_RECORD + 1], lenient=True)
 
 
 def replaceable_in(place: StorePath, there: Mapping[str, int], record: StorePath, overwrite: bool) -> tuple[str, ...]:
