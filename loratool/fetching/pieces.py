@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from loratool.arguments import PathLike
 from loratool.bases.opening import open_checkpoint
@@ -57,6 +58,8 @@ class Whole:
 @dataclass(frozen=True)
 class Shell(SafeFile):
     """A weight file of which only the header is here, until somebody reads more of it than small tensors."""
+
+    is_own: ClassVar[bool] = False
 
     small: SmallTensors
     whole: Whole

@@ -175,7 +175,7 @@ def plain(objects: Mapping[str, StoredObject]) -> dict[str, StoredObject]:
 
 def outlined(root: StorePath, objects: Mapping[str, StoredObject]) -> Folder:
     """A new folder with an empty file for each object."""
-    home = tempfile.TemporaryDirectory(prefix="loratool-")
+    home = tempfile.TemporaryDirectory(prefix="loratool-", ignore_cleanup_errors=True)
     stand_ins.homes.append(home)  # it goes with the process
     path = Path(os.path.realpath(home.name), root.name)
     path.mkdir()

@@ -20,7 +20,6 @@ from loratool.files.hub_cache import sha256_of_link
 from loratool.files.pipelines import Member
 from loratool.files.safefile import SafeFile, TensorInfo
 from loratool.files.untrusted import LARGEST_RECORD, read_json
-from loratool.files.weight_formats import is_own_file
 
 
 class KnownDigests:
@@ -34,7 +33,7 @@ class KnownDigests:
         """The digests of the chunks of a tensor, or a reference to its bytes; None where neither is known."""
         if isinstance(file, Member):
             return self.of(file.original, file.original.tensors[file.names[info.name]])
-        if not (is_own_file(file) and file.path.is_relative_to(self.home)):  # of an adapter, or not here yet
+        if not (file.is_own and file.path.is_relative_to(self.home)):  # of an adapter, or not here yet
             return None
         if file.path not in self.files:
             self.files[file.path] = self.tensors(file), sha256_of_link(file.path)

@@ -15,7 +15,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool.errors import InputError, printable
 from loratool.files.foreign_starts import archive, foreign_start, is_text
@@ -194,6 +194,8 @@ class LocalSource:
 @dataclass(frozen=True)
 class SafeFile:
     """A safetensors file whose header has been read and found valid."""
+
+    is_own: ClassVar[bool] = True  # whether it is all of one file, which is here
 
     path: Path
     layout: Layout

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ def forget() -> None:
     copied.clear()
     hashed.clear()
     for home in homes:
-        with suppress(OSError):
-            home.cleanup()
+        home.cleanup()
     homes.clear()
 
 

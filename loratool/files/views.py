@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from loratool.files.safefile import Layout, SafeFile, TensorInfo
 from loratool.files.source import Source
@@ -14,6 +15,8 @@ from loratool.files.source import Source
 @dataclass(frozen=True)
 class SafeFiles(SafeFile):
     """Several files that are read as one. `path` is that of their index, `layout` that of one file with all tensors."""
+
+    is_own: ClassVar[bool] = False
 
     parts: tuple[SafeFile, ...]
 
@@ -39,6 +42,8 @@ class SafeFiles(SafeFile):
 @dataclass(frozen=True)
 class Selection(SafeFile):
     """Some tensors of a file under other names; `layout` is that of a file with them alone, in the same order."""
+
+    is_own: ClassVar[bool] = False
 
     original: SafeFile
     names: Mapping[str, str]  # name here → name in the original

@@ -8,15 +8,6 @@ from loratool.files.safefile import PREFIX, SafeFile, header_length, read_safefi
 from loratool.files.small_tensors import ReadRange
 
 
-def is_own_file(file: SafeFile) -> bool:
-    """Whether a file is all of one file that is here, as `read_weight_file` gives it."""
-    if type(file) is SafeFile or file.path.suffix != ".gguf":
-        return type(file) is SafeFile
-    from loratool.files.gguf import GgufFile
-
-    return type(file) is GgufFile
-
-
 def read_weight_file(path: Path) -> SafeFile:
     """The header of a safetensors or a GGUF file, as its name tells; no tensor data is touched.
 
