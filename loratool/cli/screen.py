@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,7 +47,12 @@ class Screen:
         elif not self.quiet:
             from loratool.results.text import ENDLESS, fitting
 
-            with fitting(shutil.get_terminal_size().columns if sys.stdout.isatty() else ENDLESS):
+            columns = ENDLESS
+            if sys.stdout.isatty():
+                from shutil import get_terminal_size  # which brings packages of archives
+
+                columns = get_terminal_size().columns
+            with fitting(columns):
                 click.echo(escaped("\n\n".join(map(str, text or [result])), keep="\n"))
             show_charts(result["results"] if isinstance(result, dict) and "results" in result else [result])
 
