@@ -302,8 +302,7 @@ class Beside:
         if total <= 0 or cancel(weights):
             raise UsageError("--saved mean needs weights with a sum above 0")
         parts = (value * (weight / total) for (_, value), weight in zip(found, weights, strict=True))
-        mixed = sum(parts, torch.zeros((), dtype=torch.float64))
-        return round_once(mixed, torch_dtype(like.info.dtype))
+        return round_once(sum(parts, torch.zeros((), dtype=torch.float64)), torch_dtype(like.info.dtype))
 
     def loaded(self, value: StoredTensor) -> Tensor:
         return value.load(torch.device("cpu"), torch.float64)

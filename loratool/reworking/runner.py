@@ -119,8 +119,7 @@ def run(
     models = {"models": dict(maker.models)} if maker.models else {}
     header = draft.header({target: form.rank for target, form in draft.forms.items()})
     if not draft.names.form.config_name:
-        made = record_of(maker.command, inputs, options, {**maker.inputs(), **models}, ())
-        header[MADE_HERE] = json.dumps(made)
+        header[MADE_HERE] = json.dumps(record_of(maker.command, inputs, options, {**maker.inputs(), **models}, ()))
     with adapter_output(
         target, draft.forms, draft.carried, draft.dtype, draft.names, options, header, draft.scales
     ) as output:

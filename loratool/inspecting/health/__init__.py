@@ -66,8 +66,7 @@ def examine_model(checkpoint: Checkpoint, path: Path) -> tuple[Finding, ...]:
         if note.code == UNMERGED
     ]
     found = sorted([*unmerged, *look_at_model(checkpoint), *look_at_packing(checkpoint)], key=is_note)
-    notes = (Finding("note", note.code, note.text) for note in checkpoint.notes if note.code != UNMERGED)
-    return (*found, *notes)
+    return (*found, *(Finding("note", note.code, note.text) for note in checkpoint.notes if note.code != UNMERGED))
 
 
 def is_note(finding: Finding) -> bool:
@@ -125,5 +124,4 @@ def with_record(findings: Sequence[Finding], location: Path) -> tuple[Finding, .
     is_index = location.name.endswith(INDEX_SUFFIX) and not location.is_dir()
     found = record.compare(location.parent if is_index else location)
     problems = [Finding("problem", NOT_AS_WRITTEN, text, record.WAY_OUT) for text in found.problems]
-    notes = [Finding("note", note.code, note.text) for note in found.notes]
-    return (*problems, *findings, *notes)
+    return (*problems, *findings, *[Finding("note", note.code, note.text) for note in found.notes])

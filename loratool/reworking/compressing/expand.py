@@ -58,8 +58,7 @@ def expand(
     dtype = stored_dtype if options.dtype == "keep" else options.dtype
     draft = Stored(forms, names, dtype, carried_by(member), known=header)
     with session("cpu", ()) as at_work:
-        maker = Expander(at_work, folder, bases, member, draft, config)
-        rest = run(maker, target, [folder, name], options, progress)
+        rest = run(Expander(at_work, folder, bases, member, draft, config), target, [folder, name], options, progress)
         cost = at_work.told(started)
     return ExpandReport(
         out=target,
