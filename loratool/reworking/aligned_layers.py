@@ -24,6 +24,7 @@ from loratool.algebra.rounding import round_once
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
+from loratool.grouping import by_key
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.templates import some
@@ -240,11 +241,12 @@ class Beside:
 
     def keep_saved(self) -> None:
         """What is saved whole: the one that there is, or what the policy makes of several."""
-        everything: dict[tuple[str, bool], list[tuple[int, StoredTensor]]] = {}
-        for at, source in enumerate(self.sources):
-            for target, replacement in (*source.saved.items(), *source.bases.items()):
-                inside = target in source.bases or format_of(source.adapter).was_inside(source.adapter, target)
-                everything.setdefault((target, inside), []).append((at, unloaded(replacement.value)))
+        everything = by_key(
+            ((target, target in source.bases or form.was_inside(source.adapter, target)), (at, unloaded(saved.value)))
+            for at, source in enumerate(self.sources)
+            for form in [format_of(source.adapter)]
+            for target, saved in (*source.saved.items(), *source.bases.items())
+        )
         for (target, inside), found in everything.items():
             name = self.names.whole(target, inside)
             first = found[0][1]

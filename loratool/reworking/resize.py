@@ -232,16 +232,14 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
 
     def energies(self) -> dict[str, list[float]]:
         """The squares of each layer's singular values, without its singular vectors; rounding counts as zero."""
-        found: dict[str, list[float]] = {}
 
         def work(batch: Batch) -> list[tuple[str, list[float]]]:
             values = singular_values(self.weighed(batch, self.load(batch)))
             values = values * (values > negligible(values) * values[..., :1])
             return list(zip(batch, added_up(values).tolist(), strict=True))
 
-        for some in self.at_work.spread(work, batches(self.contents.layers, self.at_work.device)):
-            found |= some
-        return found
+        found = self.at_work.spread(work, batches(self.contents.layers, self.at_work.device))
+        return {target: energies for some in found for target, energies in some}
 
     def weighed(self, batch: Batch, whole: Product) -> Product:
         """What is to be kept: ΔW, or ΔW·x in mean square over the inputs of a calibration, which is up G^½.

@@ -339,8 +339,9 @@ def strangers(newcomers: Iterable[Newcomer]) -> Iterator[Note]:
 def truncation(newcomer: Newcomer) -> dict[str, float]:
     """The relative error of each layer by truncation that spends as many bytes."""
     choices, _ = spend([((curve,),) for curve in newcomer.curves.values()], newcomer.bytes)
-    found = {}
-    for (target, curve), choice in zip(newcomer.curves.items(), choices, strict=True):
-        kept = curve.kept
-        found[target] = math.sqrt(max(0.0, 1 - kept[choice.ranks[0]] / kept[-1])) if kept[-1] else 0.0
-    return found
+    ends = (
+        (curve.kept[choice.ranks[0]], curve.kept[-1])
+        for curve, choice in zip(newcomer.curves.values(), choices, strict=True)
+    )
+    errors = (math.sqrt(max(0.0, 1 - kept / whole)) if whole else 0.0 for kept, whole in ends)
+    return dict(zip(newcomer.curves, errors, strict=True))

@@ -66,12 +66,9 @@ class Opened:
     @cached_property
     def clusters(self) -> dict[str, tuple[str, ...]]:
         """Target → the clusters that it has in this file."""
-        found: dict[str, dict[str, None]] = {}
-        for name in self.file.tensors:
-            if not name.startswith(OTHER):
-                target, cluster, _ = name.rsplit("/", 2)
-                found.setdefault(target, {})[cluster] = None
-        return {target: tuple(every) for target, every in found.items()}
+        parts = (name.rsplit("/", 2) for name in self.file.tensors if not name.startswith(OTHER))
+        found = by_key((target, cluster) for target, cluster, _ in parts)
+        return {target: tuple(dict.fromkeys(every)) for target, every in found.items()}
 
 
 def opened(path: Path) -> Opened:

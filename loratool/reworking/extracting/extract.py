@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 from loratool.adapters.formats import WRITTEN
@@ -28,6 +29,7 @@ from loratool.errors import FitError, InputError, printable
 from loratool.fetching import local
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.hub_cache import origin_of
+from loratool.grouping import by_key
 from loratool.lazy import torch
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
@@ -376,16 +378,12 @@ def target_words(found: Pairing, names: Spelling) -> tuple[str, ...]:
     layers = {
         adapted_module(t, kind) for t, kind in names.kinds.items() if kind is not Kind.PARAMETER and t not in inside
     }
-    known: dict[str, set[str]] = {}
-    for name in (*found.base.tensors, *(f"{layer}.weight" for layer in layers)):
-        parts = name.split(".")[:-1]
-        for at in range(1, len(parts) + 1):
-            known.setdefault(parts[at - 1], set()).add(".".join(parts[:at]))
-    words = set[str]()
-    for layer in layers:
-        leaf = module_of(f"{layer}.weight")
-        words.add(leaf if known[leaf] <= layers and not leaf.isdigit() else layer)
-    return tuple(sorted(words))
+    tensors = (*found.base.tensors, *(f"{layer}.weight" for layer in layers))
+    modules = {module for name in tensors for module in accumulate(name.split(".")[:-1], "{}.{}".format)}
+    known = by_key((module.rpartition(".")[2], module) for module in modules)
+    leaves = {layer: module_of(f"{layer}.weight") for layer in layers}
+    means_these = {leaf for leaf in leaves.values() if layers.issuperset(known[leaf]) and not leaf.isdigit()}
+    return tuple(sorted({leaf if leaf in means_these else layer for layer, leaf in leaves.items()}))
 
 
 def terms(base: Checkpoint) -> dict[str, Path]:

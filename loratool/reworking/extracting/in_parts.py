@@ -147,9 +147,7 @@ def outcome_of(change: Change, table: Mapping[str, Any], content: bytes) -> Outc
         dtype: torch.dtype = getattr(torch, entry["dtype"])
         return torch.frombuffer(bytearray(content[start:stop]), dtype=dtype).reshape(entry["shape"])
 
-    factors = []
-    for each in table["factors"]:
-        product = Product(tensor(each["up"]), tensor(each["down"]))
-        factors.append(Rounded(each["target"], product, product))
+    products = ((each["target"], Product(tensor(each["up"]), tensor(each["down"]))) for each in table["factors"])
+    factors = tuple(Rounded(target, product, product) for target, product in products)
     told = None if table["told"] is None else ExtractedLayer(**table["told"])
-    return Outcome(change, table["rank"], told, tuple(factors))
+    return Outcome(change, table["rank"], told, factors)
