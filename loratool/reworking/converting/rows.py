@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Protocol
 
 from loratool.adapters.adapter import StoredTensor, same_values
 from loratool.adapters.layers import Form, Kind, Layer
@@ -24,24 +23,18 @@ SAME = 1e-7  # a factor that differs from 1 by less is none: α is stored as a f
 Load = Callable[[str], Product]  # the factors of a layer by its target, without its scale, a batch of those of experts
 
 
-class Sized(Protocol):
-    """What of a layer, or of a weight or bias that is stored in full, says which rows go where."""
+@dataclass(frozen=True)
+class Outline:
+    """The sides of a weight or bias that is stored in full, or of a layer that is yet to be made."""
 
-    @property
-    def target(self) -> str: ...
+    target: str
+    rows: int
+    columns: int  # 0 of a bias whose weight the adapter does not have
+    kind: Kind = Kind.LINEAR
+    experts: int = 1
 
-    @property
-    def kind(self) -> Kind: ...
 
-    @property
-    def experts(self) -> int: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def columns(self) -> int:
-        """0 where they are not known, as of most biases."""
+Sized = Layer | Outline  # what says which rows of it go where
 
 
 @dataclass(frozen=True)

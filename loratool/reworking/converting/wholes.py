@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor, derived, stored_tensors, unloaded
 from loratool.adapters.formats.roles.names import of_factors
-from loratool.adapters.layers import Contents, Kind, Layer
+from loratool.adapters.layers import Contents, Layer
 from loratool.adapters.writer import torch_dtype
 from loratool.algebra.rounding import round_once
 from loratool.algebra.updates.additive import Add, LowRank
@@ -27,21 +27,10 @@ from loratool.lazy import Tensor, torch
 from loratool.notes import Note
 from loratool.results.text import plural
 from loratool.reworking.converting.dora import piece_of
-from loratool.reworking.converting.rows import Target
+from loratool.reworking.converting.rows import Outline, Target
 
 Full = Add | Replace
 IN_FULL = ("comfy", "lycoris")  # dialects with changes of whole weights
-
-
-@dataclass(frozen=True)
-class Outline:
-    """The sides of a weight or bias that is stored in full, or of a layer that is yet to be made."""
-
-    target: str
-    rows: int
-    columns: int  # 0 of a bias whose weight the adapter does not have
-    kind: Kind = Kind.LINEAR
-    experts: int = 1
 
 
 def stored_in_full(contents: Contents) -> dict[str, Full]:

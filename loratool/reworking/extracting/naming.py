@@ -14,8 +14,7 @@ from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.words import TEXT_WORDS
 from loratool.reworking.converting.naming import LAYOUTS, respelled
-from loratool.reworking.converting.rows import Target
-from loratool.reworking.converting.wholes import Outline
+from loratool.reworking.converting.rows import Outline, Target
 from loratool.reworking.dialects import Manner
 from loratool.reworking.extracting.pairing import Change, Pairing
 
