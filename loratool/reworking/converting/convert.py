@@ -13,7 +13,7 @@ from typing import Any
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.as_lora import kind_unknown
 from loratool.adapters.formats import DIALECTS, NAMED, WRITTEN, format_of, read_adapter
-from loratool.adapters.formats.format import Format, Parts, Spelling
+from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import Contents, contents_of, innermost
 from loratool.adapters.ranks import RankRule, evened
 from loratool.adapters.reading import ReadingOptions
@@ -78,6 +78,7 @@ from loratool.reworking.converting.wholes import (
     with_biases_apart,
     with_values,
 )
+from loratool.reworking.dialects import Manner
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
 
@@ -123,12 +124,10 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
 
 
 @dataclass(frozen=True)
-class Goal:
+class Goal(Manner):
     """What is asked for."""
 
-    dialect: str
-    form: Format
-    server: Server | None
+    server: Server | None = None
 
     @classmethod
     def of(cls, options: ConvertOptions) -> Goal:
@@ -141,7 +140,7 @@ class Goal:
         dialect = server.dialect if server is not None else options.to or ""
         if options.architecture and dialect not in LAYOUTS:
             raise UsageError(f"--architecture is for image and video models, and {dialect} is for language models")
-        return cls(dialect, DIALECTS[dialect].format, server)
+        return cls(DIALECTS[dialect].format, dialect, server=server)
 
 
 def convert(
@@ -270,9 +269,8 @@ class Converter(Maker[str, str]):
 
     @cached_property
     def drafted(self) -> Draft:
-        layers, form = self.contents.layers, self.goal.form
-        release = self.contents.training.release if form is format_of(self.contents.adapter) else ""
-        names = form.spelling({name: target.kind for name, target in self.targets.items()}, release, self.goal.dialect)
+        layers = self.contents.layers
+        names = self.goal.spelling({name: target.kind for name, target in self.targets.items()}, self.contents)
         self.as_read = read_back(self.targets, names)
         scales = self.scales(names)
         self.choose_ranks(names)
