@@ -186,12 +186,14 @@ def adapter_layout(chosen: Mapping[str, Shape], rank: int, dtype: str) -> Layout
     factors: list[tuple[str, str, Shape]] = []
     for name, (rows, columns) in sorted(chosen.items()):
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        if is_embedding(name):
-            factors.append((f"{module}.lora_embedding_A", dtype, (rank, rows)))
-            factors.append((f"{module}.lora_embedding_B", dtype, (columns, rank)))
-        else:
-            factors.append((f"{module}.lora_A.weight", dtype, (rank, columns)))
-            factors.append((f"{module}.lora_B.weight", dtype, (rows, rank)))
+        factors += (
+            [
+                (f"{module}.lora_embedding_A", dtype, (rank, rows)),
+                (f"{module}.lora_embedding_B", dtype, (columns, rank)),
+            ]
+            if is_embedding(name)
+            else [(f"{module}.lora_A.weight", dtype, (rank, columns)), (f"{module}.lora_B.weight", dtype, (rows, rank))]
+        )
     return Layout.of(factors, {"format": "pt"})
 
 

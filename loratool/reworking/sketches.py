@@ -118,10 +118,8 @@ def factors_of(layer: Layer, sources: OpenSources) -> list[tuple[NDArray[Any], N
 def values_of(tensor: StoredTensor, sources: OpenSources) -> NDArray[Any]:
     """The values of a stored tensor of floats, as float64."""
     bits, _ = tensor.bits(sources)
-    if tensor.info.dtype == "BF16":
-        values = (bits.astype("<u4") << 16).view("<f4")
-    else:
-        values = bits.view(KINDS[tensor.info.dtype])
+    is_upper_half = tensor.info.dtype == "BF16"  # of a float32
+    values = (bits.astype("<u4") << 16).view("<f4") if is_upper_half else bits.view(KINDS[tensor.info.dtype])
     shaped = values.astype(np.float64).reshape(tensor.info.shape)
     return shaped.T if tensor.transposed else shaped
 

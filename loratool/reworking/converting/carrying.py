@@ -58,10 +58,11 @@ def carry_whole(contents: Contents, names: Spelling, found: Carried, beside: Map
     every = stored_in_full(contents)
     for name, divided in beside.items():
         source, update = divided.sources[0], update_of(name, divided, every)
-        if isinstance(update, Add):
-            called = names.change(name, contents.is_norm(source))
-        else:
-            called = names.whole(name, format_of(adapter).was_inside(adapter, source))
+        called = (
+            names.change(name, contents.is_norm(source))
+            if isinstance(update, Add)
+            else names.whole(name, format_of(adapter).was_inside(adapter, source))
+        )
         found.tensors[called] = written(update)
     for target, replacement in contents.bases.items():
         found.tensors[names.whole(target, True)] = unloaded(replacement.value)

@@ -196,10 +196,8 @@ def same(old: Checkpoint, new: Checkpoint, name: str, info: TensorInfo, others: 
     if other is None or (other.dtype, other.shape) != (info.dtype, info.shape):
         return False
     count = info.nbytes
-    if count <= PARTS * SAMPLE:
-        places = [(0, count)]
-    else:
-        places = [(part * (count - SAMPLE) // (PARTS - 1), SAMPLE) for part in range(PARTS)]
+    spread = [(part * (count - SAMPLE) // (PARTS - 1), SAMPLE) for part in range(PARTS)]
+    places = spread if count > PARTS * SAMPLE else [(0, count)]
     one, two = plain_of(old, name), plain_of(new, name)
     return all(bytes_of(one, start, size) == bytes_of(two, start, size) for start, size in places)
 
