@@ -93,3 +93,12 @@ def test_a_command_of_python_has_the_options_that_were_given(here: Path, monkeyp
         loratool.rescale(here / "style", here / "out", scale=0.5, match={"q_proj": 2}, overwrite=True)
     words = ["rescale", str(here / "style"), "--scale", "0.5", "--match", "q_proj=2", "--overwrite"]
     assert caught.value.hint == " ".join(["loratool", *words, "-o", str(here / "out")])
+
+
+def test_a_hint_names_the_place_that_a_folder_of_this_disk_stands_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder of a store or of the Hub is gone when the command ends, and so must not be in one to type."""
+    monkeypatch.setitem(errors.shown_as, str(tmp_path), "s3://models/team")
+    error = errors.InputError("compressed", hint=f"loratool expand {tmp_path}/style a0 -o ./a0")
+    assert error.hint == "loratool expand s3://models/team/style a0 -o ./a0"

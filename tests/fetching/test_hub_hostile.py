@@ -7,7 +7,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import faults
@@ -16,9 +16,9 @@ from hub_client import Client
 from hub_server import WRITER, HubServer, Lie
 from oracle import needs
 
-from loratool.errors import HubError, UsageError
-from loratool.fetching import parse
-from loratool.fetching.answers import commit_of, files_of
+from loratool.errors import HubError, InputError, UsageError
+from loratool.fetching import outline, parse
+from loratool.fetching.answers import RemoteFile, commit_of, files_of
 
 SHARDS, HIDDEN = 2, 64
 INFO = r"^/api/models/org/(base|adapter)([?]|$|/revision/)"
@@ -283,3 +283,14 @@ def test_what_a_server_warns_of_is_shown_as_text(hub: HubServer, client: Client,
     assert "forged" in ran.err
     shown = ran.err + ran.out
     assert [c for c in shown if c != "\n" and unicodedata.category(c) in ("Cc", "Cf")] == []
+
+
+def test_a_record_in_a_subfolder_may_be_as_large_as_one_at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lists digests of every tensor; a config of the same size is refused."""
+    names = ("loratool.json", "unet/loratool.json", "config.json")
+    remote = outline.Remote("org/model", OTHER_COMMIT, dict.fromkeys(names, RemoteFile(20 << 20, OTHER_COMMIT)))
+    monkeypatch.setattr(outline, "read_range", lambda _remote, name: name.encode())
+    for name in names[:2]:
+        assert outline.read_small(remote, PurePath(name)) == name.encode()
+    with pytest.raises(InputError, match=r"config\.json: is 20971520 bytes, over the limit"):
+        outline.read_small(remote, PurePath("config.json"))
