@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from loratool.errors import LoratoolError
@@ -65,15 +66,21 @@ class KnownDigests:
         # the version of an object is no digest of what it holds
         return {n: each for n, each in listed.items() if not (isinstance(each, Reference) and each.version)}
 
+    @cached_property
+    def record(self) -> tuple[Mapping[str, Digest], int]:
+        """What the base's record lists of its files, and when it was written (nanoseconds)."""
+        path = self.home / PROVENANCE
+        try:
+            return read_recorded(read_json(path, LARGEST_RECORD, lenient=True)), path.stat().st_mtime_ns
+        except (LoratoolError, OSError):
+            return {}, 0
+
     def recorded(self, file: SafeFile) -> Digest | None:
         """What the base's record lists of a file; nothing of a file that seems to have been changed since."""
         if not file.path.is_relative_to(self.home):  # not here yet
             return None
-        try:
-            found = read_recorded(read_json(self.home / PROVENANCE, LARGEST_RECORD, lenient=True)).get(self.name(file))
-            changed = file.identity.modified > (self.home / PROVENANCE).stat().st_mtime_ns
-        except (LoratoolError, OSError):
-            return None
-        if found is None or found.tree is None or found.size != file.layout.size or changed:
+        listed, written = self.record
+        found = listed.get(self.name(file))
+        if found is None or found.tree is None or found.size != file.layout.size or file.identity.modified > written:
             return None
         return found if found.tree.header == digest_of_part(file.layout.header, HASHES[found.tree.function]) else None

@@ -16,6 +16,8 @@ from tree_digests import blake, entry_of, sha256
 from workbench import interrupted
 
 import loratool
+from loratool.bases.opening import open_checkpoint
+from loratool.files import known_digests, untrusted
 from loratool.provenance import record
 
 NOTHING = "0" * 64
@@ -66,6 +68,26 @@ def test_the_base_s_record_is_taken_at_its_word(base: Path, adapter: Path, tmp_p
     assert merge(base, adapter, tmp_path / "full", digests="full") == found
     assert record.compare(tmp_path / "full").problems == ()
     assert [file in told and name in told for told in record.compare(tmp_path / "known").problems] == [True]
+
+
+def test_the_base_s_record_is_read_once_for_all_its_files(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = untrusted.read_json
+
+    def counted(path: Path, *words: Any, **more: Any) -> dict[str, Any]:
+        read.append(path)
+        return real(path, *words, **more)
+
+    monkeypatch.setattr(known_digests, "read_json", counted)
+    known, shards = known_digests.KnownDigests(base), open_checkpoint(base).shards
+    assert len(shards) == 2
+    for shard in shards:
+        entry = entries(base)[shard.path.name]
+        assert str(known.whole(shard)) == entry["root"]
+        assert {name: known.of(shard, info) for name, info in shard.tensors.items()} == {
+            name: tuple(digests) for name, digests in entry["tensors"].items()
+        }
+    assert read == [base / "loratool.json"]
 
 
 def touch(base: Path, file: str) -> None:
