@@ -1,4 +1,7 @@
-"""Which products have directions in common: clusters of them, by average linkage."""
+"""Which products have directions in common: clusters of them, by average linkage.
+
+SciPy, whose `linkage` does the same, is not needed for anything else, and is larger than all of loratool.
+"""
 
 from __future__ import annotations
 
