@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -110,13 +110,10 @@ class Addend:
         return left if inside is None else left * inside[:, None], right
 
 
-def by_place(addends: Iterable[Addend]) -> Iterator[list[Addend]]:
+def by_place(addends: Iterable[Addend]) -> Iterable[list[Addend]]:
     """The addends in groups, each of one place and of one kind: products of two factors, or values."""
-
-    def alike(addend: Addend) -> tuple[object, ...]:
-        return addend.place.first, addend.place.rows, str(addend.place.columns), addend.down is None
-
-    yield from by_key((alike(addend), addend) for addend in addends).values()
+    places = ((each.place, each) for each in addends)
+    return by_key(((at.first, at.rows, str(at.columns), each.down is None), each) for at, each in places).values()
 
 
 @dataclass(frozen=True)

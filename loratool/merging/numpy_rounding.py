@@ -38,9 +38,10 @@ class Result(ABC):
     def nearest(self, values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:
         """The bits of float32 rounded to the nearest: in `memory`, as many bytes, where it is given and needed."""
 
-    @abstractmethod
     def of_rounded(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The bits of numbers in float64 that are rounded already."""
+        """The bits of numbers in float64 that are rounded already: the first ones of a float32."""
+        found: NDArray[Any] = values.astype(numpy.float32).view(numpy.uint32) >> (32 - 8 * self.itemsize)
+        return found
 
     @abstractmethod
     def put_ends(
@@ -70,10 +71,6 @@ class Bfloat16(Result):
     def nearest(self, values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:
         return nearest_bits(values, None if memory is None else memory.view(numpy.uint32))
 
-    def of_rounded(self, values: NDArray[Any]) -> NDArray[Any]:
-        found: NDArray[Any] = values.astype(numpy.float32).view(numpy.uint32) >> 16
-        return found
-
     def put_ends(
         self,
         upper: NDArray[Any],
@@ -100,10 +97,6 @@ class Float32(Result):
 
     def nearest(self, values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:  # noqa: ARG002
         bits: NDArray[Any] = values.view(numpy.uint32)
-        return bits
-
-    def of_rounded(self, values: NDArray[Any]) -> NDArray[Any]:
-        bits: NDArray[Any] = values.astype(numpy.float32).view(numpy.uint32)
         return bits
 
     def put_ends(

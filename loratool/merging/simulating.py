@@ -7,7 +7,7 @@ its parts. Nothing is measured here: what a worker and a store can do are number
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -105,14 +105,15 @@ class Load:
     written: int = 0
     requests: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: Load) -> None:
-        """Take on what another one has to do."""
-        self.read += other.read
-        self.computed += other.computed
-        self.copied += other.copied
-        self.copied_in_store += other.copied_in_store
-        self.written += other.written
-        self.requests.update(other.requests)
+    def __add__(self, other: Load) -> Load:
+        return Load(
+            self.read + other.read,
+            self.computed + other.computed,
+            self.copied + other.copied,
+            self.copied_in_store + other.copied_in_store,
+            self.written + other.written,
+            self.requests + other.requests,
+        )
 
     def seconds(self, rates: Rates, workers: int = 1) -> dict[Limit, float]:
         """What each of the things takes that are done at the same time, spread over some workers."""
@@ -137,11 +138,11 @@ def simulate(plan: MergePlan, workers: Sequence[int], rates: Rates) -> tuple[Sim
 def simulation(
     plan: MergePlan, parts: Sequence[FilePart], loads: Mapping[str, Load], workers: int, rates: Rates
 ) -> Simulation:
-    shares = [summed(loads[part.name] for part in share) for share in deal(parts, workers) if share]
+    shares = [sum((loads[part.name] for part in share), Load()) for share in deal(parts, workers) if share]
     for share in shares:  # each reads the adapters
         share.read += sum(adapter.file.layout.size for adapter in plan.adapters)
         share.requests += Counter(GET=2 * (len(plan.base.shards) + len(plan.adapters)) if rates.objects else 0)
-    total = summed(shares)
+    total = sum(shares, Load())
     longest = max(max(share.seconds(rates).values()) for share in shares)
     limit, even = max(total.seconds(rates, workers).items(), key=lambda item: item[1])
     work, finish = max(longest, even), finishing(plan, len(parts), rates)
@@ -197,13 +198,6 @@ def in_a_bucket(path: Path) -> StoredObject:
     return StoredObject(StorePath("bucket", path.as_posix()), 0, "", 0)
 
 
-def summed(loads: Iterable[Load]) -> Load:
-    total = Load()
-    for load in loads:
-        total.add(load)
-    return total
-
-
 def load_of(part: FilePart, spans: Mapping[str, Span]) -> Load:
     """What a part takes of an output file that has these spans; of an upload its record is included."""
     if isinstance(part, UploadPart) and part.source is not None:
@@ -216,6 +210,6 @@ def load_of(part: FilePart, spans: Mapping[str, Span]) -> Load:
     load.computed = part.payload - load.copied
     if isinstance(part, UploadPart):
         edges = sum(fringe.size for fringe in part.fringes)
-        load.add(Load(edges, copied=edges, written=edges))
+        load += Load(edges, copied=edges, written=edges)
         load.requests.update(GET=-(-load.read // PIECE), PUT=len(part.pieces) + 1)
     return load

@@ -63,9 +63,8 @@ class Updates:
         """The scaling of each module's update; 0 where it has none, or several."""
         found: dict[Module, set[float]] = {module: set() for module in self.modules}
         for each in self.others:
-            key = (each.edit.adapter, each.edit.target)
             scaled = scaling_of(each.update)
-            found[key if key in found else (key[0], "")].add(scaled[0] if scaled else 0.0)
+            found[each.effect if each.effect in found else (each.edit.adapter, "")].add(scaled[0] if scaled else 0.0)
         return [every.pop() if len(every) == 1 else 0.0 for every in found.values()]
 
     def begin(self, before: Tensor, first: int) -> Tensor:
@@ -79,8 +78,7 @@ class Updates:
         """What each module adds to these rows, (n, width) each; some of it depends on what those before it have added."""
         found = {module: torch.zeros_like(weight) for module in self.modules}
         for each in self.others:
-            key = (each.edit.adapter, each.edit.target)
-            total = found[key if key in found else (each.edit.adapter, "")]
+            total = found[each.effect if each.effect in found else (each.edit.adapter, "")]
             if each.update.adds_products:
                 each.apply(total, first, weight)
                 continue
