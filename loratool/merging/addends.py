@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.updates.base import Product
 from loratool.grouping import by_key
-from loratool.lazy import Tensor, numpy, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 from loratool.merging.bounds import GENEROUS, ROUNDOFF, TINIEST
 from loratool.merging.numpy_rounding import roundings
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from loratool.bases.edits import Edit
 
     Mask = NDArray[numpy.bool_]

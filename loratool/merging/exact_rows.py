@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import FAR, alike_from, bits_of, round_once, tie_of
 from loratool.files.stopwatch import lap
-from loratool.lazy import Tensor, numpy, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 from loratool.merging.addends import Addend, Stack, by_place
 from loratool.merging.bounds import GENEROUS, MOST_TERMS, ROUNDOFF
 from loratool.merging.single_elements import SingleElements
 from loratool.merging.totals import BlockSeen
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     Numbers = NDArray[numpy.float64]
 
 MANY = 16  # where more than one of so many elements is undecided, it is asked whether anything is added to them

@@ -5,26 +5,22 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import WRITTEN, is_adapter, read_adapter
+from loratool.adapters.reading import Reading, ReadingOptions
 from loratool.arguments import PathLike
 from loratool.bases.opening import open_checkpoint
 from loratool.bases.same_base import unlike_bases
 from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO, chosen_base, told_choice
+from loratool.files.checkpoint import Checkpoint
 from loratool.merging.merge_options import PlanOptions, ProofOptions
 from loratool.merging.options import RunOptions
+from loratool.merging.plan import MergePlan
 from loratool.merging.planning import plan_merge
-
-if TYPE_CHECKING:
-    from contextlib import ExitStack
-
-    from loratool.adapters.adapter import Adapter
-    from loratool.adapters.reading import Reading, ReadingOptions
-    from loratool.files.checkpoint import Checkpoint
-    from loratool.merging.plan import MergePlan
 
 
 def opened_inputs(

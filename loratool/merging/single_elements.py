@@ -12,13 +12,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import Term, bits_of, exact_sums, round_once
-from loratool.lazy import Tensor, numpy, torch
+from loratool.lazy import NDArray, Tensor, numpy, torch
 from loratool.merging.addends import Addend, Stack
 from loratool.merging.bounds import TINIEST
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     Places = NDArray[numpy.int64]
 
 TOGETHER = 1 << 17  # products that are computed at a time

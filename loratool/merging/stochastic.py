@@ -13,13 +13,9 @@ import hashlib
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from loratool.algebra.rational import exponent_of
-from loratool.lazy import Tensor, numpy, torch
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from loratool.lazy import NDArray, Tensor, numpy, torch
 
 
 def random_numbers(name: str, first: int, count: int) -> NDArray[numpy.uint32]:
