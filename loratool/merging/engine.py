@@ -90,11 +90,6 @@ class Engine:
         self.crew = Crew(self.stop)
         self.watches: list[stopwatch.Stopwatch] = []  # one a thread
 
-    @property
-    def stopped(self) -> bool:
-        """Whether there is nothing left to work for."""
-        return all(job.stop.is_set() for job in self.jobs)
-
     def run(self) -> None:
         """Make every file that a destination has not; each is finished, and then recorded with what was seen of it.
 
@@ -122,10 +117,9 @@ class Engine:
                 raise (*self.crew.failures, *(job.failure for job in self.jobs if job.failure))[0]
         except BaseException:
             self.stop()
-            for job in (
-                self.jobs if self.crew.has_ended(PATIENCE) else ()
-            ):  # files that no thread is at work on any more
-                job.close()
+            if self.crew.has_ended(PATIENCE):  # no thread is at work on any file any more
+                for job in self.jobs:
+                    job.close()
             raise
         for job in self.jobs:
             if job.failure:
@@ -196,7 +190,7 @@ class Engine:
         More threads can copy than can compute, and how many can is known once torch is there. A thread that comes
         across tasks that are not for it, or not yet, puts them aside for those that may compute.
         """
-        while not self.stopped:
+        while not all(job.stop.is_set() for job in self.jobs):
             with self.taking:
                 computes = self.chosen is not None and number < self.chosen.workers
                 if self.aside and computes:

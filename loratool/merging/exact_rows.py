@@ -246,7 +246,7 @@ class ExactSum:
             block.seen.change += float(torch.linalg.vector_norm(change)) ** 2
         lap("product")
         size += sum(stack.reach for stack in stacks)
-        margin = self.margin(size) + sum(stack.most_error for stack in stacks)
+        margin = self.underflow + self.step * size + sum(stack.most_error for stack in stacks)
         places = rounded(change.add_(weight), margin * GENEROUS, lower, room.upper)
         if (some := self.in_changing_rows(places, weight, first, lower)) is not None:
             places = places[some]
@@ -259,10 +259,6 @@ class ExactSum:
             margins = torch.full_like(sums, margin * GENEROUS)
             block.doubts.append(tuple(each.cpu() for each in (places + at * self.width, sums, weights, margins)))
         lap("round")
-
-    def margin(self, largest: float) -> float:
-        """How far sums that are no larger may be from the exact values, apart from the errors of products."""
-        return self.underflow + self.step * largest
 
     def add(self, stacks: Sequence[Stack], change: Tensor, first: int) -> None:
         """Make `change` what is added to rows from `first` on."""
@@ -397,8 +393,7 @@ def working_dtype(parts: Sequence[Addend], target: torch.dtype, exact: torch.dty
     many = sum(part.rank for part in parts) >= MOST_TERMS
     if target.itemsize != 2 or exact == torch.float64 or on_gpu or many or elements <= SMALL:
         return torch.float64
-    sizes = [abs(part.scale) for part in parts if part.scale]
-    for part in parts:
-        sizes += [float(f.abs().max()) for f in (part.up, part.down) if f is not None and f.numel()]
+    factors = [each for part in parts for each in (part.up, part.down) if each is not None and each.numel()]
+    sizes = [*(abs(part.scale) for part in parts if part.scale), *(float(each.abs().max()) for each in factors)]
     small, large = WORKABLE
     return torch.float32 if all(size < large and (size > small or size == 0) for size in sizes) else torch.float64

@@ -149,8 +149,9 @@ def make_all(
                 results[number] = done.value
             except Exception as error:
                 results[number] = error
-        for job in jobs.values():
-            job.share_seen(next(iter(jobs.values())))
+        seen = [job.seen for job in jobs.values() if job.seen is not None]
+        for other in seen[1:]:  # what one of them reads, all have read
+            other.share(seen[0])
         engine = Engine([*jobs.values()], runtime, options.threads, options.max_memory, progress, sent)
         engine.watches.extend(stopwatch.running())
         lap("stage")

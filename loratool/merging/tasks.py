@@ -68,11 +68,6 @@ class Job:
             output.sink.close()
             output.sources.close()
 
-    def share_seen(self, other: Job) -> None:
-        """Take what another job reads of the same base for read; rows are read once for both."""
-        if self.seen is not None and other.seen is not None:
-            self.seen.share(other.seen)
-
 
 class Output:
     """One output file on its way, among those of its job."""
@@ -189,9 +184,7 @@ def tasks_on(outputs: Sequence[Output], ready: Callable[[], bool]) -> Iterator[t
 
 def computed(outputs: Sequence[Output], cells: Iterable[Cell]) -> Iterator[tuple[Task, ...]]:
     """The tasks that need arithmetic."""
-    for output in outputs:
-        for task in repacks_of(output):
-            yield (task,)
+    yield from ((task,) for output in outputs for task in repacks_of(output))
     begun: dict[tuple[int, int], EditedSpan] = {}  # by output and span
     for cell in cells:
         yield tuple(copy_of([each]) if each[1].span.carried else compute_of(*each, begun) for each in cell)

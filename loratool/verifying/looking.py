@@ -10,7 +10,6 @@ from functools import cached_property
 from itertools import pairwise
 
 from loratool.algebra.rounding import round_once
-from loratool.algebra.updates.base import Update
 from loratool.bases.edits import Edit
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
@@ -244,21 +243,16 @@ def whole_runs(runs: Sequence[tuple[int, int]], together: int, rows: int) -> lis
 def with_factors(edits: Sequence[Edit], shared: SharedUpdates) -> tuple[Edit, ...]:
     """Edits whose updates are loaded in float64, but for replacements, which are read row by row."""
     cpu = torch.device("cpu")
-    loaded: dict[int, Update] = {}
-    for edit in edits:
-        if not edit.update.replaces and id(edit.update) not in loaded:
-            loaded[id(edit.update)] = shared.load(edit, cpu, torch.float64)
+    others = {id(edit.update): edit for edit in edits if not edit.update.replaces}
+    loaded = {key: shared.load(edit, cpu, torch.float64) for key, edit in others.items()}
     return tuple(dataclasses.replace(edit, update=loaded.get(id(edit.update), edit.update)) for edit in edits)
 
 
 def runs_of(span: Span, rows: int) -> Iterator[tuple[int, int]]:
     """(first row, rows) of runs that are spread over what each edit covers, and over what none does."""
-    cuts = {0, rows}
-    for edit in span.edits:
-        cuts |= {min(edit.first_row, rows), min(edit.first_row + edit.rows, rows)}
+    ends = (row for edit in span.edits for row in (edit.first_row, edit.first_row + edit.rows))
+    cuts = {0, rows, *(min(row, rows) for row in ends)}
     edges = sorted(cuts) if len(cuts) <= MOST_MODULES + 1 else [0, rows]
     wanted = max(1, SAMPLED // max(1, span.width) // (len(edges) - 1))
     for start, stop in pairwise(edges):
-        for first, count in sample(stop - start, wanted):
-            if count:
-                yield start + first, count
+        yield from ((start + first, count) for first, count in sample(stop - start, wanted) if count)

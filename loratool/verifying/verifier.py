@@ -196,9 +196,7 @@ class Verifier:
             return explain(each, distances[each.name], self.plan, rounding, shared)
 
         found = {each.name: one for each, one in zip(some, on_all_cores(look, some), strict=True)}
-        for each in edited:
-            if not distances[each.name].unequal:
-                found[each.name] = as_it_should(each, rounding)
+        found |= {each.name: as_it_should(each, rounding) for each in edited if not distances[each.name].unequal}
         return {each.name: found[each.name] for each in edited if each.name in found}
 
     def decoded(
