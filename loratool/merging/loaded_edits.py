@@ -131,7 +131,7 @@ class LoadedEdits:
             total = self.rounded or self.sum
             seen = total.merge(before, first, after, scratch, tile, substitute, measured)
             if self.at_random:
-                self.round_sums(before, first, after)
+                self.round_sums(self.sum, before, first, after)
             rows = self.sampled(first, len(before))
             if rows and not self.replacements:
                 some = slice(rows[0] - first, None, self.every)
@@ -145,17 +145,16 @@ class LoadedEdits:
     def at_random(self) -> bool:
         return self.rounding == "stochastic" and self.target.itemsize == 2
 
-    def round_sums(self, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
+    def round_sums(self, total: ExactSum, before: torch.Tensor, first: int, after: torch.Tensor) -> None:
         """Round the exact sums of some rows at random, in place of `after`; what is not finite stays as it is."""
-        assert self.sum is not None
-        singles = self.sum.singles
+        singles = total.singles
         step = max(1, AT_RANDOM // self.width)
         for at in range(0, before.shape[0], step):
             weight = before[at : at + step].double()
             self.substitute(weight, first + at)
             finite = weight.isfinite()
             weight.masked_fill_(~finite, 0)
-            values, errors = self.sum.wide.sums(weight, first + at)
+            values, errors = total.wide.sums(weight, first + at)
             start, flat = (first + at) * self.width, weight.flatten()
             numbers = random_numbers(self.name, start, flat.numel())
 

@@ -97,12 +97,10 @@ class Added:
         """What an edit adds, to be computed in some dtype."""
         update, order = update_of(edit), order_of(edit)
         assert update is not None
-        up: Any = update.up
-        down: Any = update.down
-        rows = values_of(up)
-        rows = rows if order is None else rows[order.numbers(len(rows))]
-        left, right = (each.astype(work, copy=False) for each in (rows, values_of(down)))
-        return cls(left, right, update.scale * edit.strength)
+        factors: Any = update.up, update.down
+        up, down = (values_of(each).astype(work, copy=False) for each in factors)
+        rows = up if order is None else up[order.numbers(len(up))]
+        return cls(rows, down, update.scale * edit.strength)
 
     @cached_property
     def is_workable(self) -> bool:

@@ -72,7 +72,7 @@ def pack_anew(worker: Worker, work: EditedSpan, sources: OpenSources, block: int
     modules = modules_in(work.span.edits, work.span.width)
     own = weight.parameters(Room(sources, held=work.held))
     chosen, measured = Attempt(weight, own), list[Tensor]()
-    for first, before, after in merged_rows(worker, work, sources, block):
+    for first, before, after in merged_rows(worker, work, weight, sources, block):
         chosen.take(before, after, first, modules)
         if renew:
             measured.append(weight.measure(after.view(-1, weight.line)))
@@ -81,7 +81,7 @@ def pack_anew(worker: Worker, work: EditedSpan, sources: OpenSources, block: int
         new = weight.new_parameters(torch.cat(measured), own)
         if any(not torch.equal(bits_of(value), bits_of(own[name])) for name, value in new.items()):
             other = Attempt(weight, new)
-            for first, before, after in merged_rows(worker, work, sources, block):
+            for first, before, after in merged_rows(worker, work, weight, sources, block):
                 other.take(before, after, first, modules)
                 lap("repack")
             chosen = min(chosen, other, key=lambda each: each.lost)
@@ -91,11 +91,10 @@ def pack_anew(worker: Worker, work: EditedSpan, sources: OpenSources, block: int
 
 
 def merged_rows(
-    worker: Worker, work: EditedSpan, sources: OpenSources, block: int
+    worker: Worker, work: EditedSpan, weight: Requantizable, sources: OpenSources, block: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row, W and W + ΔW of each block, (n, width) of float32; the next block overwrites them."""
-    span, weight = work.span, work.span.matrix
-    assert isinstance(weight, Requantizable)
+    span = work.span
     together = max(1, weight.together // (span.width // weight.line))
     step = max(1, rows_of_block(span, block) // together) * together
     for first in range(0, span.rows, step):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -72,13 +72,11 @@ def guesses(span: Span, plan: MergePlan) -> Iterator[Guess]:
         yield from other_slices(span, plan)
 
 
-def all_turned(edits: Sequence[Edit], turn: object) -> tuple[Edit, ...]:
+def all_turned(edits: Sequence[Edit], turn: Callable[[Update], Update | None]) -> tuple[Edit, ...]:
     """The edits with their updates changed in one way; none where that is not possible for all of them."""
-    assert callable(turn)
-    found = [(edit, edit.update if edit.update.replaces else turn(edit.update)) for edit in edits]
-    if any(update is None for _, update in found) or all(edit.update.replaces for edit, _ in found):
-        return ()
-    return tuple(dataclasses.replace(edit, update=update) for edit, update in found)
+    turned = [(edit, edit.update if edit.update.replaces else turn(edit.update)) for edit in edits]
+    found = tuple(dataclasses.replace(edit, update=update) for edit, update in turned if update is not None)
+    return found if len(found) == len(edits) and not all(edit.update.replaces for edit in edits) else ()
 
 
 def transposed(update: Update) -> Update | None:
