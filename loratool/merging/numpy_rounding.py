@@ -96,8 +96,7 @@ class Float32(Result):
     dtype, itemsize, last = "F32", 4, 1 << 29
 
     def nearest(self, values: NDArray[Any], memory: NDArray[Any] | None = None) -> NDArray[Any]:  # noqa: ARG002
-        bits: NDArray[Any] = values.view(numpy.uint32)
-        return bits
+        return values.view(numpy.uint32)
 
     def put_ends(
         self,
@@ -184,8 +183,7 @@ def sums_of_few_digits(start: NDArray[Any], left: NDArray[Any], right: NDArray[A
     largest = sizes.sum(0)
     sizes[sizes == 0] = numpy.inf
     few = (digits & ((1 << ZEROS) - 1) == 0) & (largest <= sizes.min(0) * 2.0**ZEROS)
-    found: NDArray[Any] = numpy.where(few, terms.sum(0), numpy.nan)
-    return found
+    return numpy.where(few, terms.sum(0), numpy.nan)
 
 
 def error_free_sums(
