@@ -52,7 +52,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     """
     base = decoded(base)
     adapters = limited([settled(adapter, base.config) for adapter in adapters], base, options.only)
-    check_container(base, options)
+    check_options(base, options)
     strengths = strengths_of(base, adapters, options)
     binder = partial(bind, maps=options.maps, fan_in_fan_out=options.fan_in_fan_out)
     extras = extras_of(base, adapters, strengths, binder, options.also_load, options.ignore_files)
@@ -92,22 +92,36 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     )
 
 
-def check_container(base: Checkpoint, options: PlanOptions) -> None:
-    """Raise `UsageError` for options that the format of BASE's files has no use for."""
-    if not base.is_gguf:
-        if options.gguf_type:
-            raise UsageError(f"{base.name}: --gguf-type is for a GGUF BASE, and this one is not GGUF")
-        return
-    if options.dtype != "keep":
-        raise UsageError(f"{base.name}: --dtype is not for a GGUF BASE; pass --gguf-type for the tensors that change")
-    if options.shard_size is not None:
-        raise UsageError(f"{base.name}: --shard-size is not for a GGUF BASE; use llama-gguf-split on the output")
-    if options.gguf_type and options.requantize:
-        raise UsageError("--gguf-type and --requantize exclude each other")
-    if options.gguf_type and options.gguf_type not in GGUF_FLOATS and options.rounding != "nearest":
-        raise UsageError(
-            f"--gguf-type {options.gguf_type} rounds to the nearest packed value, so --rounding cannot be used with it"
-        )
+def check_options(base: Checkpoint, options: PlanOptions) -> None:
+    """Raise `UsageError` for options that BASE has no use for, as it is stored, or that exclude each other."""
+    kind, gguf, rounds = options.gguf_type, base.is_gguf, options.rounding != "nearest"
+    quantised = isinstance(base, Decoded)
+    refused = {
+        f"{base.name}: --gguf-type is for a GGUF BASE, and this one is not GGUF": kind and not gguf,
+        f"{base.name}: --dtype is not for a GGUF BASE; pass --gguf-type for the tensors that change": (
+            gguf and options.dtype != "keep"
+        ),
+        f"{base.name}: --shard-size is not for a GGUF BASE; use llama-gguf-split on the output": (
+            gguf and options.shard_size is not None
+        ),
+        "--gguf-type and --requantize exclude each other": kind and options.requantize,
+        f"--gguf-type {kind} rounds to the nearest packed value, so --rounding cannot be used with it": (
+            kind and kind not in GGUF_FLOATS and rounds
+        ),
+        f"{base.name}: --dequantize is for a quantised BASE, and this one is not quantised": (
+            options.dequantize and not quantised
+        ),
+        f"{base.name}: --requantize is for a quantised BASE, and this one is not quantised": (
+            options.requantize and not quantised
+        ),
+        "--requantize and --dequantize exclude each other": options.requantize and options.dequantize,
+        "--requantize rounds to the nearest packed value, so --rounding cannot be used with it": (
+            options.requantize and rounds
+        ),
+    }
+    for text, holds in refused.items():
+        if holds:
+            raise UsageError(text)
 
 
 def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:
@@ -175,13 +189,6 @@ def given_twice(adapters: Sequence[Adapter]) -> Iterator[Note]:
 def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> tuple[float, ...]:
     """The weight of each adapter: 1, or what was given for it."""
     weights = options.weights
-    if (options.dequantize or options.requantize) and not isinstance(base, Decoded):
-        flag = "--dequantize" if options.dequantize else "--requantize"
-        raise UsageError(f"{base.name}: {flag} is for a quantised BASE, and this one is not quantised")
-    if options.requantize and options.dequantize:
-        raise UsageError("--requantize and --dequantize exclude each other")
-    if options.requantize and options.rounding != "nearest":
-        raise UsageError("--requantize rounds to the nearest packed value, so --rounding cannot be used with it")
     if not adapters and options.dequantize and not weights:
         return ()
     if not adapters:

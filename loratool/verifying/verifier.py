@@ -26,7 +26,7 @@ from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS
 from loratool.merging.output_layout import Span
 from loratool.merging.plan import MergePlan
-from loratool.merging.planning import check_container
+from loratool.merging.planning import check_options
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note
 from loratool.options.described import described_by
@@ -91,7 +91,7 @@ def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions
     try:
         model, read, _ = opened_inputs(base, adapters, options)
         plan = planned(model, read, PlanOptions(**settings))
-        check_container(plan.base, PlanOptions(gguf_type=options.gguf_type))
+        check_options(plan.base, PlanOptions(gguf_type=options.gguf_type))
         return plan
     except FitError as error:
         if not error.problems:
