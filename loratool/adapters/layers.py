@@ -113,6 +113,12 @@ class Layer:
             return self.update.scale
         return self.update.alpha / (math.sqrt(self.rank) if self.update.rslora else self.rank)
 
+    def with_alpha(self, alpha: float, divisor: float) -> Layer:
+        """The same layer at another α, which is divided by so much."""
+        if isinstance(self.update, LowRank):
+            return replace(self, update=replace(self.update, scale=alpha / divisor))
+        return replace(self, update=replace(self.update, alpha=alpha))
+
     @property
     def parameters(self) -> int:
         """Numbers that one rank of it takes."""

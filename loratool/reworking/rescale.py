@@ -110,7 +110,7 @@ def rescale(
             wanted = factors_to(contents, sizes, noise, options)
             rounded = [t for t in contents.layers if options.each and sizes[t] <= noise[t]]
         elif alpha is not None:
-            wanted = {t: alpha / format_of(contents.adapter).alpha_of(contents, t) for t in contents.layers}
+            wanted = {t: alpha / own for t, own in format_of(contents.adapter).alphas(contents).items()}
         else:
             wanted = dict.fromkeys(contents.layers, options.scale or 1.0)
         matched = by_name(factors, blocks, contents.layers)
@@ -274,8 +274,8 @@ def awakened(contents: Contents, alpha: float) -> tuple[Contents, frozenset[str]
         raise FitError(
             f"{printable(contents.adapter.file.path)}: alpha is 0 and so is all of B, so changing alpha has no effect"
         )
-    form = format_of(contents.adapter)
-    layers = {t: replace(layer, update=form.with_alpha(contents, layer, alpha)) for t, layer in asleep.items()}
+    divisors = format_of(contents.adapter).divisors(contents)
+    layers = {t: layer.with_alpha(alpha, divisors[t]) for t, layer in asleep.items()}
     return replace(contents, layers={**contents.layers, **layers}), frozenset(asleep)
 
 

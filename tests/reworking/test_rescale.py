@@ -17,9 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.adapters.formats.peft.spelling import Names
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from workbench import Workbench
+
+    from loratool.adapters.formats.format import Format
+    from loratool.adapters.layers import Kind
 
 LAYERS = ["embed", "linear", "c_attn", "square", "conv1", "conv2"]
 PLAIN: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": LAYERS}
@@ -131,6 +137,27 @@ def test_alpha_is_that_of_every_module_and_patterns_are_given_up(tmp_path: Path)
     found, before = delta_by_peft(pair, tmp_path / "out"), delta_by_peft(pair, pair.adapter)
     for name, alpha in (("linear.weight", 7), ("conv1.weight", 2), ("square.weight", 5)):
         torch.testing.assert_close(found[name], before[name] * 6 / alpha, rtol=0, atol=2e-6)
+
+
+def test_an_alpha_takes_no_look_at_all_layers_for_each_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of an adapter's layers are worked out as often for five layers as for one: thousands took minutes."""
+    asked: list[int] = []
+    original = Names.__init__
+
+    def counting(names: Names, form: Format, kinds: Mapping[str, Kind], release: str = "") -> None:
+        asked.append(len(kinds))
+        original(names, form, kinds, release)
+
+    monkeypatch.setattr(Names, "__init__", counting)
+    counts = set()
+    for at, layers in enumerate((["linear"], ["linear", "c_attn", "square", "conv1", "conv2"])):
+        (tmp_path / str(at)).mkdir()
+        pair = made(tmp_path / str(at), target_modules=layers)
+        asked.clear()
+        loratool.rescale(pair.adapter, tmp_path / f"out{at}", alpha=6)
+        assert asked[-1] >= len(layers)
+        counts.add(len(asked))
+    assert len(counts) == 1
 
 
 def test_the_first_pattern_that_is_found_multiplies_a_module(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,11 +22,10 @@ from loratool.templates import some
 
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter, StoredTensor
-    from loratool.adapters.layers import Contents, Form, Kind, Layer
+    from loratool.adapters.layers import Contents, Form, Kind
     from loratool.adapters.training import Training
     from loratool.algebra.lowrank.products import Product
     from loratool.algebra.updates.base import Update
-    from loratool.algebra.updates.experts import ExpertFactors
     from loratool.files.heads import HasNames
     from loratool.files.tensor_writer import TensorFile, Triple
     from loratool.lazy import Tensor
@@ -306,16 +305,13 @@ class Format(FormatFiles, Protocol):
 
     # What of its adapters can be changed, tensors staying as they are.
 
-    def alpha_of(self, contents: Contents, target: str) -> float:
-        """α of a layer, as the config of an adapter of this format has it."""
-        layer = contents.layers[target]
-        return layer.scale * layer.rank
+    def divisors(self, contents: Contents) -> Mapping[str, float]:
+        """What α of each layer is divided by, which gives its scale."""
+        return {target: layer.rank for target, layer in contents.layers.items()}
 
-    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:  # noqa: ARG002
-        """The update of a layer of such an adapter at an α."""
-        if isinstance(layer.update, LowRank):
-            return replace(layer.update, scale=alpha / layer.rank)
-        return replace(layer.update, alpha=alpha)
+    def alphas(self, contents: Contents) -> Mapping[str, float]:
+        """α of each layer, as the config of an adapter of this format has it."""
+        return {target: contents.layers[target].scale * each for target, each in self.divisors(contents).items()}
 
     def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> Config:  # noqa: ARG002
         """A config under which the same tensors are stronger by `factors`, None where they had no strength.

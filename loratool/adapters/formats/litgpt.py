@@ -87,7 +87,7 @@ class Litgpt(LitgptFiles, TrainerFormat):
     """Adapters as litgpt's finetune_lora saves them, in safetensors."""
 
     title = "litgpt"
-    alphas = (("lora_alpha",),)
+    alpha_paths = (("lora_alpha",),)
 
     def claims(self, file: HasNames) -> frozenset[str]:
         modules = [module for module in modules_with(file, (A, B)) if is_own(module)]

@@ -116,7 +116,7 @@ class Megatron(MegatronFiles, TrainerFormat):
     """Adapters of Megatron-Core models, gathered into one file."""
 
     title = "Megatron or NeMo"
-    alphas = ALPHAS
+    alpha_paths = ALPHAS
 
     def claims(self, file: HasNames) -> frozenset[str]:
         modules = [

@@ -99,7 +99,7 @@ class Torchtune(TorchtuneFiles, TrainerFormat):
     """Adapters as torchtune trains them, before it exports them."""
 
     title = "torchtune"
-    alphas = (("lora_alpha",),)
+    alpha_paths = (("lora_alpha",),)
     takes_model = True
 
     def __init__(self, model: Mapping[str, Any] | None = None) -> None:

@@ -82,12 +82,11 @@ class TrainerFormat(WithSettings, Format):
         )
         return settled(adapter, self.model_at(folder, config)), tuple(found.problems)
 
-    alphas: tuple[
-        tuple[str, ...], ...
-    ] = ()  # where settings may have the α of all modules; at the top where they are JSON
+    # Where settings may have the α of all modules; at the top where they are JSON.
+    alpha_paths: tuple[tuple[str, ...], ...] = ()
 
     def restated(self, adapter: Adapter, factor: float) -> Restated | None:
-        path = next((path for path in self.alphas if value_in(adapter.config, *path)), None)
+        path = next((path for path in self.alpha_paths if value_in(adapter.config, *path)), None)
         if path is None or adapter.config_file == adapter.file.path or adapter.file.files != (adapter.file,):
             return None
         alpha = tidy(value_in(adapter.config, *path) * factor)

@@ -138,10 +138,10 @@ class Named(Format):
 
     rescales_tensors: bool = True
 
-    def alpha_of(self, contents: Contents, target: str) -> float:
+    def alphas(self, contents: Contents) -> Mapping[str, float]:
         from loratool.adapters.formats.named.strength import alpha_of
 
-        return alpha_of(contents, target)
+        return {target: alpha_of(contents, target) for target in contents.layers}
 
     def scaled(self, contents: Contents, factors: Mapping[str, float], scales: Mapping[str, float]) -> Scaled:
         from loratool.adapters.formats.named.strength import scaled

@@ -16,11 +16,9 @@ from loratool.files.heads import HasNames, kinds_of
 if TYPE_CHECKING:
     from loratool.adapters.adapter import Adapter
     from loratool.adapters.formats.peft.spelling import Names
-    from loratool.adapters.layers import Contents, Kind, Layer
+    from loratool.adapters.layers import Contents, Kind
     from loratool.adapters.reading import Reading
     from loratool.adapters.training import Training
-    from loratool.algebra.updates.additive import LowRank
-    from loratool.algebra.updates.experts import ExpertFactors
     from loratool.files.checkpoint import Checkpoint
     from loratool.notes import Note
     from loratool.provenance.cards import Subject
@@ -135,15 +133,15 @@ class Peft(Format):
 
         return any(parameters <= set(row) for row in REGISTERED)
 
-    def alpha_of(self, contents: Contents, target: str) -> float:
+    def divisors(self, contents: Contents) -> Mapping[str, float]:
         from loratool.adapters.formats.peft import strength
 
-        return strength.alpha_of(contents, self.names_of(contents), target)
+        return strength.divisors(contents, self.names_of(contents))
 
-    def with_alpha(self, contents: Contents, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
+    def alphas(self, contents: Contents) -> Mapping[str, float]:
         from loratool.adapters.formats.peft import strength
 
-        return strength.with_alpha(contents, self.names_of(contents), layer, alpha)
+        return strength.alphas(contents, self.divisors(contents))
 
     def rescaled(self, contents: Contents, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:
         from loratool.adapters.formats.peft import strength

@@ -5,37 +5,33 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from loratool.adapters.formats.peft import packing
 from loratool.adapters.formats.peft.describing import anchored
 from loratool.adapters.formats.peft.experts import stacked_by_peft
 from loratool.adapters.formats.peft.spelling import Names
-from loratool.adapters.layers import Contents, Layer, adapted_module
-from loratool.algebra.updates.additive import LowRank
+from loratool.adapters.layers import Contents, adapted_module
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.errors import BAKE, InputError, printable
 
 
-def with_alpha(contents: Contents, names: Names, layer: Layer, alpha: float) -> LowRank | ExpertFactors:
-    """The update of a layer at an α."""
-    if isinstance(layer.update, ExpertFactors):
-        return replace(layer.update, alpha=alpha)
-    rank = math.sqrt(layer.rank) if contents.training.rslora else layer.rank
-    return replace(layer.update, scale=alpha * names.times(layer.target) / rank)
+def divisors(contents: Contents, names: Names) -> dict[str, float]:
+    """What α of each layer is divided by: its rank, or the root of that with rsLoRA, and less where PEFT applies it twice."""
+    ranks = {target: layer.rank for target, layer in contents.layers.items()}
+    return {t: (math.sqrt(r) if contents.training.rslora else r) / names.times(t) for t, r in ranks.items()}
 
 
-def alpha_of(contents: Contents, names: Names, target: str) -> float:
-    """α of a layer, as the config has it."""
-    layer, config = contents.layers[target], contents.adapter.config
-    if isinstance(layer.update, ExpertFactors):
-        return layer.update.alpha
+def alphas(contents: Contents, divisors: Mapping[str, float]) -> dict[str, float]:
+    """α of each layer, as the config has it."""
+    config = contents.adapter.config
     if config.get("peft_type") == "ADALORA":  # which takes init_r for an α that is not positive
         alpha = float(config.get("lora_alpha", 8))
-        return alpha if alpha > 0 else float(config.get("init_r", 12))
-    rank = math.sqrt(layer.rank) if contents.training.rslora else layer.rank
-    return layer.scale / names.times(target) * rank
+        return dict.fromkeys(contents.layers, alpha if alpha > 0 else float(config.get("init_r", 12)))
+    return {
+        target: layer.update.alpha if isinstance(layer.update, ExpertFactors) else layer.scale * divisors[target]
+        for target, layer in contents.layers.items()
+    }
 
 
 def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | None], one_alpha: bool) -> dict[str, Any]:
@@ -59,14 +55,15 @@ def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | Non
         config["lora_alpha"] = tidy(float(config.get("lora_alpha", 8)) * factor)
         config["alpha_pattern"] = {pattern: tidy(alpha * factor) for pattern, alpha in patterns.items()}
         return config
-    alphas: dict[str, float | int] = {}
+    own = alphas(contents, divisors(contents, names))
+    found: dict[str, float | int] = {}  # by module
     torn: list[str] = []
     for target, change in factors.items():
         module = adapted_module(target, contents.layers[target].kind)
         if names.inside_attention(target):
             module = module.removesuffix(".out_proj")  # whose α PEFT takes
-        wanted = alpha_of(contents, names, target) * (change or 1.0)
-        if not math.isclose(alphas.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
+        wanted = own[target] * (change or 1.0)
+        if not math.isclose(found.setdefault(module, tidy(wanted)), wanted, rel_tol=1e-8):
             torn.append(printable(target))
     if torn:
         raise InputError(
@@ -75,16 +72,16 @@ def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | Non
             torn,
             BAKE,
         )
-    stacked = {alphas[adapted_module(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
+    stacked = {found[adapted_module(t, contents.layers[t].kind)] for t in stacked_by_peft(contents.layers)}
     if len(stacked) > 1:
         raise InputError(
             f"PEFT has one alpha for all experts of a model, but these need {len(stacked)} different ones; pass "
             "--bake to put the strength into the factors",
             hint=BAKE,
         )
-    usual = stacked.pop() if stacked else Counter(alphas.values()).most_common(1)[0][0]
+    usual = stacked.pop() if stacked else Counter(found.values()).most_common(1)[0][0]
     config["lora_alpha"] = usual
-    config["alpha_pattern"] = {anchored(m, alphas): a for m, a in sorted(alphas.items()) if a != usual}
+    config["alpha_pattern"] = {anchored(m, found): a for m, a in sorted(found.items()) if a != usual}
     return config
 
 
