@@ -8,22 +8,58 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
+from loratool.grouping import by_key
 from loratool.templates import first_few
 
 PATTERN_SECONDS = 10.0
 PLAIN_PATTERN = re.compile(r"[\w.$-]+")  # patterns of these characters compile and match at once
+DOT, PIECE = re.compile(r"\."), re.compile(r"\\?.")
+FIXED_PATTERN = re.compile(r"\^?(?P<body>(?:[\w.-]|\\[.-])+)\$?")  # and what these match is as long as they are
 
 
 def match_patterns(patterns: Iterable[str], modules: Iterable[str]) -> dict[str, set[str]]:
     """Module → the patterns that PEFT would find to match it: the whole path, or a whole dotted tail of it."""
-    wanted = list(patterns)
-    found = search_names(wanted, modules, r"^(.*\.)?({})$")
+    wanted, names = list(patterns), list(modules)
+    fixed = {pattern: match["body"] for pattern in wanted if (match := FIXED_PATTERN.fullmatch(pattern))}
+    if any("\n" in name for name in names):  # which no dot matches, and which may follow the end
+        fixed = {}
+    found = search_names((pattern for pattern in wanted if pattern not in fixed), names, r"^(.*\.)?({})$")
+    for pattern, name in fixed_matches(fixed, found) if fixed else ():
+        found[name].add(pattern)
     for name in found.keys() & wanted:  # PEFT's last resort: the path itself as a key
         if not found[name]:
             found[name].add(name)
     return found
+
+
+def fixed_matches(bodies: Mapping[str, str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(pattern, name) for all that match, by the patterns' bodies: a config may have one for each of thousands of modules.
+
+    Dotted tails are looked up by their length, with a dot at every place at which a pattern takes any character.
+    """
+    tails = by_key(
+        (len(name) - at, (name[at:], name)) for name in names for at in [0, *(dot.end() for dot in DOT.finditer(name))]
+    )
+    pieces = {pattern: PIECE.findall(body) for pattern, body in bodies.items()}
+    alike = by_key(
+        ((len(each), tuple(at for at, piece in enumerate(each) if piece == ".")), pattern)
+        for pattern, each in pieces.items()
+    )
+    for (length, open_places), group in alike.items():
+        there = by_key((with_dots(tail, open_places), name) for tail, name in tails.get(length, ()))
+        for pattern in group:
+            text = "".join(piece[-1] for piece in pieces[pattern])
+            yield from ((pattern, name) for name in there.get(text, ()) if pattern[0] != "^" or len(name) == length)
+
+
+def with_dots(text: str, places: Iterable[int]) -> str:
+    """A text with dots at some places."""
+    characters = list(text)
+    for at in places:
+        characters[at] = "."
+    return "".join(characters)
 
 
 def search_names(patterns: Iterable[str], names: Iterable[str], around: str = "{}") -> dict[str, set[str]]:

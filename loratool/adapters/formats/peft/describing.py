@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from loratool.adapters.formats.format import Parts
@@ -51,8 +51,8 @@ def describe(
     config.update(scaling_fields(strengths, strengths[own[stacked[0]]] if stacked else None))
     layers = [module for target, module in own.items() if kinds[target] is not Kind.PARAMETER]
     config.update({"target_modules": sorted(layers) or None} if whole_names else target_fields(configs, layers))
-    gone = [target.removesuffix(".weight") for target in parts.dropped]
-    if any(module.endswith(f".{layer}") for module in gone for layer in layers):  # PEFT would adapt them again
+    gone = {tail for target in parts.dropped for tail in keys.tails(target.removesuffix(".weight"))}
+    if not gone.isdisjoint(layers):  # PEFT would adapt them again
         config["target_modules"] = "|".join(re.escape(layer) for layer in sorted(layers))
     if parameters := sorted(target for target, kind in kinds.items() if kind is Kind.PARAMETER):
         config["target_parameters"] = parameters if whole_names else parameters_of(configs, parameters)
@@ -90,18 +90,20 @@ def scaling_fields(
 ) -> dict[str, Any]:
     """Rank and α by module: the usual or most frequent ones, and patterns for the others."""
     rank, alpha = usual or (Counter(strengths.values()).most_common(1)[0][0] if strengths else (1, 1))
-    ranks = {anchored(module, strengths): r for module, (r, _) in sorted(strengths.items()) if r != rank}
+    pattern_of = patterns_for(strengths)
+    ranks = {pattern_of(module): r for module, (r, _) in sorted(strengths.items()) if r != rank}
     return {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": ranks,
-        "alpha_pattern": {anchored(module, strengths): a for module, (_, a) in sorted(strengths.items()) if a != alpha},
+        "alpha_pattern": {pattern_of(module): a for module, (_, a) in sorted(strengths.items()) if a != alpha},
     }
 
 
-def anchored(module: str, every: Collection[str]) -> str:
-    """A pattern that matches this module and none of the others: its path, from the start where it is a tail too."""
-    return f"^{module}" if any(other.endswith(f".{module}") for other in every) else module
+def patterns_for(modules: Iterable[str]) -> Callable[[str], str]:
+    """A pattern that matches one of some modules and none of the others: its path, from the start where it is a tail too."""
+    tails = {tail for module in modules for tail in keys.tails(module) if tail != module}
+    return lambda module: f"^{module}" if module in tails else module
 
 
 def target_fields(configs: Sequence[Mapping[str, Any]], modules: Collection[str]) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def look_at_patterns(adapter: Adapter, path: Path) -> Iterator[Finding]:
     except ValueError:
         return  # told with what could not be read
     for name, table in tables.items():
-        rivals = [m for m in modules if len({repr(table[p]) for p in table if p in matching[m]}) > 1]
+        rivals = [m for m in modules if len({repr(table[p]) for p in table.keys() & matching[m]}) > 1]
         if not rivals:
             continue
         said = ", ".join(f"{printable(p)}: {printable(table[p])}" for p in table if p in matching[rivals[0]])

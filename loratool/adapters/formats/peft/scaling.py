@@ -28,8 +28,8 @@ class Scaling:
         self.rank: int | None = draft.config.get("r")
         self.base_alpha: float = draft.config.get(alpha, 8)
         self.rslora = False
-        self.ranks: dict[str, Any] = {}
-        self.alphas: dict[str, Any] = {}
+        self.ranks: dict[str, tuple[int, Any]] = {}  # pattern → its place in the config, and what it says
+        self.alphas: dict[str, tuple[int, Any]] = {}
         self.found: dict[str, set[str]] = {}
         self.valid = False
         if alpha not in draft.config:
@@ -60,7 +60,7 @@ class Scaling:
             )
         self.tell_rivals()
 
-    def pattern(self, name: str, valid: Any) -> dict[str, Any]:
+    def pattern(self, name: str, valid: Any) -> dict[str, tuple[int, Any]]:
         """`rank_pattern` or `alpha_pattern`, checked."""
         table = self.draft.config.get(name) or {}
         if not isinstance(table, dict):
@@ -71,25 +71,25 @@ class Scaling:
                     f"{self.draft.where}: {name}: {printable(repr(pattern))} has the value {printable(repr(value))}",
                     AGAINST_TENSORS,
                 )
-        return table
+        return {pattern: (place, value) for place, (pattern, value) in enumerate(table.items())}
+
+    def said(self, table: Mapping[str, tuple[int, Any]], path: str) -> list[Any]:
+        """What patterns say of a module, in the order of the config."""
+        return [value for _, value in sorted(table[p] for p in self.found.get(path, ()) if p in table)]
 
     def expected(self, path: str) -> Collection[int]:
         """The ranks that the config may mean for a module: sorting its patterns lost which of them came first."""
-        matching = self.found.get(path, set())
-        return [rank for pattern, rank in self.ranks.items() if pattern in matching] or (
-            [self.rank] if self.rank else []
-        )
+        return self.said(self.ranks, path) or ([self.rank] if self.rank else [])
 
     def alpha(self, path: str) -> float:
         """α of a module: of several patterns that match the first in the file's order, as PEFT reads it."""
-        matching = self.found.get(path, set())
-        return float(next((alpha for pattern, alpha in self.alphas.items() if pattern in matching), self.base_alpha))
+        return float(next(iter(self.said(self.alphas, path)), self.base_alpha))
 
     def tell_rivals(self) -> None:
         """Say which modules several patterns give another α, and which of them is used."""
         rivals: dict[tuple[float, ...], list[str]] = {}
-        for path, matching in self.found.items():
-            alphas = tuple(alpha for pattern, alpha in self.alphas.items() if pattern in matching)
+        for path in self.found:
+            alphas = tuple(self.said(self.alphas, path))
             if len(set(alphas)) > 1:
                 rivals.setdefault(alphas, []).append(path)
         for alphas, paths in rivals.items():

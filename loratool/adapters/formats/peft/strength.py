@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratool.adapters.formats.peft import packing
-from loratool.adapters.formats.peft.describing import anchored
+from loratool.adapters.formats.peft.describing import patterns_for
 from loratool.adapters.formats.peft.experts import stacked_by_peft
 from loratool.adapters.formats.peft.spelling import Names
 from loratool.adapters.layers import Contents, adapted_module
@@ -80,8 +80,8 @@ def rescaled(contents: Contents, names: Names, factors: Mapping[str, float | Non
             hint=BAKE,
         )
     usual = stacked.pop() if stacked else Counter(found.values()).most_common(1)[0][0]
-    config["lora_alpha"] = usual
-    config["alpha_pattern"] = {anchored(m, found): a for m, a in sorted(found.items()) if a != usual}
+    config["lora_alpha"], pattern_of = usual, patterns_for(found)
+    config["alpha_pattern"] = {pattern_of(m): a for m, a in sorted(found.items()) if a != usual}
     return config
 
 
