@@ -61,8 +61,6 @@ def extras_of(
         InputError: a file to merge is no safetensors file of whole tensors.
     """
     found = Extras()
-    also_load = [also_load] if isinstance(also_load, (str, os.PathLike)) else also_load
-    ignore = [ignore] if isinstance(ignore, str) else ignore
     taken: dict[int, set[str]] = {number: set() for number in range(len(adapters))}
     for wanted in also_load:
         number, path, name = find(adapters, wanted)

@@ -213,7 +213,10 @@ def packing_edits_of(part: PackedModel, plain: Sequence[str]) -> list[ConfigEdit
     named = [*plain, *in_memory(plain, part.model)]
     return [
         ConfigEdit(
-            each.path, part.left_plain(each, named), part.folder + each.file, f"{'.'.join(each.path)} {about}".strip()
+            each.path,
+            part.left_plain(each, named),
+            part.folder + each.file,
+            f"{'.'.join(each.path)} {about}".strip(),
         )
         for each in places
     ]

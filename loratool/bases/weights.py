@@ -144,9 +144,9 @@ class Memory:
         lap("read", count)
         return raw
 
-    def small(self, tensor: StoredTensor, start: int = 0, count: int | None = None) -> NDArray[Any]:
-        """The same in memory of their own; by default to the tensor's end."""
-        raw = numpy.empty(tensor.info.nbytes - start if count is None else count, numpy.uint8)
+    def small(self, tensor: StoredTensor, start: int, count: int) -> NDArray[Any]:
+        """The same in memory of their own."""
+        raw = numpy.empty(count, numpy.uint8)
         tensor.read(start, raw.data, self.sources)
         return raw
 

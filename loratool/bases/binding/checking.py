@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from loratool.adapters.adapter import Adapter
 from loratool.bases.binding.names import unwrapped
@@ -58,13 +59,9 @@ def uncut(places: Sequence[Place]) -> str:
         return ""
     if len(places) == 1 and not places[0].update_row:
         return ""
-    rows = sorted((place.update_row, place.rows) for place in places)
-    gapless = all(start == sum(count for _, count in rows[:at]) for at, (start, _) in enumerate(rows))
-    if (
-        not gapless
-        or sum(count for _, count in rows) != update.shape[0]
-        or any(place.columns != ALL for place in places)
-    ):
+    starts, counts = zip(*sorted((place.update_row, place.rows) for place in places), strict=True)
+    gapless = [*starts, update.shape[0]] == [0, *accumulate(counts)]
+    if not gapless or any(place.columns != ALL for place in places):
         return "an update that depends on the whole weight cannot be applied to a part of it"
     return ""
 

@@ -111,10 +111,7 @@ class Orientation:
 
     def shown_of(self, leaf: str) -> bool | None:
         """What weights that are not square show of a layer: those of its name, then of its kind, then the base's biases."""
-        kin = Counter[bool]()
-        for other, counts in self.shown.items():
-            kin += counts if is_conv1d(other) == is_conv1d(leaf) else Counter()
-        for seen in (set(self.shown.get(leaf, ())), set(kin)):
+        for seen in (set(self.shown.get(leaf, ())), set(self.shown_of_kind(leaf))):
             if seen:
                 return next(iter(seen)) if len(seen) == 1 else None
         by_bias = {
@@ -125,6 +122,11 @@ class Orientation:
             if shown is not None
         }
         return next(iter(by_bias)) if len(by_bias) == 1 else None
+
+    def shown_of_kind(self, leaf: str) -> Counter[bool]:
+        """How many weights that are not square, of layers named like Conv1D or of all others, lie each way round."""
+        kin = (counts for other, counts in self.shown.items() if is_conv1d(other) == is_conv1d(leaf))
+        return sum(kin, Counter[bool]())
 
     def decide_square(self, leaf: str) -> bool | str:
         shown, claims = self.shown_of(leaf), list(self.claims(leaf))
@@ -154,8 +156,7 @@ class Orientation:
 
     def check(self, leaf: str, turned: bool) -> bool | str:
         """What the only way round that fits is held against: all that is said, and all layers like it."""
-        by_option, by_class = self.said_by_option(leaf), self.said_by_class(leaf)
-        alike = sum((c for other, c in self.shown.items() if is_conv1d(other) == is_conv1d(leaf)), Counter[bool]())
+        by_option, by_class, alike = self.said_by_option(leaf), self.said_by_class(leaf), self.shown_of_kind(leaf)
         if by_option is not None:
             if by_option == turned or (by_option and alike[True]):
                 return turned
@@ -195,26 +196,16 @@ class Orientation:
             return self.given
         if seen is not None:
             return seen
-        types = model_types(self.base.config)
-        axes = self.adapter.training.expert_axes
-        if not types & TWO_WAY_EXPERTS:
-            if axes == "first":
-                found = True  # A acts on the first dimension, whatever the class
-            elif types:
-                found = bool(types & FLAGGED_EXPERTS) == (axes == "as flagged")
-            else:
-                return self.ask_expert()
-            release = self.adapter.training.release
-            who = "the release of PEFT that saved it" if release else "releases of PEFT before 0.18"
-            self.remark("expert-orientation-guessed", f"of experts assumed to have the orientation that {who} uses")
-            return found
-        return self.ask_expert()
-
-    def ask_expert(self) -> str:
-        return (
-            "each expert's weight is square, and neither other experts nor peft_version show the orientation of "
-            f"lora_A and lora_B; pass {OPTION}"
-        )
+        types, trained = model_types(self.base.config), self.adapter.training
+        by_first = trained.expert_axes == "first"  # A acts on the first dimension, whatever the class
+        if types & TWO_WAY_EXPERTS or not (types or by_first):
+            return (
+                "each expert's weight is square, and neither other experts nor peft_version show the orientation of "
+                f"lora_A and lora_B; pass {OPTION}"
+            )
+        who = "the release of PEFT that saved it" if trained.release else "releases of PEFT before 0.18"
+        self.remark("expert-orientation-guessed", f"of experts assumed to have the orientation that {who} uses")
+        return by_first or bool(types & FLAGGED_EXPERTS) == (trained.expert_axes == "as flagged")
 
     def notes(self) -> list[Note]:
         """What was guessed, and what the adapter's config says that is not so."""

@@ -21,6 +21,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from loratool.adapters.adapter import StoredTensor
@@ -30,6 +31,7 @@ from loratool.bases.codecs.parts import (
     Finder,
     Unfit,
     bytes_of,
+    floats_of,
     in_blocks,
     is_count,
     largest_in_blocks,
@@ -128,7 +130,7 @@ class FourBit(LineByLine):
 
     def pairs_by_numpy(self, memory: Memory) -> NDArray[Any]:
         """The two values of each byte; the first is in the high nibble."""
-        values = memory.small(self.tensors[2]).view(numpy.float32)
+        values = floats_of(self.tensors[2], memory.sources)
         pairs: NDArray[Any] = numpy_values.pairs(values, values).reshape(16, 16).T.reshape(-1)
         return pairs
 
@@ -136,12 +138,13 @@ class FourBit(LineByLine):
         """Those of blocks from block `first` on."""
         if not (block := self.statistics.nested_block):
             return memory.small(self.tensors[1], 4 * first, 4 * count).view(numpy.float32)
-        outer, table = (memory.held.of(f"{at} by numpy", lambda at=at: memory.small(self.tensors[at])) for at in (4, 5))  # type: ignore[misc]
-        values = table.view(numpy.float32)[memory.small(self.tensors[1], first, count)]
-        values *= outer.view(numpy.float32)[numpy.arange(first, first + count) // block]
+        outer, table = (
+            memory.held.of(tensor.info.name, partial(floats_of, tensor, memory.sources)) for tensor in self.tensors[4:]
+        )
+        values: NDArray[Any] = table[memory.small(self.tensors[1], first, count)]
+        values *= outer[numpy.arange(first, first + count) // block]
         values += numpy.float32(self.statistics.offset)
-        found: NDArray[Any] = values
-        return found
+        return values
 
     def check(self, room: Room) -> str:
         # a nested absmax near zero may be decoded to a negative number
@@ -313,7 +316,7 @@ def statistics_of(json: StoredTensor, kind: str, room: Room) -> Statistics:
     """What the JSON of a weight says. `ValueError` says what is wrong with it."""
     if json.info.nbytes > LARGEST_STATE:
         raise ValueError(f"is {json.info.nbytes} bytes of JSON, over the limit of {LARGEST_STATE}")
-    said = json_object(bytes_of(json, room))
+    said = json_object(bytes_of(json, room.sources))
     block, shape, inner = said.get("blocksize"), said.get("shape"), said.get("nested_blocksize")
     if said.get("quant_type") != kind:
         raise ValueError(f"quant_type must be {kind!a}, as in its name, but it is {shown(said.get('quant_type'))}")
@@ -347,7 +350,7 @@ def int8_weight(finder: Finder, module: str, room: Room) -> Int8:
     parts = [values, finder.part(f"{module}.SCB", ["F32"], [values.info.rows], f"for {list(values.info.shape)}")]
     if f"{module}.weight_format" in finder.base.tensors:
         form = finder.part(f"{module}.weight_format", ["U8"], [])
-        if form is not None and (said := bytes_of(form, room)[0]):
+        if form is not None and (said := bytes_of(form, room.sources)[0]):
             finder.note(form.info.name, f"must be 0, values row by row, but it is {said}, a layout for one kind of GPU")
         parts.append(form)
     return Int8(

@@ -29,6 +29,7 @@ from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParam
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.untrusted import json_object
 from loratool.lazy import Tensor, torch
@@ -197,7 +198,8 @@ def said_in(base: Checkpoint) -> Iterator[tuple[str, str, bytes]]:
     for shard in base.shards:
         if HEADER in shard.metadata:
             yield HEADER, "", shard.metadata[HEADER].encode()
-    for name, info in base.tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == SAYS and layer and info.dtype == "U8" and info.nbytes <= LARGEST_JSON:
-            yield name, layer, bytes_of(plain_of(base, name), Room())
+    with OpenSources() as sources:
+        for name, info in base.tensors.items():
+            layer, _, leaf = name.rpartition(".")
+            if leaf == SAYS and layer and info.dtype == "U8" and info.nbytes <= LARGEST_JSON:
+                yield name, layer, bytes_of(plain_of(base, name), sources)

@@ -107,7 +107,7 @@ class GptqWeight(Grouped):
         """How many zero points are stored as all ones, and how many there are."""
         largest = (1 << self.bits) - 1
         if self.bits == 4:  # torch need not be imported for them
-            words = integers_of(self.tensors[1], room).reshape(self.tensors[1].info.shape)
+            words = integers_of(self.tensors[1], room.sources)
             nibbles = numpy_values.nibbles(words.view(numpy.uint8))[:, : self.shape[0]]
             return int((nibbles == largest).sum()), nibbles.size
         fields = unpacked(read_whole(self.tensors[1], room).view(torch.uint8), self.bits)[:, : self.shape[0]]

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.parameters import WithParameters
-from loratool.bases.codecs.parts import held, integers_of, read_whole, wrong_scales
-from loratool.bases.weights import WIDENED, HeldPart, Memory, Room, widen
+from loratool.bases.codecs.parts import floats_of, held, integers_of, read_whole, wrong_scales
+from loratool.bases.weights import WIDENED, HeldPart, Memory, Room
 from loratool.errors import printable
 from loratool.files.open_sources import OpenSources
 from loratool.lazy import NDArray, Tensor, numpy, torch
@@ -112,12 +112,11 @@ class Grouped(WithParameters):
     def grid_by_numpy(self, memory: Memory) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """As `Grid`; zero points are int8."""
         shape = self.tensors[2].info.shape
-        scales = numpy.empty(shape, numpy.float32)
-        widen(scales.reshape(-1), memory.small(self.tensors[2]), self.tensors[2].info.dtype)
-        words = memory.small(self.tensors[1]).view(numpy.int32).reshape(self.tensors[1].info.shape)
+        scales = floats_of(self.tensors[2], memory.sources).reshape(shape)
+        words = integers_of(self.tensors[1], memory.sources)
         zeros = self.zeros_by_numpy(words)[:, : shape[1]].view(numpy.int8)
         in_order: NDArray[Any] = numpy.arange(self.line) // self.group
-        groups = integers_of(self.tensors[3], Room(memory.sources)) if len(self.tensors) > 3 else in_order
+        groups = integers_of(self.tensors[3], memory.sources) if len(self.tensors) > 3 else in_order
         in_turns = self.line % self.group == 0 and numpy.array_equal(groups, in_order)
         by_output = numpy.ascontiguousarray(scales.T), numpy.ascontiguousarray(zeros.T)
         return *by_output, groups[:0] if in_turns else groups
@@ -176,7 +175,7 @@ class Grouped(WithParameters):
             return wrong
         if len(self.tensors) > 3:
             name, number = self.tensors[3].info.name, scales.info.shape[0]
-            groups = integers_of(self.tensors[3], room)
+            groups = integers_of(self.tensors[3], room.sources)
             outside = groups[(groups < 0) | (groups >= number)]
             if len(outside):
                 return (

@@ -293,7 +293,7 @@ def value_of(tensor: Plain, room: Room) -> object:
     info = tensor.info
     if info.nbytes > LARGEST or info.dtype not in NUMBERS:
         return None
-    numbers = [*struct.unpack(f"<{info.elements}{NUMBERS[info.dtype]}", bytes_of(tensor, room))]
+    numbers = [*struct.unpack(f"<{info.elements}{NUMBERS[info.dtype]}", bytes_of(tensor, room.sources))]
     return numbers if info.shape else numbers[0]
 
 

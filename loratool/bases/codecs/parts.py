@@ -15,6 +15,7 @@ from loratool.adapters.adapter import INTEGER_NAMES, StoredTensor
 from loratool.bases.weights import WIDENED, Plain, Room, plain_of, widen
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
+from loratool.files.open_sources import OpenSources
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
@@ -107,10 +108,10 @@ def read_range(tensor: StoredTensor, start: int, stop: int, device: torch.device
     return Room(room.sources).read(tensor, start * size, (stop - start) * size, device).view(dtype)
 
 
-def bytes_of(tensor: StoredTensor, room: Room) -> bytes:
+def bytes_of(tensor: StoredTensor, sources: OpenSources) -> bytes:
     """All bytes of a small tensor; torch need not be imported for them."""
     raw = bytearray(tensor.info.nbytes)
-    tensor.read(0, memoryview(raw), room.sources)
+    tensor.read(0, memoryview(raw), sources)
     return bytes(raw)
 
 
@@ -129,7 +130,7 @@ def wrong_scales(tensor: StoredTensor, room: Room, sign: str = "any") -> str:
 
     `sign` is "any", "not zero", "not negative" or "positive". Empty where nothing is wrong.
     """
-    values = floats_of(tensor, room)
+    values = floats_of(tensor, room.sources)
     wrong = {"NaN or infinite": ~numpy.isfinite(values)}
     wrong |= {"negative": values < 0} if sign in ("not negative", "positive") else {}
     wrong |= {"zero": values == 0} if sign in ("not zero", "positive") else {}
@@ -138,21 +139,20 @@ def wrong_scales(tensor: StoredTensor, room: Room, sign: str = "any") -> str:
     return f"{printable(tensor.info.name)}: {', '.join(found)}" if found else ""
 
 
-def floats_of(tensor: StoredTensor, room: Room) -> NDArray[Any]:
+def floats_of(tensor: StoredTensor, sources: OpenSources) -> NDArray[Any]:
     """All values of a small tensor, (n,) of float32; without torch where numpy has the dtype."""
     if tensor.info.dtype not in WIDENED:
-        found: NDArray[Any] = read_whole(tensor, room).float().flatten().numpy()
+        found: NDArray[Any] = read_whole(tensor, Room(sources)).float().flatten().numpy()
         return found
     values = numpy.empty(tensor.info.elements, numpy.float32)
-    widen(values, numpy.frombuffer(bytes_of(tensor, room), numpy.uint8), tensor.info.dtype)
+    widen(values, numpy.frombuffer(bytes_of(tensor, sources), numpy.uint8), tensor.info.dtype)
     return values
 
 
-def integers_of(tensor: StoredTensor, room: Room) -> NDArray[Any]:
-    """All values of a small tensor of int32 or int64, (n,)."""
+def integers_of(tensor: StoredTensor, sources: OpenSources) -> NDArray[Any]:
+    """All values of a small tensor of int32 or int64, in its shape."""
     dtype = {"I32": numpy.int32, "I64": numpy.int64}[tensor.info.dtype]
-    found: NDArray[Any] = numpy.frombuffer(bytes_of(tensor, room), dtype)
-    return found
+    return numpy.frombuffer(bytes_of(tensor, sources), dtype).reshape(tensor.info.shape)
 
 
 def in_blocks(values: Tensor, start: int, block: int) -> Iterator[tuple[Tensor, slice]]:

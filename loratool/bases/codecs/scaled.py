@@ -20,10 +20,10 @@ from loratool.bases.codecs import new_scales, numpy_values
 from loratool.bases.codecs.byte_values import by_rows
 from loratool.bases.codecs.numbers import FP8, Numbers, offset_floats
 from loratool.bases.codecs.parameters import POWERS, InMemory, LineByLine, Parameters, as_float32
-from loratool.bases.codecs.parts import read_whole, wrong_scales
-from loratool.bases.weights import WIDENED, Memory, Room, widen
+from loratool.bases.codecs.parts import floats_of, read_whole, wrong_scales
+from loratool.bases.weights import WIDENED, Memory, Room
 from loratool.errors import printable
-from loratool.lazy import NDArray, Tensor, numpy, torch
+from loratool.lazy import NDArray, Tensor, torch
 
 Block = tuple[int, int]  # rows, columns
 
@@ -110,15 +110,12 @@ class Scaled(LineByLine):
         return self.numbers is FP8 and others == (None,) * 5 and self.scales.info.dtype in WIDENED
 
     def decode_into(self, values: NDArray[Any], first: int, memory: Memory) -> None:
-        def widened() -> NDArray[Any]:
-            found = numpy.empty(self.scales.info.elements, numpy.float32)
-            widen(found, memory.small(self.scales), self.scales.info.dtype)
-            return found.reshape(-1, self.tiles.grid[-1])
-
-        scales = memory.held.of("scales by numpy", widened)
+        scales = memory.held.of("scales by numpy", lambda: floats_of(self.scales, memory.sources))
         numpy_values.e4m3(values.reshape(-1), memory.read(self.tensors[0], first * self.line, values.size))
         blocks = [self.row_of_blocks(line) for line in range(first, first + len(values))]
-        numpy_values.multiply(values, scales[blocks], min(self.tiles.block[1], self.line))
+        numpy_values.multiply(
+            values, scales.reshape(-1, self.tiles.grid[-1])[blocks], min(self.tiles.block[1], self.line)
+        )
 
     def read_numbers(self, raw: Tensor, first: int, count: int) -> Tensor:
         """(count, line) of float32."""
