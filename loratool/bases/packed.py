@@ -201,7 +201,6 @@ class Codec(Protocol):
         Only headers are read, and tensors that say how others are packed (a few bytes each). Raises `InputError` naming
         every module that is incomplete or of an unknown scheme, each with its scheme and the way out.
         """
-        ...
 
     def left_plain(
         self,

@@ -191,22 +191,17 @@ def share(names: Sequence[str], edits: Edits, saved: Saved, adapters: int, one_r
 
 def alike(one: str, other: str, edits: Edits, saved: Saved, adapters: int) -> bool:
     """Whether every adapter does the same to two tensors that were one."""
-    for adapter in range(adapters):
-        begun = [saved.get(name, {}).get(adapter) for name in (one, other)]
-        if not same_change(begun[0], begun[1]):
-            return False
-        first, second = ([e for e in edits.get(name, ()) if e.adapter == adapter] for name in (one, other))
-        if len(first) != len(second):
-            return False
-        for a, b in zip(first, second, strict=True):
-            places = [(e.first_row, e.rows, e.update_row, e.columns, e.fold) for e in (a, b)]
-            if places[0] != places[1] or not same_change(a.update, b.update):
-                return False
-    return True
+
+    def done(name: str, adapter: int) -> tuple[object, ...]:
+        own = [e for e in edits.get(name, ()) if e.adapter == adapter]
+        changes = ((e.first_row, e.rows, e.update_row, e.columns, e.fold, e.update) for e in own)
+        return saved.get(name, {}).get(adapter), tuple(changes)
+
+    return all(same_change(done(one, adapter), done(other, adapter)) for adapter in range(adapters))
 
 
 def same_change(one: object, other: object) -> bool:
-    """Whether two updates, or parts of them, have the same values; those of tensors are read."""
+    """Whether two changes, or parts of them, have the same values; those of tensors are read."""
     if one is other:
         return True
     if isinstance(one, StoredTensor) and isinstance(other, StoredTensor):

@@ -85,12 +85,6 @@ def usual_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def assume(base: Checkpoint, shapes: Mapping[str, Shape]) -> Checkpoint:
-    """`base` with some more tensors, or tensors of another shape, to plan with."""
-    held = base.held if isinstance(base, View) else base.tensors
-    return base.seen_as(View, held=held, assumed=shapes) if shapes else base
-
-
 def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, new_tensors: bool) -> Trained:
     """Bind an adapter's targets in the model that was trained.
 
@@ -104,7 +98,8 @@ def as_trained(adapter: Adapter, base: Checkpoint, ties: Ties, binder: Binder, n
     heads = {name: base.tensors[group.names[0]].shape for group in ties.groups for name in group.missing}
 
     def bound_in(shapes: Mapping[str, Shape]) -> tuple[Checkpoint, Bound]:
-        seen = assume(base, {**heads, **shapes})
+        assumed = {**heads, **shapes}
+        seen = base.seen_as(View, held=base.tensors, assumed=assumed) if assumed else base
         return seen, without_rows(adapter, binder(adapter, seen), seen, ties, binder)
 
     seen, bound = bound_in({})

@@ -37,33 +37,27 @@ class StoredWeight(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the values."""
-        ...
 
     @property
     def dtype(self) -> str:
         """That of a plain copy, as safetensors names it."""
-        ...
 
     @property
     def exact(self) -> str:
         """The narrowest dtype in which `rows` loses nothing that is stored."""
-        ...
 
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """Those on disk that make it up."""
-        ...
 
     def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
         """Rows `first` … `first + count` as a (count, columns) matrix; nothing else is read.
 
         The result may lie in the memory of `room`, until the next call with it.
         """
-        ...
 
     def matrix(self, columns: int) -> StoredWeight:
         """The same values, in their order, as a matrix of so many columns: all dimensions but the last ones are rows."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -143,10 +143,8 @@ def cancelled(shared: Joint, weights: Tensor, combination: Combination, left: fl
     if combination.rank is not None:
         found = cut(shared.sum(plain.tolist()), combination.rank)
     else:
-        found = Mixture(
-            side_by_side([p.scaled(float(c)) for p, c in zip(shared.products, plain, strict=True)]), 0, left
-        )
-        found = replace(found, whole=float(norm(found.product)))
+        product = side_by_side([p.scaled(float(c)) for p, c in zip(shared.products, plain, strict=True)])
+        found = Mixture(product, 0.0, float(norm(product)))
     factor = combination.factor
     return Mixture(found.product.scaled(factor), found.lost, abs(factor) * found.whole, UNSCALED)
 

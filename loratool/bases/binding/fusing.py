@@ -11,7 +11,7 @@ from loratool.algebra.updates.base import ANY, Update
 from loratool.algebra.updates.experts import ExpertFactors
 from loratool.bases.binding.places import ALL, Match, Place, Rule
 from loratool.files.safefile import TensorInfo
-from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, INTERLEAVED_EXPERTS, Fusion
+from loratool.layouts.fusions import EXPERT_COUNTS, FUSIONS, Fusion
 
 
 class Misfit(Exception):  # noqa: N818  (no error by itself: another way may fit)
@@ -254,10 +254,6 @@ def described(update: Update) -> str:
     if isinstance(update, ExpertFactors):
         return f"lora_A {list(update.a.shape)} and lora_B {list(update.b.shape)}"
     return str(list(update.shape))
-
-
-def is_interleaved(config: Mapping[str, Any]) -> bool:
-    return bool(model_types(config) & INTERLEAVED_EXPERTS)
 
 
 def expert_count(config: Mapping[str, Any]) -> int | None:

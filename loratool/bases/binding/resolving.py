@@ -24,7 +24,7 @@ from loratool.bases.binding.places import Match, Place, Rule
 from loratool.errors import printable
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.layouts.architectures import REORDERED, TOWERS
-from loratool.layouts.fusions import Fusion
+from loratool.layouts.fusions import INTERLEAVED_EXPERTS, Fusion
 from loratool.templates import Numbers, first_few, template_of
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ class Resolver:
         self.config = base.config
         self.disk = Disk(base.tensors)
         self.fusions = fusing.fusions_of(base.config)
-        self.interleaved = fusing.is_interleaved(base.config)
-        self.reordered = [name for kind, names in REORDERED if kind in model_types(base.config) for name in names]
+        types = model_types(base.config)
+        self.interleaved = bool(types & INTERLEAVED_EXPERTS)
+        self.reordered = [name for kind, names in REORDERED if kind in types for name in names]
         self.levels: dict[str, tuple[list[list[Way]], Iterator[list[Alias]]]] = {}
 
     @cached_property

@@ -26,11 +26,9 @@ class Parameters(Protocol):
 
     def some(self, tensor: StoredTensor, start: int, stop: int) -> Tensor:
         """Values `start` … `stop` of a tensor, numbered row by row, in their dtype on disk and memory of their own."""
-        ...
 
     def kept(self, tensor: StoredTensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         """What is made of a small tensor, always the same of each. Nobody changes it."""
-        ...
 
 
 @dataclass(frozen=True)

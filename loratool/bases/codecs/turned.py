@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from loratool.bases.codecs.parameters import WithParameters
 from loratool.bases.codecs.parts import held
 from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Room
@@ -12,7 +13,7 @@ from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turned(Requantizable):
+class Turned(WithParameters):
     """The transpose of a packed matrix: bitsandbytes and GPTQ turn weights of Conv1D layers, (in, out), for packing.
 
     Its rows are columns on disk, so all of it is decoded once and held, as float32, and packed anew all at once.
@@ -36,9 +37,6 @@ class Turned(Requantizable):
     @property
     def together(self) -> int:
         return self.shape[0]
-
-    def parameters(self, room: Room) -> Mapping[str, Tensor]:
-        return self.whole.parameters(room)
 
     def measure(self, values: Tensor) -> Tensor:
         return self.whole.measure(values.T.contiguous())
