@@ -360,14 +360,13 @@ class Baker(Maker[str, None]):
 
     def work(self, output: Output, task: str) -> list[Made[None]]:
         found = self.contents.load(task, self.at_work.device, self.at_work.dtype)
-        rounded = output.rounded(task, padded(found.scaled(self.remaining(task)), output.forms[task].rank))
+        factor = (self.modules[task].factor or 1.0) / (
+            self.said.get(task) or 1.0
+        )  # what the output does not say itself
+        rounded = output.rounded(task, padded(found.scaled(factor), output.forms[task].rank))
         if bool(found.up.any()) and not bool(rounded.factors.up.any()):
             raise FitError(f"{printable(task)}: all of B would be zero in {output.dtype}")
         return [Made((rounded,), None)]
-
-    def remaining(self, task: str) -> float:
-        """What the factors of a layer, the scale in them, are multiplied by, where the output says a scale of its own."""
-        return (self.modules[task].factor or 1.0) / (self.said.get(task) or 1.0)
 
     def rest(self, draft: Draft) -> Rest:
         parts = Parts(

@@ -14,11 +14,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from difflib import get_close_matches
 from typing import Any
 
 from loratool.errors import UsageError, printable
-from loratool.options.described import amount
+from loratool.options.described import amount, nearest
 from loratool.results.fleet import LISTED, OF_VALUES, FleetRow
 
 COUNTS = {  # field → what it is, with values that it has
@@ -158,8 +157,7 @@ def field_named(word: str, flag: str, with_values: bool) -> str:
     """The field that a word means. Raises `UsageError` naming all of them."""
     name = SYNONYMS.get(word.lower(), word.lower())
     if name not in LISTED:
-        near = get_close_matches(name, LISTED, 1)
-        meant = f"; did you mean {near[0]!r}?" if near else "."
+        meant = f"; did you mean {near!r}?" if (near := nearest(name, LISTED)) else "."
         raise UsageError(f"{flag}: unknown field {printable(repr(word))}{meant} The fields are {', '.join(LISTED)}")
     if name in OF_VALUES and not with_values:
         raise UsageError(f"{flag}: {name} is known only with --values")

@@ -49,16 +49,13 @@ def named_as(manner: Manner, found: Pairing) -> Manner:
     own = {called[target]: change for target, change in found.changes.items()}
     layers = {name: Outline(name, *change.layer, change.kind, change.experts) for name, change in own.items()}
     wanted = respelled(layers, manner.dialect, "", "", found.base)
-    if odd := [t for t, target in wanted.targets.items() if not target.is_whole(layers) and is_turned(target, own)]:
+    cut = {name: target for name, target in wanted.targets.items() if not target.is_whole(layers)}
+    if odd := [name for name, target in cut.items() if any(own[source].turned for source in target.sources)]:
         raise FitError(
             f"{manner.dialect} divides these layers, which are stored (in, out); {WAY_OUT}:", map(printable, odd)
         )
     found.changes = {name: divided(name, target, own, layers) for name, target in wanted.targets.items()}
     return replace(manner, architecture=wanted.architecture, notes=wanted.notes)
-
-
-def is_turned(target: Target, changes: Mapping[str, Change]) -> bool:
-    return any(changes[source].turned for source in target.sources)
 
 
 def divided(name: str, target: Target, changes: Mapping[str, Change], layers: Mapping[str, Outline]) -> Change:
