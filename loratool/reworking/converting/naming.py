@@ -233,11 +233,9 @@ def respelled(
         return Wanted(apart, whole, notes=told)
     if dialect == "peft-fused":
         return Wanted(fused(layers), whole)
+    names = dotted(base)
     if dialect not in LAYOUTS:
-        named = {
-            looked_up(target, dotted(base)) if isinstance(target, Flattened) else target: layer
-            for target, layer in layers.items()
-        }
+        named = {looked_up(t, names) if isinstance(t, Flattened) else t: layer for t, layer in layers.items()}
         every, told = stacked(named, DIALECTS[dialect].format, config)
         return Wanted(every, whole, notes=told)
     both: dict[str, Sized] = {**layers, **beside}
@@ -252,7 +250,7 @@ def respelled(
                 hint=f"--architecture {found[0].architecture}",
             )
     if not found:
-        return apart_from_layers(unknown(both, dialect, dotted(base)), layers)
+        return apart_from_layers(unknown(both, dialect, names), layers)
     reading, notes = chosen(found, layers, architecture or hint)
     wanted = apart_from_layers(Divided(reading, dialect, both, frozenset(layers)).targets(), layers)
     return replace(wanted, architecture=reading.architecture, notes=notes)
@@ -315,12 +313,11 @@ def unknown(layers: Mapping[str, Sized], dialect: str, names: Mapping[str, str])
     odd: list[str] = []
     for given, layer in layers.items():
         target = looked_up(given, names) if isinstance(given, Flattened) and dialect not in FLAT else given
-        if dialect not in LAYOUTS or dialect == "peft":
-            targets[target] = Target.same(layer)
-        elif (name := same_layout(target, dialect)) is not None:
-            targets[name] = Target.same(layer)
-        else:
+        name = target if dialect == "peft" else same_layout(target, dialect)
+        if name is None:
             odd.append(printable(target))
+        else:
+            targets[name] = Target.same(layer)
     if odd:
         nearest, strange = nearest_architecture(layers)
         if 2 * len(strange) < len(layers):
@@ -337,11 +334,10 @@ def unknown(layers: Mapping[str, Sized], dialect: str, names: Mapping[str, str])
     return targets
 
 
-def nearest_architecture(targets: Iterable[str]) -> tuple[str, list[str]]:
+def nearest_architecture(targets: Collection[str]) -> tuple[str, list[str]]:
     """The architecture that has the most of some targets, and those that it has not."""
-    every = list(targets)
     lacking = (
-        (name, [target for target in every if not found_in(target, name, layout)])
+        (name, [target for target in targets if not found_in(target, name, layout)])
         for name in ARCHITECTURES
         for layout in (DIFFUSERS, ORIGINAL)
     )
