@@ -95,11 +95,14 @@ def rescale(
     blocks = BlockWeights.of(options.block_weights)
     check(options, factors, blocks)
     path = local(adapter, "adapter")
-    contents, manner, in_place = opened(path, options)
+    contents, manner, bake = opened(path, options)
     target = check_adapter_target(out, [path], options, manner.form)
     if not contents.layers and not (contents.changes and manner.form.rescales_tensors):
         raise InputError(f"{printable(contents.adapter.file.path)}: contains no update whose strength can be changed")
-    bake = bakes(contents, manner, in_place, options)
+    if options.dtype != "keep" and not bake:
+        raise UsageError(
+            "--dtype needs --bake, without which alpha changes and the tensors stay the same", hint="--bake"
+        )
     changes = dict.fromkeys(contents.changes, options.scale or 1.0)
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
     with session("cpu", [contents]) as at_work:
@@ -148,21 +151,26 @@ def rescale(
 
 
 def opened(path: Path, options: RescaleOptions) -> tuple[Contents, Manner, bool]:
-    """An adapter, how it is written, and whether its tensors stay but for those that hold its strength."""
+    """An adapter, how it is written, and whether its factors are written anew.
+
+    They are not where its strength alone is: in one number for all layers, in tensors of its own, or in a config. What PEFT
+    does not read as it is packed, or becomes another dialect, is written anew.
+    """
     (way,) = options.readings(1)
     base = options.model()
     read = read_adapter(path, way)
     as_it_is = Manner(format_of(read), "", notes=(BASE_UNUSED,) if base is not None else ())
     if restates(read, options):
-        return contents_of(as_stored(read), "rescale"), as_it_is, True
+        return contents_of(as_stored(read), "rescale"), as_it_is, False
     given = settled(read, base.config if base else {})
     contents = contents_of(given, "rescale", as_products=bool(given.dialects))
     if as_it_is.form.rescales_tensors and not options.bake and options.to is None:
-        return replace(contents, adapter=given), as_it_is, True  # LoHa and LoKr stay what they are
-    if is_copied(contents, options):
+        return replace(contents, adapter=given), as_it_is, False  # LoHa and LoKr stay what they are
+    anew = bool(options.bake or options.to or contents.adapter.packing)
+    if as_it_is.form.config_name and not anew:
         return contents, as_it_is, False
     (contents,), manner = in_manner([contents], options.to, base)
-    return contents, manner, False
+    return contents, manner, anew or not manner.form.config_name
 
 
 def is_even(options: RescaleOptions) -> bool:
@@ -176,13 +184,6 @@ def restates(adapter: Adapter, options: RescaleOptions) -> bool:
     return is_even(options) and format_of(adapter).restated(adapter, 1.0) is not None
 
 
-def is_copied(contents: Contents, options: RescaleOptions) -> bool:
-    """Whether the same tensors get another config: that of a dialect which PEFT or another reads as they are packed."""
-    return not (options.bake or options.to or contents.adapter.packing) and bool(
-        format_of(contents.adapter).config_name
-    )
-
-
 def check(options: RescaleOptions, factors: Mapping[str, float], blocks: BlockWeights) -> None:
     """Raise `UsageError` where the arguments do not mean one thing."""
     if len(options.asked) > 1:
@@ -191,18 +192,6 @@ def check(options: RescaleOptions, factors: Mapping[str, float], blocks: BlockWe
         raise UsageError(
             "nothing to do: pass --scale, --alpha, --frobenius, --spectral, --match, --block-weights or --bake"
         )
-
-
-def bakes(contents: Contents, manner: Manner, in_place: bool, options: RescaleOptions) -> bool:
-    """Whether factors are written anew. Raises `UsageError` where a dtype was asked for and they are not."""
-    # what PEFT does not read is not copied, nor what holds its scale in tensors, nor what becomes another dialect
-    written = bool(contents.adapter.packing) or not manner.form.config_name or options.to is not None
-    bake = options.bake or (written and not in_place)
-    if options.dtype != "keep" and not bake:
-        raise UsageError(
-            "--dtype needs --bake, without which alpha changes and the tensors stay the same", hint="--bake"
-        )
-    return bake
 
 
 def by_name(factors: Mapping[str, float], blocks: BlockWeights, layers: Mapping[str, Layer]) -> dict[str, float]:

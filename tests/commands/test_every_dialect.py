@@ -323,8 +323,11 @@ def test_two_dialects_are_combined_in_the_words_of_the_first(make: object, tmp_p
 def test_adapters_of_different_models_are_told_apart(tmp_path: Path) -> None:
     save_file(of_kohya("lora_unet_double_blocks_0_img_attn_proj"), tmp_path / "flux.safetensors")
     save_file(of_peft(f"unet.{Q}"), tmp_path / "sd.safetensors")
+    adapters = [tmp_path / "flux.safetensors", tmp_path / "sd.safetensors"]
+    with pytest.raises(FitError, match="belong to different models"):
+        loratool.combine(adapters, tmp_path / "out", device="cpu")
     with pytest.raises(FitError, match="no architecture that is known"):
-        loratool.combine([tmp_path / "flux.safetensors", tmp_path / "sd.safetensors"], tmp_path / "out", device="cpu")
+        loratool.compare(adapters, device="cpu")
 
 
 # Rules for ranks
