@@ -91,12 +91,13 @@ def adapters_kept(report: CombineReport) -> Bars:
 
 def cosines(report: CombineReport) -> HeatMap:
     """Every two adapters."""
-    names, found = report.adapters, report.totals.cosine
-    cells = []
-    for a, one in enumerate(names):
-        for b, other in enumerate(names):
-            value = 1.0 if a == b else found.get(f"{one} × {other}", found.get(f"{other} × {one}"))
-            cells.append(Cell(a, b, value, f"{one} × {other}"))
+    names = report.adapters
+    found = {**report.totals.cosine, **{f"{name} × {name}": 1.0 for name in names}}
+    cells = (
+        Cell(a, b, found.get(f"{one} × {other}", found.get(f"{other} × {one}")), f"{one} × {other}")
+        for a, one in enumerate(names)
+        for b, other in enumerate(names)
+    )
     return HeatMap(
         name="cosine",
         title="Cosine of every two adapters",

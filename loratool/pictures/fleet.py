@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Message, Messages, Shown, Table, Tiles, Value
 from loratool.pictures.page import Page, last_part
-from loratool.results.fleet import OK, FleetFacts, FleetRow, base_cell, several, short_count, target_cell
+from loratool.results.fleet import OK, FleetFacts, FleetRow, base_cell, several, short_count, target_cell, twins
 from loratool.results.sketch import Neighbour
 from loratool.results.text import counts, figure, plural
 from loratool.shown import size
@@ -42,8 +42,8 @@ def blocks(facts: FleetFacts) -> Iterator[Block]:
         yield Group("How they compare", "", figures)
     if neighbours := [(row.name, near) for row in rows for near in row.near or ()]:
         yield nearest(neighbours)
-    if twins := same(rows):
-        yield Facts("The same update", twins)
+    if same := twins(rows):
+        yield Facts("The same update", [(f"same{differ}", " = ".join(sorted(names))) for names, differ in same.items()])
     yield Facts("Facts", [("path", facts.path), *left_out(facts)])
 
 
@@ -112,16 +112,6 @@ def nearest(neighbours: Sequence[tuple[str, Neighbour]]) -> Table:
     ]
     rows = [(name, near.name, near.distance, near.relative) for name, near in neighbours]
     return Table("The nearest in the index", columns, rows)
-
-
-def same(rows: Sequence[FleetRow]) -> list[tuple[str, object]]:
-    """Each set of adapters that are one update."""
-    found: dict[frozenset[str], str] = {}
-    for row in rows:
-        for word, names in (("same", row.same_as), ("same, other saved tensors", row.same_update_as)):
-            if names:
-                found.setdefault(frozenset([row.name, *names]), word)
-    return [(word, " = ".join(sorted(names))) for names, word in found.items()]
 
 
 def left_out(facts: FleetFacts) -> Iterator[tuple[str, object]]:

@@ -175,14 +175,11 @@ def row_labels(names: tuple[str, ...], grid: Grid) -> list[str]:
 def column_labels(names: tuple[str, ...], grid: Grid) -> list[str]:
     """Numbers upright and names leaning, as many as there is room for."""
     every = max(1, -int(-(14 if grid.lean else widest(names, LONGEST) + 6) // grid.wide))
-    found = []
-    for at, name in enumerate(names):
-        x = grid.left + (at + 0.5) * grid.wide
-        if at % every:
-            continue
-        if grid.lean:
-            turned = f"translate({x:.1f} {grid.top - 7:.1f}) rotate(-45)"
-            found.append(mark("text", safe(fitted(name, LONGEST)), kind="n", transform=turned))
-        else:
-            found.append(mark("text", safe(name), x=x, y=grid.top - 7, text_anchor="middle"))
-    return found
+    shown = [(grid.left + (at + 0.5) * grid.wide, name) for at, name in enumerate(names) if at % every == 0]
+    y = grid.top - 7
+    if not grid.lean:
+        return [mark("text", safe(name), x=x, y=y, text_anchor="middle") for x, name in shown]
+    return [
+        mark("text", safe(fitted(name, LONGEST)), kind="n", transform=f"translate({x:.1f} {y:.1f}) rotate(-45)")
+        for x, name in shown
+    ]

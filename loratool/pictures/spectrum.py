@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.colours import SERIES
@@ -68,8 +69,6 @@ def energy_by_rank(modules: Sequence[Measured]) -> Bars:
 
 def energy_of(values: Sequence[float]) -> list[tuple[float, float]]:
     """(rank, percentage of the squares that so many values hold), from rank 0 on."""
-    whole, held, found = sum(value * value for value in values), 0.0, [(0.0, 0.0)]
-    for rank, value in enumerate(values, 1):
-        held += value * value
-        found.append((rank, 100 * held / whole if whole else 0.0))
-    return found
+    whole = sum(value * value for value in values)
+    held = accumulate(value * value for value in values)
+    return [(0.0, 0.0), *((rank, 100 * part / whole if whole else 0.0) for rank, part in enumerate(held, 1))]

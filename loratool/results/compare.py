@@ -90,57 +90,49 @@ class CompareReport(Result):
 
     def __str__(self) -> str:
         """How adapters are related: a matrix of many, or every pair and the layers where they overlap most."""
-        rows: list[tuple[str, object]] = []
-        if self.modules:
-            rows += [("‖ΔW‖", f"{value:.4g}  {name}") for name, value in self.norms.items()]
         alone = [
             f"{plural(len(targets), 'layer')} {'is' if len(targets) == 1 else 'are'} in {name} only"
             for name, targets in self.alone.items()
         ]
-        rows += [("alone", line) for line in shortened(alone, MOST_LAYERS)]
-        rows += [("note", line) for line in shortened(list(map(str, self.notes)), MOST_LAYERS)]
-        lines = [aligned(rows)] if rows else []
-        lines += [""] if rows else []
+        rows: list[tuple[str, object]] = [
+            *(("‖ΔW‖", f"{value:.4g}  {name}") for name, value in self.norms.items() if self.modules),
+            *(("alone", line) for line in shortened(alone, MOST_LAYERS)),
+            *(("note", line) for line in shortened([*map(str, self.notes)], MOST_LAYERS)),
+        ]
         if self.modules:
-            lines += self.every_pair()
+            pairs = [f"{pair}\n{self.layers_of(pair)}" for pair in self.totals]
         else:
-            lines += matrix_lines(self.adapters, self.matrix, self.tree, self.forecast.energy_kept)
-        return "\n".join([*lines, "", *self.closing()])
+            pairs = ["\n".join(matrix_lines(self.adapters, self.matrix, self.tree, self.forecast.energy_kept))]
+        return "\n\n".join([*([aligned(rows)] if rows else []), *pairs, self.closing()])
 
-    def every_pair(self) -> list[str]:
-        lines: list[str] = []
+    def layers_of(self, pair: str) -> str:
+        """A table of two adapters: all layers together, then those where they overlap most."""
+        totals = self.totals[pair]
+        layers = {target: found[pair] for target, found in self.modules.items() if pair in found}
+        nearest = sorted(layers, key=lambda target: -(layers[target].overlap_out or 0.0))[:MOST_LAYERS]
+        cells = [
+            [*related_cells(totals), f"all {totals.layers} layers" if totals.layers > 1 else "the only layer"],
+            *([*related_cells(layers[target]), printable(target.removesuffix(".weight"))] for target in nearest),
+        ]
         header = ["cosine", "norms", "overlap out (random)", "in (random)", "interference", "signs", "layer"]
-        for pair, totals in self.totals.items():
-            cells = [
-                [*related_cells(totals), f"all {totals.layers} layers" if totals.layers > 1 else "the only layer"],
-                *(
-                    [*related_cells(found[pair]), printable(target.removesuffix(".weight"))]
-                    for target, found in sorted(
-                        ((t, f) for t, f in self.modules.items() if pair in f),
-                        key=lambda item: -(item[1][pair].overlap_out or 0.0),
-                    )[:MOST_LAYERS]
-                ),
-            ]
-            lines += ["", pair, table(header, cells, totals.layers - MOST_LAYERS)]
-        return lines[1:]
+        return table(header, cells, totals.layers - MOST_LAYERS)
 
-    def closing(self) -> list[str]:
+    def closing(self) -> str:
         """The pairs worth knowing about, and the forecast."""
         found = self.forecast
-        rows: list[tuple[str, object]] = []
-        if len(self.adapters) > 2:
-            told = [f"{pair.pair}: {REASONS[pair.why]} {pair.value:.3f}" for pair in self.notable]
-            rows += [("pair", line) for line in shortened(told or ["none is alike, opposed, or shares directions"], 8)]
+        told = [f"{pair.pair}: {REASONS[pair.why]} {pair.value:.3f}" for pair in self.notable]
+        pairs = shortened(told or ["none is alike, opposed, or shares directions"], 8)
         rank = "the adapters' rank" if found.rank is None else f"rank {found.rank}"
-        rows += [
+        least = sorted((value, name) for name, value in found.energy_kept.items() if value is not None)
+        rows: list[tuple[str, object]] = [
+            *(("pair", line) for line in pairs if len(self.adapters) > 2),
             ("interference", f"{number(found.interference)} of all together (0: no direction is shared)"),
             ("sum", f"at {rank} would keep {kept(found.sum_kept)} of its own energy"),
+            *(("keeps", f"{kept(value)} of {name}") for value, name in least[:LEAST_KEPT]),
         ]
-        least = sorted((value, name) for name, value in found.energy_kept.items() if value is not None)
-        rows += [("keeps", f"{kept(value)} of {name}") for value, name in least[:LEAST_KEPT]]
         if len(least) > LEAST_KEPT:
             rows[-1] = ("keeps", f"more of the other {len(least) - LEAST_KEPT + 1}, up to {kept(least[-1][0])}")
-        return [aligned(rows)]
+        return aligned(rows)
 
 
 def related_cells(found: Relation | PairTotals) -> list[str]:

@@ -319,13 +319,8 @@ def weight_line(weight: WeightFacts) -> str:
 
 def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
     """Parameters as PEFT prints them, and where each kind of module lands."""
-    rows: list[tuple[str, object]] = [
-        (
-            "against",
-            f"{base.path}: {base.architecture or 'not named'}, {base.parameters:,} parameters, from its {base.source}",
-        ),
-    ]
-    rows += [("does not fit", problem) for problem in base.problems]
+    about = f"{base.path}: {base.architecture or 'not named'}, {base.parameters:,} parameters, from its {base.source}"
+    rows = [("against", about), *(("does not fit", problem) for problem in base.problems)]
     parts = [f"{aligned(rows, COLUMNS)}\n{fill(base.line, room=ENDLESS)}"]
     matched = [(module.target, place) for module in modules for place in module.places or ()]
     if matched:

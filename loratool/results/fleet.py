@@ -105,9 +105,14 @@ class FleetFacts(Result):
         bad = [row for row in self.adapters if row.reason]
         if bad:
             parts.append("\n".join(fill(f"{row.name}: {row.reason}", "", "    ") for row in bad))
-        if same := list(twins_text(self.adapters)):
-            parts.append("\n".join(same))
-        parts += [near_text(row) for row in self.adapters if row.near is not None]
+        if same := twins(self.adapters):
+            lines = (
+                fill(" = ".join(sorted(names)), f"same update{differ}: ", "    ") for names, differ in same.items()
+            )
+            parts.append("\n".join(lines))
+        parts += [
+            f"nearest to {row.name}\n{neighbours_text(row.near)}" for row in self.adapters if row.near is not None
+        ]
         parts.append("\n".join(self.summary()))
         return "\n\n".join(parts)
 
@@ -145,13 +150,21 @@ def table(rows: Sequence[FleetRow], with_base: bool = False) -> str:
     """A line for each adapter, its name last and whole."""
     norms = any(row.norm is not None for row in rows)
     header = ["rank", "alpha", "scale", "targets", "params", "size", "date", *(["‖ΔW‖"] if norms else []), "health"]
-    cells = []
-    for row in rows:
-        line = [several(row.rank), several(row.alpha), several(row.scale), target_cell(row.targets)]
-        line += [short_count(row.parameters), size(row.bytes) if row.bytes else "–", row.date[:10] or "–"]
-        line += [figure(row.norm)] if norms else []
-        line += [row.health, "+".join(row.dialect) or "–"]
-        cells.append([*line, *([base_cell(row)] if with_base else []), row.name])
+    cells = [
+        [
+            *map(several, (row.rank, row.alpha, row.scale)),
+            target_cell(row.targets),
+            short_count(row.parameters),
+            size(row.bytes) if row.bytes else "–",
+            row.date[:10] or "–",
+            *([figure(row.norm)] if norms else []),
+            row.health,
+            "+".join(row.dialect) or "–",
+            *([base_cell(row)] if with_base else []),
+            row.name,
+        ]
+        for row in rows
+    ]
     return text_of([*header, "dialect", *(["base"] if with_base else []), "name"], cells, spare=SPARE)
 
 
@@ -185,20 +198,14 @@ def short_count(count: int) -> str:
     return str(count) if count else "–"
 
 
-def twins_text(rows: Sequence[FleetRow]) -> Iterator[str]:
-    """A line for each set of adapters that are the same update."""
-    told = set[frozenset[str]]()
+def twins(rows: Sequence[FleetRow]) -> dict[frozenset[str], str]:
+    """Each set of adapters that are the same update → in what they differ; empty for nothing."""
+    found: dict[frozenset[str], str] = {}
     for row in rows:
-        groups = (("same update", row.same_as), ("same update, other saved tensors", row.same_update_as))
-        for word, names in groups:
-            members = frozenset([row.name, *(names or ())])
-            if len(members) > 1 and members not in told:
-                told.add(members)
-                yield fill(" = ".join(sorted(members)), f"{word}: ", "    ")
-
-
-def near_text(row: FleetRow) -> str:
-    return f"nearest to {row.name}\n{neighbours_text(row.near or ())}"
+        for differ, names in (("", row.same_as), (", other saved tensors", row.same_update_as)):
+            if names:
+                found.setdefault(frozenset([row.name, *names]), differ)
+    return found
 
 
 def csv_lines(rows: Sequence[FleetRow]) -> Iterator[str]:

@@ -30,6 +30,10 @@ class StepReport:
     reason: str  # why it was or would be made; empty where it is up to date
     digests: Mapping[str, str]  # file of the output → the root of its digests, or its SHA-256
 
+    def __str__(self) -> str:
+        reason = f"; reason: {self.reason}" if self.reason else ""
+        return f"{self.command} → {printable(self.out)}, {WORDS[self.status]}{reason}"
+
 
 @dataclass(frozen=True, repr=False)
 class RunReport(Result):
@@ -41,10 +45,8 @@ class RunReport(Result):
 
     def __str__(self) -> str:
         """A line for each step."""
-        rows: list[tuple[str, object]] = [("manifest", printable(self.manifest))]
-        for step in self.steps:
-            reason = f"; reason: {step.reason}" if step.reason else ""
-            rows.append(
-                (f"step {step.number}", f"{step.command} → {printable(step.out)}, {WORDS[step.status]}{reason}")
-            )
+        rows: list[tuple[str, object]] = [
+            ("manifest", printable(self.manifest)),
+            *((f"step {step.number}", step) for step in self.steps),
+        ]
         return aligned(rows)
