@@ -26,11 +26,12 @@ class AbortReport(Result):
         out = str(self.out)
         in_store = out.startswith("s3:/")
         removed = f"{plural(len(self.uploads), 'upload')} and {plural(len(self.removed), 'file')}"
-        rows: list[tuple[str, object]] = [
-            ("output", out.replace("s3:/", "s3://", 1)),
-            ("begun by", self.command) if in_store else ("removed", f"{out}.partial"),
-            *row_if(self.completed, "complete", "only what its making left was removed"),
-            *row_if(in_store and not self.completed, "removed", removed),
-            *(("note", note) for note in self.notes),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("output", out.replace("s3:/", "s3://", 1)),
+                ("begun by", self.command) if in_store else ("removed", f"{out}.partial"),
+                *row_if(self.completed, "complete", "only what its making left was removed"),
+                *row_if(in_store and not self.completed, "removed", removed),
+                *(("note", note) for note in self.notes),
+            ]
+        )

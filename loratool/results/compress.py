@@ -129,13 +129,14 @@ class ExpandReport(Written):
 
     def text(self) -> str:
         """What was written."""
-        rows: list[tuple[str, object]] = [
-            ("expanded into" if self.written else "would write", printable(self.out)),
-            ("adapter", printable(self.name)),
-            ("dialect", self.dialect),
-            ("rank", spread(counts(self.ranks.values()))),
-            ("dtype", self.dtype),
-            *cost_rows(self.cost),
-            *(("note", note) for note in self.notes),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("expanded into" if self.written else "would write", printable(self.out)),
+                ("adapter", printable(self.name)),
+                ("dialect", self.dialect),
+                ("rank", spread(counts(self.ranks.values()))),
+                ("dtype", self.dtype),
+                *cost_rows(self.cost),
+                *(("note", note) for note in self.notes),
+            ]
+        )

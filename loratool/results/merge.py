@@ -63,35 +63,38 @@ class MergeReport(Written):
         norms = sorted(self.relative_norms.items(), key=lambda item: item[1])
         ends = [("largest ‖ΔW‖/‖W‖", norms[-1]), ("smallest ‖ΔW‖/‖W‖", norms[0])] if norms else []
         total = sum(self.nonfinite.values())
-        rows: list[tuple[str, object]] = [
-            ("merged into", printable(self.out)),
-            (
-                "tensors",
-                f"{self.edited} edited, {self.copied} copied"
-                + (f", {self.converted} converted" if self.converted else ""),
-            ),
-            *(("adapter", effect_line(effect)) for effect in self.adapters),
-            ("written", f"{size(self.bytes_written)} in {self.cost.seconds:.2f} s ({size(rate)}/s)"),
-            (
-                "device",
-                f"{self.cost.device}, {plural(self.workers, 'worker')}, start-up {self.cost.startup_seconds:.2f} s",
-            ),
-            (
-                "peak memory",
-                memory(self.cost.peak_memory) + (f", GPU {size(self.gpu_memory)}" if self.gpu_memory else ""),
-            ),
-            *row_if(self.verified, "verified", f"{self.verified} files read again, each as it was written"),
-            *row_if(self.resumed, "continued", f"{len(self.resumed)} finished files of an interrupted run were kept"),
-            *((label, f"{ratio:.3g}  {printable(name)}") for label, (name, ratio) in ends),
-            *([gain_row("gain", self.gain, self.gains)] if self.gain is not None else []),
-            *(error_rows(self.error_added, self.errors_added) if self.error_added is not None else []),
-            *row_if(
-                total, "NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"
-            ),
-            *(("left out", name) for name in self.left_out),
-            *(("note", note) for note in self.notes),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("merged into", printable(self.out)),
+                (
+                    "tensors",
+                    f"{self.edited} edited, {self.copied} copied"
+                    + (f", {self.converted} converted" if self.converted else ""),
+                ),
+                *(("adapter", effect_line(effect)) for effect in self.adapters),
+                ("written", f"{size(self.bytes_written)} in {self.cost.seconds:.2f} s ({size(rate)}/s)"),
+                (
+                    "device",
+                    f"{self.cost.device}, {plural(self.workers, 'worker')}, start-up {self.cost.startup_seconds:.2f} s",
+                ),
+                (
+                    "peak memory",
+                    memory(self.cost.peak_memory) + (f", GPU {size(self.gpu_memory)}" if self.gpu_memory else ""),
+                ),
+                *row_if(self.verified, "verified", f"{self.verified} files read again, each as it was written"),
+                *row_if(
+                    self.resumed, "continued", f"{len(self.resumed)} finished files of an interrupted run were kept"
+                ),
+                *((label, f"{ratio:.3g}  {printable(name)}") for label, (name, ratio) in ends),
+                *([gain_row("gain", self.gain, self.gains)] if self.gain is not None else []),
+                *(error_rows(self.error_added, self.errors_added) if self.error_added is not None else []),
+                *row_if(
+                    total, "NaN/inf in base", f"{total} values in {len(self.nonfinite)} edited tensors, kept unchanged"
+                ),
+                *(("left out", name) for name in self.left_out),
+                *(("note", note) for note in self.notes),
+            ]
+        )
 
 
 def gain_row(label: str, gain: float, gains: Mapping[str, float]) -> tuple[str, object]:

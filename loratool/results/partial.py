@@ -23,10 +23,11 @@ class PartialReport(Result):
     units: int  # of all workers
 
     def __str__(self) -> str:
-        rows: list[tuple[str, object]] = [
-            ("part", f"{self.share}, into {printable(self.into)}"),
-            ("made", f"{self.made} of {plural(self.units, 'unit')} in {self.cost.seconds:.2f} s"),
-            *row_if(self.kept, "kept", f"{plural(self.kept, 'unit')}, done before"),
-            ("next", NEXT),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("part", f"{self.share}, into {printable(self.into)}"),
+                ("made", f"{self.made} of {plural(self.units, 'unit')} in {self.cost.seconds:.2f} s"),
+                *row_if(self.kept, "kept", f"{plural(self.kept, 'unit')}, done before"),
+                ("next", NEXT),
+            ]
+        )

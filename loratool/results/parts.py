@@ -38,15 +38,16 @@ class PartReport(Result):
     def __str__(self) -> str:
         if self.published:
             return aligned([("output", f"{printable(self.out)} is complete already; nothing to do")])
-        rows: list[tuple[str, object]] = [
-            ("part", f"{self.share} of {printable(self.out)}"),
-            ("made", f"{plural(len(self.made), 'part')}, {size(self.bytes_written)} in {self.cost.seconds:.2f} s"),
-            *row_if(self.kept, "kept", f"{plural(len(self.kept), 'part')}, made before and still correct"),
-            *(("made again", f"{name}: {reason}") for name, reason in sorted(self.redone.items())),
-            *(("note", note) for note in self.notes),
-            ("next", NEXT),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("part", f"{self.share} of {printable(self.out)}"),
+                ("made", f"{plural(len(self.made), 'part')}, {size(self.bytes_written)} in {self.cost.seconds:.2f} s"),
+                *row_if(self.kept, "kept", f"{plural(len(self.kept), 'part')}, made before and still correct"),
+                *(("made again", f"{name}: {reason}") for name, reason in sorted(self.redone.items())),
+                *(("note", note) for note in self.notes),
+                ("next", NEXT),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -83,17 +84,18 @@ class PartsStatus(Result):
         making = {part for each in self.running if each.alive for part in each.parts}
         waiting = [name for name in self.missing if name not in making]
         done = f"{len(self.done)} of {plural(self.parts, 'part')}, {size(self.bytes_done)} of {size(self.bytes_all)}"
-        rows: list[tuple[str, object]] = [
-            ("output", printable(self.out)),
-            ("fingerprint", self.plan[:16]),
-            ("done", done),
-            *row_if(makers, "made by", some(makers, MOST_NAMED)),
-            *(("running", running_line(each)) for each in self.running),
-            *row_if(waiting, "missing", some(waiting, MOST_NAMED)),
-            *row_if(not self.missing, "next", "--finish"),
-            *notes,
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("output", printable(self.out)),
+                ("fingerprint", self.plan[:16]),
+                ("done", done),
+                *row_if(makers, "made by", some(makers, MOST_NAMED)),
+                *(("running", running_line(each)) for each in self.running),
+                *row_if(waiting, "missing", some(waiting, MOST_NAMED)),
+                *row_if(not self.missing, "next", "--finish"),
+                *notes,
+            ]
+        )
 
 
 def running_line(each: Running) -> str:

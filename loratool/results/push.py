@@ -32,15 +32,16 @@ class PushReport(Result):
         """What a push did, or would do."""
         names = list(self.files if self.dry_run else self.uploaded)
         sent = f"{plural(len(names), 'file')}, {size(sum(self.files[name] for name in names))}"
-        rows: list[tuple[str, object]] = [
-            ("would be pushed to" if self.dry_run else "pushed to", printable(self.repo)),
-            ("what", f"{self.kind}, {plural(len(self.files), 'file')}, {size(sum(self.files.values()))}"),
-            *row_if(not self.dry_run, "sent", sent if names else "nothing; all files were already there"),
-            *(("file", f"{printable(name)}: {size(self.files[name])}") for name in names[:MOST_LINES]),
-            *row_if(len(names) > MOST_LINES, "", f"… and {len(names) - MOST_LINES} more"),
-            *(("replaced", printable(name)) for name in self.replaced),
-            *(("left out", printable(line)) for line in self.left_out),
-            *(("note", note) for note in self.notes),
-            *row_if(not self.dry_run, "see", printable(self.pull_request or self.url)),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("would be pushed to" if self.dry_run else "pushed to", printable(self.repo)),
+                ("what", f"{self.kind}, {plural(len(self.files), 'file')}, {size(sum(self.files.values()))}"),
+                *row_if(not self.dry_run, "sent", sent if names else "nothing; all files were already there"),
+                *(("file", f"{printable(name)}: {size(self.files[name])}") for name in names[:MOST_LINES]),
+                *row_if(len(names) > MOST_LINES, "", f"… and {len(names) - MOST_LINES} more"),
+                *(("replaced", printable(name)) for name in self.replaced),
+                *(("left out", printable(line)) for line in self.left_out),
+                *(("note", note) for note in self.notes),
+                *row_if(not self.dry_run, "see", printable(self.pull_request or self.url)),
+            ]
+        )

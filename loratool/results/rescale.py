@@ -40,23 +40,24 @@ class RescaleReport(Written):
             (f"{m.before:.6g}", f"{m.after:.6g}", "" if m.factor is None else f" (× {m.factor:.6g})")
             for m in self.modules.values()
         )
-        rows: list[tuple[str, object]] = [
-            ("rescaled into" if self.written else "would write", printable(self.out)),
-            *(
-                (
-                    "scaling",
-                    f"{before} → {after}{factor} in {count} layer{'s' * (count != 1)}"
-                    + (", multiplied into the factors" if self.baked else ""),
-                )
-                for (before, after, factor), count in alike.most_common(MOST_LAYERS)
-            ),
-            *row_if(len(alike) > MOST_LAYERS, "", f"… and {len(alike) - MOST_LAYERS} more scalings"),
-            *(
-                ("change" if count == 1 else "changes", f"× {factor:.6g} in {count} stored in full")
-                for factor, count in Counter(self.changes.values()).most_common()
-                if factor != 1
-            ),
-            *([("‖ΔW‖", f"{self.norm:.6g}, all layers together")] if self.norm is not None else []),
-            *(("note", note) for note in self.notes),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("rescaled into" if self.written else "would write", printable(self.out)),
+                *(
+                    (
+                        "scaling",
+                        f"{before} → {after}{factor} in {count} layer{'s' * (count != 1)}"
+                        + (", multiplied into the factors" if self.baked else ""),
+                    )
+                    for (before, after, factor), count in alike.most_common(MOST_LAYERS)
+                ),
+                *row_if(len(alike) > MOST_LAYERS, "", f"… and {len(alike) - MOST_LAYERS} more scalings"),
+                *(
+                    ("change" if count == 1 else "changes", f"× {factor:.6g} in {count} stored in full")
+                    for factor, count in Counter(self.changes.values()).most_common()
+                    if factor != 1
+                ),
+                *([("‖ΔW‖", f"{self.norm:.6g}, all layers together")] if self.norm is not None else []),
+                *(("note", note) for note in self.notes),
+            ]
+        )

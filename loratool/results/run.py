@@ -45,8 +45,9 @@ class RunReport(Result):
 
     def __str__(self) -> str:
         """A line for each step."""
-        rows: list[tuple[str, object]] = [
-            ("manifest", printable(self.manifest)),
-            *((f"step {step.number}", step) for step in self.steps),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("manifest", printable(self.manifest)),
+                *((f"step {step.number}", step) for step in self.steps),
+            ]
+        )

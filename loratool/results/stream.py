@@ -36,17 +36,18 @@ class StreamReport(Result):
 
     def __str__(self) -> str:
         """What a streaming merge did."""
-        rows: list[tuple[str, object]] = [
-            ("would be merged into" if self.dry_run else "merged into", printable(self.repo)),
-            ("tensors", f"{self.edited} edited, {self.copied} copied"),
-            *(("adapter", effect_line(effect)) for effect in self.adapters),
-            ("weights", f"{size(self.bytes_written)} in {plural(self.files, 'file')}, {self.cost.seconds:.2f} s"),
-            ("on this disk", f"at most {size(self.most_on_disk)} of weights at a time"),
-            ("device", self.cost.device),
-            *([("gain", f"{self.gain:.3f} of the update after rounding")] if self.gain is not None else []),
-            *row_if(self.resumed, "continued", f"{len(self.resumed)} files were already uploaded"),
-            *(("left out", printable(line)) for line in self.left_out),
-            *(("note", note) for note in self.notes),
-            *row_if(not self.dry_run, "see", printable(self.url)),
-        ]
-        return aligned(rows)
+        return aligned(
+            [
+                ("would be merged into" if self.dry_run else "merged into", printable(self.repo)),
+                ("tensors", f"{self.edited} edited, {self.copied} copied"),
+                *(("adapter", effect_line(effect)) for effect in self.adapters),
+                ("weights", f"{size(self.bytes_written)} in {plural(self.files, 'file')}, {self.cost.seconds:.2f} s"),
+                ("on this disk", f"at most {size(self.most_on_disk)} of weights at a time"),
+                ("device", self.cost.device),
+                *([("gain", f"{self.gain:.3f} of the update after rounding")] if self.gain is not None else []),
+                *row_if(self.resumed, "continued", f"{len(self.resumed)} files were already uploaded"),
+                *(("left out", printable(line)) for line in self.left_out),
+                *(("note", note) for note in self.notes),
+                *row_if(not self.dry_run, "see", printable(self.url)),
+            ]
+        )
