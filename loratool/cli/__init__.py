@@ -363,7 +363,3 @@ def failed(arguments: list[str], error: LoratoolError, before: str = "") -> int:
         with suppress(OSError):
             click.echo(json.dumps({"schema": SCHEMA, "error": error_data(error, step)}, indent=2))
     return error.exit_code
-
-
-if __name__ == "__main__":
-    main()

@@ -238,12 +238,8 @@ def without_output(context: click.Context) -> UsageError:
 
 
 def free_name(context: click.Context) -> str:
-    """A name for the output of a command."""
-    return proposed_name(str(context.info_name), meant_in(context), context.params)
-
-
-def proposed_name(command: str, operands: Sequence[Operand], words: Mapping[str, Any]) -> str:
-    """A name for the output that is not there yet; a file where the base is one."""
+    """A name for the output of a command that is not there yet; a file where the base is one."""
+    command, operands, words = str(context.info_name), meant_in(context), context.params
     stems = by_key((operand.parameter, stem_of(operand.word)) for operand in operands)
     parts = defaultdict(str, {name: "-".join(found[:MOST_NAMED]) for name, found in stems.items()})
     parts |= {

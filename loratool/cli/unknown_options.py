@@ -50,7 +50,8 @@ NEAR = 0.7  # the least likeness of names, without their hyphens
 
 def meant_by(name: str, command: click.Command) -> str:
     """The option of a command that an unknown one was probably meant to be; empty where there is none."""
-    flags = [flag for parameter in command.params if isinstance(parameter, click.Option) for flag in long(parameter)]
+    options = [each for each in command.params if isinstance(each, click.Option)]
+    flags = [f for each in options for f in (*each.opts, *each.secondary_opts) if f.startswith("--")]
     if is_operand(name, command):
         return ""
     return next((flag for flag in candidates(name, flags) if flag in flags), "")
@@ -58,15 +59,8 @@ def meant_by(name: str, command: click.Command) -> str:
 
 def is_operand(name: str, command: click.Command) -> bool:
     """Whether an option stands for an adapter, which this command takes as an argument."""
-    return name in OPERANDS and any(str(parameter.name).startswith("adapter") for parameter in arguments_of(command))
-
-
-def arguments_of(command: click.Command) -> Iterator[click.Argument]:
-    return (parameter for parameter in command.params if isinstance(parameter, click.Argument))
-
-
-def long(option: click.Option) -> Iterator[str]:
-    return (flag for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--"))
+    arguments = (str(each.name) for each in command.params if isinstance(each, click.Argument))
+    return name in OPERANDS and any(each.startswith("adapter") for each in arguments)
 
 
 def candidates(name: str, flags: Sequence[str]) -> Iterator[str]:

@@ -20,27 +20,32 @@ MOST_LINES = 2000  # of a figure; of more, every second, third … is drawn
 MOST_POINTS = 30_000  # of those lines; of more, some are left out
 
 NORM = "‖ΔW‖"
-METRICS: tuple[tuple[str, str, Callable[[Measured], float | None]], ...] = (
-    ("rank", "rank of the factors", lambda m: m.rank),
-    (NORM, "Frobenius norm", lambda m: m.norm),
-    ("σ₁", "largest singular value", lambda m: m.spectral),
-    ("stable", "stable rank: ‖ΔW‖² / σ₁²", lambda m: m.stable_rank),
-    ("entropy", "entropy rank: exp(−Σ p ln p), p = σ/Σσ", lambda m: m.entropy_rank),
-    ("90 %", "smallest rank that keeps 90 % of ‖ΔW‖²", lambda m: m.energy_ranks[0] if m.energy_ranks else None),
-    ("95 %", "smallest rank that keeps 95 % of ‖ΔW‖²", lambda m: m.energy_ranks[1] if m.energy_ranks else None),
-    ("99 %", "smallest rank that keeps 99 % of ‖ΔW‖²", lambda m: m.energy_ranks[2] if m.energy_ranks else None),
-    ("dead", "components below 10⁻⁶ of σ₁", lambda m: m.dead),
-    ("‖B‖/‖A‖", "balance of the factors", lambda m: m.balance),
-    ("‖ΔW‖/‖W₀‖", "relative to the base weight", lambda m: m.weight.ratio if m.weight else None),
-    ("amplified", "‖ΔW‖ / ‖UᵀW₀V‖", lambda m: m.weight.amplification if m.weight else None),
-    (
+MEASURES = (
+    Measure[Measured]("rank", "rank of the factors", lambda m: m.rank),
+    Measure[Measured](NORM, "Frobenius norm", lambda m: m.norm),
+    Measure[Measured]("σ₁", "largest singular value", lambda m: m.spectral),
+    Measure[Measured]("stable", "stable rank: ‖ΔW‖² / σ₁²", lambda m: m.stable_rank),
+    Measure[Measured]("entropy", "entropy rank: exp(−Σ p ln p), p = σ/Σσ", lambda m: m.entropy_rank),
+    Measure[Measured](
+        "90 %", "smallest rank that keeps 90 % of ‖ΔW‖²", lambda m: m.energy_ranks[0] if m.energy_ranks else None
+    ),
+    Measure[Measured](
+        "95 %", "smallest rank that keeps 95 % of ‖ΔW‖²", lambda m: m.energy_ranks[1] if m.energy_ranks else None
+    ),
+    Measure[Measured](
+        "99 %", "smallest rank that keeps 99 % of ‖ΔW‖²", lambda m: m.energy_ranks[2] if m.energy_ranks else None
+    ),
+    Measure[Measured]("dead", "components below 10⁻⁶ of σ₁", lambda m: m.dead),
+    Measure[Measured]("‖B‖/‖A‖", "balance of the factors", lambda m: m.balance),
+    Measure[Measured]("‖ΔW‖/‖W₀‖", "relative to the base weight", lambda m: m.weight.ratio if m.weight else None),
+    Measure[Measured]("amplified", "‖ΔW‖ / ‖UᵀW₀V‖", lambda m: m.weight.amplification if m.weight else None),
+    Measure[Measured](
         "unchanged",
         "fraction of the entries that rounding leaves unchanged",
         lambda m: m.weight.unchanged if m.weight else None,
     ),
-    ("gain", "fraction of ΔW that survives rounding", lambda m: m.weight.gain if m.weight else None),
+    Measure[Measured]("gain", "fraction of ΔW that survives rounding", lambda m: m.weight.gain if m.weight else None),
 )
-MEASURES = tuple(Measure(*each) for each in METRICS)
 NORMS = Map[Measured](
     "norm",
     "‖ΔW‖ by layer and module",
@@ -51,7 +56,7 @@ NORMS = Map[Measured](
 
 def page_of(facts: OneFacts) -> Page:
     """The page of one path."""
-    blocks = [*(adapter_blocks(facts) if isinstance(facts, AdapterFacts) else other_blocks(facts))]
+    blocks = adapter_blocks(facts) if isinstance(facts, AdapterFacts) else other_blocks(facts)
     return Page(last_part(facts.path), "inspect", tuple(blocks))
 
 

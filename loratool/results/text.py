@@ -68,8 +68,9 @@ def fill(text: str, first: str = "", later: str = "", room: int = COLUMNS) -> st
     text, room = escaped(text), room_for(room)
     if len(first) + len(text) <= room:
         return (first + text).rstrip()
-    wrapper = textwrap.TextWrapper(room, first, later, break_long_words=False, break_on_hyphens=False)
-    return wrapper.fill(text)
+    return textwrap.fill(
+        text, room, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def row_if(condition: object, name: str, value: object) -> list[tuple[str, object]]:
