@@ -49,7 +49,6 @@ def rows_at(place: Place, weight: StoredWeight) -> Slice:
 def torn(edits: Mapping[str, Sequence[Edit]]) -> Iterator[str]:
     """What is wrong with updates that depend on several weights, of which others are replaced."""
     replaced = {name for name, own in edits.items() if any(edit.update.replaces for edit in own)}
-    for edit in (edit for own in edits.values() for edit in own if edit.whole is not None):
-        assert edit.whole is not None, "it was looked at"
-        others = {tensor.info.name for tensor in edit.whole.tensors} & replaced - {edit.weight}
+    for edit in (edit for own in edits.values() for edit in own):
+        others = {tensor.info.name for tensor in edit.whole.tensors} & replaced - {edit.weight} if edit.whole else ()
         yield from (f"{printable(edit.target)}: depends on {printable(other)}, which is replaced" for other in others)

@@ -70,12 +70,9 @@ def extras_of(
     unmatched = set(ignore)
     first = next((adapter for adapter in adapters if any(file.kind == "module" for file in adapter.beside)), None)
     for number, adapter in enumerate(adapters):
-        ignored = set[str]()
-        for file in adapter.beside:
-            patterns = {pattern for pattern in ignore if matches(file.name, pattern)}
-            unmatched -= patterns
-            if patterns:
-                ignored.add(file.name)
+        patterns = {file.name: {each for each in ignore if matches(file.name, each)} for file in adapter.beside}
+        unmatched -= set().union(*patterns.values())
+        ignored = {name for name, own in patterns.items() if own}
         modules = [file.name for file in adapter.beside if file.kind == "module" and is_alike(file, adapter, first)]
         settled = taken[number] | ignored | set(modules)
         lost = [file for file in adapter.beside if file.counts and file.name not in settled]

@@ -85,13 +85,7 @@ def to_come(errors: Sequence[float]) -> float:
 
 def multiply(matrix: Rows, columns: Tensor) -> Tensor:
     """Matrix @ columns."""
-    found: Tensor | None = None
-    for first, tile in matrix.tiles():
-        if found is None:
-            found = torch.empty(matrix.shape[0], columns.shape[1], dtype=tile.dtype, device=tile.device)
-        torch.mm(tile, columns.to(tile.dtype), out=found[first : first + tile.shape[0]])
-    assert found is not None, "a matrix without rows has no singular values"
-    return found
+    return torch.cat([tile @ columns.to(tile.dtype) for _, tile in matrix.tiles()])
 
 
 def multiply_transposed(matrix: Rows, rows: Tensor) -> tuple[Tensor, float]:

@@ -19,6 +19,13 @@ def uniform(key: str, first_row: int, rows: int, columns: int, device: torch.dev
     return (entries >> 8).float() * 2.0**-24
 
 
+def of_each(key: str, first_row: int, matrices: Tensor) -> Tensor:
+    """The same for tiles of several matrices, each with numbers of its own: (n, rows, columns)."""
+    _, rows, columns = matrices.shape
+    each = (uniform(f"{key}/{at}", first_row, rows, columns, matrices.device) for at in range(len(matrices)))
+    return torch.stack(list(each))
+
+
 def mixed(words: Tensor) -> Tensor:
     """A bijection of 32-bit words that spreads every bit over all others (`lowbias32`, C. Wellons, public domain)."""
     words = words ^ (words >> 16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from loratool.algebra.methods.chance import uniform
+from loratool.algebra.methods.chance import of_each
 from loratool.algebra.methods.stacks import Stack
 from loratool.lazy import Tensor, torch
 
@@ -124,12 +124,8 @@ def largest_entries(stack: Stack, density: float) -> Rule:
 
 def kept_by_chance(first: int, tile: Tensor, setting: Setting, chances: Tensor | None = None) -> Tensor:
     """Entries kept with their chance and divided by it, so that each is right in the mean."""
-    parts = []
-    for at, matrix in enumerate(tile):
-        drawn = uniform(f"{setting.key}/{at}", first, matrix.shape[0], matrix.shape[1], matrix.device).to(matrix.dtype)
-        chance = setting.density if chances is None else chances[at]
-        parts.append(matrix * (drawn < chance) / chance)
-    return torch.stack(parts)
+    chance = setting.density if chances is None else chances
+    return tile * (of_each(setting.key, first, tile).to(tile.dtype) < chance) / chance
 
 
 def summed(kept: Tensor, weights: Tensor, setting: Setting) -> Tensor:

@@ -6,7 +6,7 @@ its scaling goes on both factors, its sign on A.
 
 from __future__ import annotations
 
-from loratool.algebra.methods.chance import uniform
+from loratool.algebra.methods.chance import of_each
 from loratool.lazy import Tensor, torch
 
 
@@ -16,8 +16,7 @@ def combine_factors(
     """One factor of the result, from the (n, ·, ·) factors of the adapters, unscaled, and the weights of each."""
     kept = factors
     if method.startswith("dare"):
-        drawn = [uniform(f"{key}/{at}", 0, f.shape[0], f.shape[1], f.device) for at, f in enumerate(factors)]
-        kept = factors * (torch.stack(drawn) < density) / density
+        kept = factors * (of_each(key, 0, factors) < density) / density
     elif method != "linear" and density < 1:
         count = int(density * factors[0].numel())
         masks = torch.zeros_like(factors, dtype=torch.bool).flatten(1)

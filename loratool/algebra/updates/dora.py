@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 from loratool.algebra.updates.base import Update, WeightRows, Wrapped
 from loratool.lazy import Tensor
@@ -44,14 +47,14 @@ class Magnitude(Wrapped):
         inner = self.inner.prepared(weight) if self.inner.needs_weight else self.inner
         if not self.by_column:
             return replace(self, inner=inner)
-        squared: Tensor | None = None
-        for first_row, base in weight():
-            moved = base.clone()
-            inner.add_rows(moved, first_row, 1.0, base)
-            here = moved.double().square().sum(0)
-            squared = here if squared is None else squared + here
-        assert squared is not None, "a weight without rows has no update"
-        return replace(self, inner=inner, norms=squared.view(-1, self.repeat).sum(1).sqrt())
+
+        def squares() -> Iterator[Tensor]:
+            for first_row, base in weight():
+                moved = base.clone()
+                inner.add_rows(moved, first_row, 1.0, base)
+                yield moved.double().square().sum(0)
+
+        return replace(self, inner=inner, norms=reduce(add, squares()).view(-1, self.repeat).sum(1).sqrt())
 
     def factor(self, norms: Tensor, magnitude: Tensor) -> Tensor:
         return (magnitude.to(norms.dtype) / norms).masked_fill(norms == 0, 0.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import ANY, Oriented, Update, WeightRows, whole
@@ -12,12 +14,7 @@ from loratool.lazy import Tensor, torch
 
 def image(left: Tensor, weight: WeightRows) -> Tensor:
     """(rows, r)ᵀ @ W as (r, columns), summed in float64 over blocks of rows."""
-    total: Tensor | None = None
-    for first, block in weight():
-        part = left[first : first + block.shape[0]].double().T @ block.double()
-        total = part if total is None else total + part
-    assert total is not None, "a weight without rows has no update"
-    return total
+    return reduce(add, (left[first : first + len(block)].double().T @ block.double() for first, block in weight()))
 
 
 @dataclass(frozen=True)

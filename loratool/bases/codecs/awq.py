@@ -20,6 +20,7 @@ from loratool.bases.codecs.gptq import SCALES, WAY_OUT, method_of, packed_module
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, Unfit, is_count, shown
 from loratool.bases.codecs.plain_modules import (
+    complete,
     expert_layers,
     in_memory,
     modules_of,
@@ -99,8 +100,7 @@ class Awq(Codec):
                 found[f"{module}.weight"] = weight_of(finder, module, group)
         if entries := said.get(SKIPPED):  # without a list, loaders go by what is in the files
             note_unlisted(finder, found, lambda modules: skipped_by(entries, modules, base), SKIPPED)
-        finder.refuse(self.title, WAY_OUT)
-        return Packing(found)
+        return complete(finder, found, self.title, WAY_OUT)
 
     def left_plain(
         self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint

@@ -230,9 +230,14 @@ class BitsAndBytes(Codec):
         if settings.method not in ("", "bitsandbytes"):
             return None
         finder = Finder(base)
+        found: dict[str, Requantizable] = {}
         with OpenSources() as sources:
-            room = Room(sources)
-            found: dict[str, Requantizable] = {**dict(four_bit(finder, room)), **dict(int8(finder, room))}
+            for name, kind in states_in(base):
+                with suppress(Unfit):
+                    found[name] = four_bit_weight(finder, name, kind, Room(sources))
+            for module in finder.stems(".SCB"):
+                with suppress(Unfit):
+                    found[f"{module}.weight"] = int8_weight(finder, module, Room(sources))
         if settings.method:
             note_incomplete(finder, found)
         if settings.method and not is_of_diffusers(base):
@@ -260,14 +265,11 @@ class BitsAndBytes(Codec):
         return matched_in_diffusers(packing, plain, base, lambda entry, module: entry == last_name(module))
 
 
-def four_bit(finder: Finder, room: Room) -> Iterator[tuple[str, FourBit]]:
-    """The weights that have a quant_state."""
-    for state in finder.base.tensors:
-        name, found, kind = state.partition(STATE)
-        if not found:
-            continue
-        with suppress(Unfit):
-            yield name, four_bit_weight(finder, name, kind, room)
+def states_in(base: Checkpoint) -> Iterator[tuple[str, str]]:
+    """The weights that have a quant_state, each with its kind."""
+    for name, found, kind in (tensor.partition(STATE) for tensor in base.tensors):
+        if found:
+            yield name, kind
 
 
 def four_bit_weight(finder: Finder, name: str, kind: str, room: Room) -> FourBit:
@@ -333,13 +335,6 @@ def statistics_of(json: StoredTensor, kind: str, room: Room) -> Statistics:
     if not isinstance(offset, (int, float)) or isinstance(offset, bool) or not math.isfinite(offset):
         raise ValueError(f"nested_offset must be a number, but it is {shown(offset)}")
     return replace(found, nested_block=inner, offset=float(offset))
-
-
-def int8(finder: Finder, room: Room) -> Iterator[tuple[str, Int8]]:
-    """The weights that have an SCB."""
-    for module in finder.stems(".SCB"):
-        with suppress(Unfit):
-            yield f"{module}.weight", int8_weight(finder, module, room)
 
 
 def int8_weight(finder: Finder, module: str, room: Room) -> Int8:

@@ -105,7 +105,7 @@ class CompressedTensors(Codec):
                         finder, module, parts, schemes_by_module[module], Room(sources)
                     )
         note_unlisted(finder, found, lambda names: in_list(texts_in(settings.values.get("ignore")), names), "ignore")
-        return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
+        return complete(finder, found, self.title, WAY_OUT, LEFTOVERS)
 
     def left_plain(
         self,

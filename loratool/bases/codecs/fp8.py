@@ -53,7 +53,7 @@ class Fp8(Codec):
             elif info.dtype in FLOAT_NAMES and len(info.shape) > 1 and scales:
                 finder.note_both(name, scales)
         note_unlisted(finder, found, lambda modules: listed(settings, modules), LISTS[0])
-        return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
+        return complete(finder, found, self.title, WAY_OUT, LEFTOVERS)
 
     def left_plain(
         self,

@@ -100,7 +100,7 @@ class Fp8Files(Codec):
                 with suppress(Unfit):
                     found[name] = weight_of(finder, name, scale)
         marks = [name for name in base.tensors if name.rpartition(".")[2] == MARK]
-        packing = replace(complete(finder, found, LEFTOVERS, self.title, WAY_OUT), unread=unread, marks=marks)
+        packing = replace(complete(finder, found, self.title, WAY_OUT, LEFTOVERS), unread=unread, marks=marks)
         return packing if found or unread else None
 
     def metadata(

@@ -30,6 +30,7 @@ from loratool.bases.codecs.dynamic_rules import is_negative, rules_for, settings
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, Unfit, integers_of, is_count, read_whole, shown, told
 from loratool.bases.codecs.plain_modules import (
+    complete,
     expert_layers,
     fused_modules,
     in_memory,
@@ -149,8 +150,7 @@ class Gptq(Codec):
                 found[f"{module}.weight"] = Turned.of(weight) if last_name(module) in turned else weight
         if said.get(KEPT):  # without it, loaders go by what is in the files
             note_unlisted(finder, found, lambda modules: left_by(said, modules), "the rules of dynamic with -:")
-        finder.refuse(self.title, WAY_OUT)
-        return Packing(found)
+        return complete(finder, found, self.title, WAY_OUT)
 
     def left_plain(
         self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint

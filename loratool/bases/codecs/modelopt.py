@@ -75,7 +75,7 @@ class ModelOpt(Codec):
             elif info.dtype in FLOAT_NAMES and scales:
                 finder.note_both(name, scales.name)
         note_unlisted(finder, found, lambda modules: in_lists(settings, modules), "ignore")
-        return complete(finder, found, LEFTOVERS, self.title, WAY_OUT)
+        return complete(finder, found, self.title, WAY_OUT, LEFTOVERS)
 
     def left_plain(
         self,

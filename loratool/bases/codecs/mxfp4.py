@@ -22,7 +22,14 @@ from loratool.bases.codecs.new_scales import stored_powers
 from loratool.bases.codecs.numbers import FP4
 from loratool.bases.codecs.parameters import WithParameters
 from loratool.bases.codecs.parts import Finder, Unfit, in_blocks, told
-from loratool.bases.codecs.plain_modules import modules_of, note_unlisted, skipped_by, stacks_left, with_entries
+from loratool.bases.codecs.plain_modules import (
+    complete,
+    modules_of,
+    note_unlisted,
+    skipped_by,
+    stacks_left,
+    with_entries,
+)
 from loratool.bases.codecs.scaled import wrong
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
@@ -144,8 +151,7 @@ class Mxfp4(Codec):
             if info.dtype in FLOAT_NAMES and name in found:
                 finder.note_both(name, f"{name}_blocks")
         note_unlisted(finder, found, lambda names: skipped_by(settings.values.get(LIST), names, base), LIST)
-        finder.refuse(self.title, WAY_OUT)
-        return Packing(found)
+        return complete(finder, found, self.title, WAY_OUT)
 
     def left_plain(
         self,

@@ -62,7 +62,9 @@ def skipped_by(entries: object, modules: Collection[str], base: Checkpoint) -> C
     return {module for module, own in names.items() if any(found[n] or any(e in n for e in given) for n in own)}
 
 
-def complete(finder: Finder, found: Mapping[str, Packed], endings: Sequence[str], title: str, way_out: str) -> Packing:
+def complete(
+    finder: Finder, found: Mapping[str, Packed], title: str, way_out: str, endings: Sequence[str] = ()
+) -> Packing:
     """What was found, with the tensors beside it that have these endings. Raises `InputError` where anything is wrong."""
     finder.refuse(title, way_out)
     return Packing(found, leftovers(finder.base, found, endings))
