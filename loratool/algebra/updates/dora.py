@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
-from operator import add
 
 from loratool.algebra.updates.base import Update, WeightRows, Wrapped
-from loratool.lazy import Tensor
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Magnitude(Wrapped):
                 inner.add_rows(moved, first_row, 1.0, base)
                 yield moved.double().square().sum(0)
 
-        return replace(self, inner=inner, norms=reduce(add, squares()).view(-1, self.repeat).sum(1).sqrt())
+        return replace(self, inner=inner, norms=reduce(torch.add, squares()).view(-1, self.repeat).sum(1).sqrt())
 
     def factor(self, norms: Tensor, magnitude: Tensor) -> Tensor:
         return (magnitude.to(norms.dtype) / norms).masked_fill(norms == 0, 0.0)

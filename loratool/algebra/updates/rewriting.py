@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from operator import add
 
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import ANY, Oriented, Update, WeightRows, whole
@@ -14,7 +13,9 @@ from loratool.lazy import Tensor, torch
 
 def image(left: Tensor, weight: WeightRows) -> Tensor:
     """(rows, r)ᵀ @ W as (r, columns), summed in float64 over blocks of rows."""
-    return reduce(add, (left[first : first + len(block)].double().T @ block.double() for first, block in weight()))
+    return reduce(
+        torch.add, (left[first : first + len(block)].double().T @ block.double() for first, block in weight())
+    )
 
 
 @dataclass(frozen=True)
