@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratool.files.safefile import PREFIX, SafeFile, header_length, read_safefile
-from loratool.files.small_tensors import ReadRange
+
+if TYPE_CHECKING:
+    from loratool.files.small_tensors import ReadRange
 
 
 def read_weight_file(path: Path) -> SafeFile:
