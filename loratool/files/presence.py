@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loratool.errors import UsageError, printable
 from loratool.files.process import host_name, is_running
@@ -117,18 +116,12 @@ def workers_in(folder: Path) -> list[Worker]:
         return []
     for path in paths:
         with suppress(OSError, ValueError):
-            table, age = json_object(path.read_bytes()), now - path.stat().st_mtime
-            found.append(worker_of(table, max(0.0, age), path.name))
+            age = max(0.0, now - path.stat().st_mtime)
+            match json_object(path.read_bytes()):
+                case {"host": str(host), "pid": int(pid), "share": str(share), "doing": list(doing)}:
+                    if type(pid) is int and pid > 0 and all(isinstance(each, str) for each in doing):
+                        found.append(Worker(host, pid, share, tuple(doing), age, path.name))
     return found
-
-
-def worker_of(table: dict[str, Any], seconds: float, file: str) -> Worker:
-    """Raises `ValueError` where the table is none of a worker."""
-    match table:
-        case {"host": str(host), "pid": int(pid), "share": str(share), "doing": list(doing)} if type(pid) is int:
-            if pid > 0 and all(isinstance(each, str) for each in doing):
-                return Worker(host, pid, share, tuple(doing), seconds, file)
-    raise ValueError("no worker")
 
 
 @contextmanager
