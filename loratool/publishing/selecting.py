@@ -20,13 +20,22 @@ from loratool.errors import InputError, UsageError, printable
 from loratool.fetching import check_there
 from loratool.fetching.bases import named_base
 from loratool.files.digests import digest_of_bytes
-from loratool.files.folders import CARD, INDEX_SUFFIX, PROVENANCE, TRAINING_FOLDERS, LeftOut, leaves, sort_side_files
+from loratool.files.folders import (
+    CARD,
+    INDEX_SUFFIX,
+    PROVENANCE,
+    TRAINING_FOLDERS,
+    LeftOut,
+    leaves,
+    sidecar_of,
+    sort_side_files,
+)
 from loratool.files.journal import MODEL, is_stage
 from loratool.files.outputs import as_json
 from loratool.files.safefile import PREFIX
 from loratool.files.source import PIECE
 from loratool.files.system import shell_word
-from loratool.files.untrusted import LARGEST_RECORD, json_object, open_regular, read_bounded
+from loratool.files.untrusted import LARGEST_RECORD, json_or_empty, open_regular, read_bounded
 from loratool.notes import Note
 from loratool.provenance.cards import addressed, card_of, is_template
 from loratool.provenance.secrets import secrets_in
@@ -204,7 +213,7 @@ def with_picture(card: bytes, picture: Callable[[], bytes], notes: list[Note]) -
 def alone(file: Path, place: str) -> str:
     """The commands that push a file in a folder of its own, with its record if it has one."""
     folder = file.with_suffix("")
-    record = file.with_name(f"{file.name}.{PROVENANCE}")
+    record = sidecar_of(file)
     new, *sent = (shell_word(printable(p)) for p in (folder, file, *([record] if record.is_file() else [])))
     return f"mkdir {new} && cp {' '.join(sent)} {new} && loratool push {new} {place}"
 
@@ -212,10 +221,7 @@ def alone(file: Path, place: str) -> str:
 def listing(path: Path, written: Mapping[str, bytes]) -> bytes:
     """A `loratool.json` that lists files with other content; as it is where it is none, or lists no side files."""
     raw = read_bounded(path, LARGEST_RECORD)
-    try:
-        table = json_object(raw, lenient=True)
-    except ValueError:
-        return raw
+    table = json_or_empty(raw, lenient=True)
     if not isinstance(table.get("files"), dict):
         return raw
     files = table["files"] | {name: digest_of_bytes(content).record() for name, content in written.items()}
