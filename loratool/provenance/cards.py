@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.arguments import PathLike
 from loratool.errors import escaped, printable
 from loratool.files.folders import CARD
 from loratool.files.hub_cache import is_hub_id
 from loratool.files.hub_names import with_owner
 from loratool.files.untrusted import LARGEST_RECORD, open_regular, read_json
-from loratool.options.described import Options, place_word
 from loratool.provenance.recorded import ancestors_of
 
 MARK = "<!-- made by loratool from loratool.json; without this line it counts as written by hand -->"
@@ -38,7 +35,6 @@ TERMS = {
 TEMPLATE = b"# Model Card for Model ID"
 PLAIN_KEY = re.compile(r"[a-z][a-z_]{0,40}")  # of a measure that this release does not know
 CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
-OUT = "out"
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
 DONE = {
     "merge": "{base} with {adapters} merged into its weights.",
@@ -89,23 +85,6 @@ class Terms:
 
     fields: Mapping[str, str]
     disputed: tuple[str, ...] = ()  # licences that differ, so that none is chosen
-
-
-def command(name: str, inputs: Sequence[PathLike], options: Options, out: bool = True) -> str:
-    """The command line that repeats a run: `name` on these inputs, with these options.
-
-    Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
-    """
-    words = [
-        "loratool",
-        name,
-        *(escaped(place_word(each)) for each in inputs),
-        *options.words(),
-        *(("-o", OUT) if out else ()),
-    ]
-    from loratool.provenance.secrets import without_secrets
-
-    return without_secrets(shlex.join(words))
 
 
 def terms_of(*folders: Path) -> Terms:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from loratool.arguments import PathLike
+from loratool.errors import escaped
 from loratool.options.described import Options, place_word
-from loratool.provenance.cards import command
+
+OUT = "out"
 
 
 def invocation(name: str, inputs: Sequence[PathLike], options: Options, out: bool = True) -> dict[str, Any]:
@@ -20,3 +23,20 @@ def invocation(name: str, inputs: Sequence[PathLike], options: Options, out: boo
 
     words = without_secrets(json.dumps({"operands": [*map(place_word, inputs)], "options": options.keywords()}))
     return {"command": command(name, inputs, options, out), **json.loads(words)}
+
+
+def command(name: str, inputs: Sequence[PathLike], options: Options, out: bool = True) -> str:
+    """The command line that repeats a run: `name` on these inputs, with these options.
+
+    Inputs from the Hub are named with their commit, local ones by their last name: a card tells nobody's folders.
+    """
+    words = [
+        "loratool",
+        name,
+        *(escaped(place_word(each)) for each in inputs),
+        *options.words(),
+        *(("-o", OUT) if out else ()),
+    ]
+    from loratool.provenance.secrets import without_secrets
+
+    return without_secrets(shlex.join(words))

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 import loratool
 from loratool.adapters.formats.peft import PEFT
 from loratool.files.folders import CARD
-from loratool.provenance.cards import MARK, Subject, card, card_of, command, terms_of
+from loratool.provenance.cards import MARK, Subject, card, card_of, terms_of
+from loratool.provenance.invocations import command
 from loratool.publishing.selecting import select
 from loratool.reworking.combine_options import CombineOptions
 

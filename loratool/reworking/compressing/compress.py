@@ -31,7 +31,7 @@ from loratool.files.tensor_writer import OF_DATA, TensorFile, Triple, tensor_fil
 from loratool.lazy import Tensor, torch
 from loratool.measuring.session import session
 from loratool.notes import Note
-from loratool.provenance.cards import command
+from loratool.provenance.invocations import command
 from loratool.provenance.record import versions
 from loratool.results.compress import CompressReport
 from loratool.reworking.aligned_layers import align_layers, contents_apart, told_bases
