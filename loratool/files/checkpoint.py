@@ -232,16 +232,14 @@ def choose_shards(root: Path, names: list[str], notes: list[Note], is_adapter: C
 
 def check_numbering(root: Path, shards: list[str]) -> None:
     """Shards that say `-00001-of-00003` must all be there."""
-    series: dict[tuple[str, int], set[int]] = {}
-    for name in shards:
-        if match := NUMBERED.match(name):
-            series.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
+    matches = filter(None, map(NUMBERED.match, shards))
+    series = by_key(((match["stem"], int(match["count"])), int(match["number"])) for match in matches)
     if len(series) > 1:
         raise InputError(
             f"{printable(root)}: shards of several models but no index; pass the path of one file, or add the index"
         )
     for (stem, count), numbers in series.items():
-        if count <= 100_000 and (missing := sorted(set(range(1, count + 1)) - numbers)):
+        if count <= 100_000 and (missing := sorted({*range(1, count + 1)} - {*numbers})):
             raise InputError(
                 f"{printable(root)}: shards {missing[:20]} of the {count} of {printable(stem)} are missing"
             )

@@ -107,22 +107,14 @@ def sort_side_files(root: Path, weights: set[str]) -> tuple[list[str], list[Left
     A link out of the folder is followed only to where the weights of the same model really lie. Raises `InputError`
     naming every pipe, socket and device that stands where a file does.
     """
-    carried: list[str] = []
     left_out: list[LeftOut] = []
     homes = {os.path.dirname(os.path.realpath(root / name)) for name in weights if name and leaves(root, name)}
     names = list(walk(root, left_out))
     if odd := special_files(root, names):
         raise InputError(f"{printable(root)}: contains something that is not a regular file; remove it:", odd)
-    for name in names:
-        path = PurePosixPath(name)
-        if name in weights:
-            continue
-        reason = why_left_out(root, path, homes)
-        if reason:
-            left_out.append(LeftOut(name, reason))
-        else:
-            carried.append(name)
-    return sorted(carried), sorted(left_out, key=str)
+    reasons = {name: why_left_out(root, PurePosixPath(name), homes) for name in names if name not in weights}
+    left_out += [LeftOut(name, reason) for name, reason in reasons.items() if reason]
+    return sorted(name for name, reason in reasons.items() if not reason), sorted(left_out, key=str)
 
 
 def walk(root: Path, left_out: list[LeftOut], inside: str = "") -> Iterator[str]:

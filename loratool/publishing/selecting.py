@@ -140,15 +140,12 @@ def select(
     kind, needed, others, left_out, beside = contents(root)
     names = list(dict.fromkeys([*needed, *others]))
     extra = [name for name in walk(root) if matches(name, include) and name not in names]
-    chosen: list[str] = []
-    for name in [*names, *extra]:
-        reason = why_not(root, name, include, exclude, name in needed)
-        if not reason:
-            chosen.append(name)
-        elif name in needed:
-            raise UsageError(f"{printable(name)}: left out ({reason}), but a {kind} needs it")
-        else:
-            left_out.append(LeftOut(name, reason))
+    reasons = {name: why_not(root, name, include, exclude, name in needed) for name in (*names, *extra)}
+    for name in needed:
+        if reasons[name]:
+            raise UsageError(f"{printable(name)}: left out ({reasons[name]}), but a {kind} needs it")
+    chosen = [name for name, reason in reasons.items() if not reason]
+    left_out += [LeftOut(name, reason) for name, reason in reasons.items() if reason]
     known = [*names, *extra, *(file.name for file in left_out)]
     left_out = [file for file in left_out if file.name not in {*extra} & {*chosen}]
     uploads = {name: Upload(name, root / name) for name in chosen}
