@@ -100,6 +100,23 @@ def test_an_adapter_for_transformers_has_its_names_and_its_order_of_rows(
         assert float((config["lora_alpha"] / config["r"] * b @ a - wanted).norm()) <= 1e-5 * float(wanted.norm())
 
 
+def test_a_head_that_is_tied_is_in_no_file(
+    weights: dict[str, Tensor], tuned: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Llama.cpp stores the embedding once where the model ties both; the adapter is that of the same models with a head."""
+    made = {}
+    for name, leave in (("tied", {"lm_head.weight"}), ("untied", set[str]())):
+        base, after = [
+            gguf_models.write_llama(tmp_path / f"{name}-{at}.gguf", {n: w for n, w in each.items() if n not in leave})
+            for at, each in enumerate((weights, tuned))
+        ]
+        loratool.extract(base, after, tmp_path / f"{name}.gguf", rank=RANK)
+        made[name] = deltas(tmp_path / f"{name}.gguf")
+    assert "output.weight" not in decoded(tmp_path / "tied-0.gguf")
+    assert made["tied"].keys() == made["untied"].keys()
+    assert all(np.array_equal(delta, made["untied"][name]) for name, delta in made["tied"].items())
+
+
 def test_base_and_adapter_merge_to_the_tuned_model(
     weights: dict[str, Tensor], tuned: dict[str, Tensor], tmp_path: Path
 ) -> None:
