@@ -327,6 +327,7 @@ def test_algebra_knows_no_files_and_no_names() -> None:
         "heapq",
         "itertools",
         "math",
+        "operator",
         "typing",
     }
     assert outside <= pure | {"numpy", "torch"}
