@@ -340,6 +340,6 @@ def is_expert(target: str) -> bool:
 
 def expert_place(target: str) -> tuple[str, int, str] | None:
     """What stands before the experts, the number of one, and its layer in today's words; None for any other weight."""
-    match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(\w+)\.weight", target, re.ASCII)
+    match = re.fullmatch(r"(.+)\.experts\.(\d{1,9})\.(\w+)\.weight", target, re.ASCII)
     leaf = next((new for new, old in EXPERT_LAYERS.items() if match and match[3] in (new, old)), "")
     return (match[1], int(match[2]), leaf) if match and leaf else None

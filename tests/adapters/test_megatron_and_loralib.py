@@ -213,6 +213,9 @@ def test_ranks_that_do_not_go_together_are_refused(base: Path, tmp_path: Path) -
     (folder / "mp_rank_00").rename(folder / "mp_rank_02")
     with pytest.raises(loratool.InputError, match="numbered from 0"):
         merged(base, folder, tmp_path / "out")
+    (folder / "mp_rank_02").rename(folder / "tp_rank_9999_pp_rank_9999")  # of a hundred million
+    with pytest.raises(loratool.InputError, match="numbered from 0"):
+        merged(base, folder, tmp_path / "out")
 
 
 def test_all_layers_in_one_tensor_are_read_as_one_each(base: Path, tmp_path: Path) -> None:

@@ -170,10 +170,14 @@ def test_a_side_that_all_experts_share_goes_with_those_that_have_a_number(tmp_pa
                 assert float((found[name].double() - weights[name].double() - delta).abs().max()) <= 1e-6, name
 
 
-def test_an_expert_without_its_side_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["", "999999999", "9" * 5000, "²"])
+def test_an_expert_without_its_side_is_named(tmp_path: Path, number: str) -> None:
+    """Also where another one has a number that nobody can count to, or none."""
     base, _ = write_base(tmp_path / "base", "one for all")
     stored = numbered_apart(factors("by layer", "the outer sides"))
-    del stored["0.1/up_proj.B"]
+    lost = stored.pop("0.1/up_proj.B")
+    if number:
+        stored[f"0.{number}/up_proj.B"] = lost
     with pytest.raises(loratool.InputError, match=r"layers\.0\.mlp\.experts\.up_proj: expert 1 has no factors"):
         loratool.merge(base, [write(tmp_path / "adapter", stored)], tmp_path / "out")
 

@@ -12,10 +12,10 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loratool.adapters.adapter import Adapter
-from loratool.adapters.formats.format import Parts, Shape, Spelling, most_common, told_losses
+from loratool.adapters.formats.format import Format, Parts, Shape, Spelling, most_common, told_losses
 from loratool.adapters.gguf_names import ALPHA, HUB, REPOSITORY, A, B, in_model, order_of
 from loratool.adapters.layers import Form, Kind, expert_place
 from loratool.adapters.model_settings import attention_heads, model_needed, model_types
@@ -29,9 +29,6 @@ from loratool.errors import FitError, printable
 from loratool.layouts.gguf import ARCHITECTURES, MODEL_TYPES, STACKS, Architecture
 from loratool.lazy import Tensor
 from loratool.notes import Note
-
-if TYPE_CHECKING:
-    from loratool.adapters.formats.format import Format
 
 HEAD = "lm_head.weight"
 

@@ -50,7 +50,7 @@ def read_ranks(folder: Path, paths: Sequence[Path], layers: int | None = None) -
     """
     ranks = [rank for path in paths if (rank := Rank.of(path.parent.name))]
     stages, count = 1 + max(rank.stage for rank in ranks), 1 + max(rank.tensor for rank in ranks)
-    if [(rank.stage, rank.tensor) for rank in ranks] != [(s, t) for s in range(stages) for t in range(count)]:
+    if [rank.stage * count + rank.tensor for rank in ranks] != [*range(len(ranks))] or len(ranks) != stages * count:
         shown = ", ".join(printable(rank.folder) for rank in ranks)
         raise InputError(
             f"{printable(folder)}: expected one file in a folder for every rank, numbered from 0 (found {shown})"

@@ -10,6 +10,7 @@ have their expert's, as `experts.3.up_proj.lora_B` (out, rank). So Megatron-Brid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 
@@ -28,6 +29,7 @@ SIDES = ("lora_A", "lora_B")
 FUSED = "gate_up_proj"
 LAYERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 LEAVES = frozenset({FUSED, *LAYERS, *LAYERS.values()})
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # of an expert
 OLD_CONTAINER = "block_sparse_moe"  # whose experts are called w1, w2 and w3 on disk
 
 
@@ -97,13 +99,12 @@ def read_shared(draft: Draft, scaling: Scaling) -> set[str]:
     for module in draft.modules.values() if sides else ():
         outer, _, leaf = module.name.rpartition(".")
         container, _, number = outer.rpartition(".")
-        if number.isdigit() and f"{container}.{leaf}" in sides:
+        if NUMBER.fullmatch(number) and f"{container}.{leaf}" in sides:
             layers.setdefault(f"{container}.{leaf}", {})[int(number)] = module
     for name, experts in layers.items():
-        if missing := sorted(set(range(max(experts) + 1)) - experts.keys()):
-            draft.refuse(
-                name, f"expert {missing[0]} has no factors, though {len(experts)} others have", MISSING_PARTNER
-            )
+        missing = next((number for number in range(len(experts)) if number not in experts), None)
+        if missing is not None:
+            draft.refuse(name, f"expert {missing} has no factors, though {len(experts)} others have", MISSING_PARTNER)
             continue
         for module in experts.values():
             draft.attempt(
