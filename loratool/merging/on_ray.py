@@ -1,28 +1,39 @@
-"""A merge by the tasks of a Ray cluster: they make parts wherever Ray has room, and this process deals and publishes."""
+"""A merge by the tasks of a Ray cluster: they make parts wherever Ray has room, and this process deals and publishes.
+
+All that Ray carries is words, the names of parts and small tables. Bytes go from the base to the output directly, so every
+process has to see both under the same names. What a task leaves is what `--part` leaves: after an interruption the same
+command continues, and so do `--part` and `--finish`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from loratool.arguments import PathLike, Progress
+from loratool.arguments import PathLike, Progress, several
 from loratool.errors import LoratoolError, StorageError, UsageError, printable
-from loratool.files.part_records import FilePart
-from loratool.merging.by_tasks import Task, Words, merge_by_tasks, words_of
+from loratool.files.part_records import FilePart, PartRecord
 from loratool.merging.dealing import deal
+from loratool.merging.in_parts import make_parts, publish
 from loratool.merging.merge_options import ClusterOptions, MergeOptions
 from loratool.merging.options import RAY
+from loratool.merging.parted_merge import PartedMerge, open_parts
 from loratool.merging.resources import GPU_WORKERS, WAITING_WORKERS
 from loratool.results.merge import MergeReport
+from loratool.stores.names import is_in_store
 
 CPUS = 4  # of a task without a GPU
 WAIT = 1.0  # seconds until an interrupt is noticed at the latest
 RETRIES = 8  # of a task whose process or node died
 SHARES = 4  # for each task that can run at a time, so that little is lost with one that dies
 NEEDED = '--workers ray needs Ray: pip install "loratool[ray]"'
+Words = tuple[str, tuple[str, ...], str, MergeOptions]  # base, adapters, OUT and options
+Task = Callable[[str, Words, Sequence[str], str], Mapping[str, Any]]  # of a job, its words, names of parts, and a share
+OPENED: dict[str, PartedMerge] = {}  # in a process of the cluster: the plan of the merge that it works for
 
 
 def merge_on_ray(
@@ -33,9 +44,45 @@ def merge_on_ray(
     cluster: ClusterOptions,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merge by tasks of the cluster that `options.workers` names. Raises as `merge` does, and what ended a task."""
+    """Merge by tasks of the cluster that `options.workers` names. Raises as `merge` does, and what ended a task.
+
+    What several nodes wrote to a file system is read once more: their page caches need not know of each other.
+    """
     words = words_of(base, adapters, out, options)
-    return merge_by_tasks(words, lambda: Tasks(words, options, cluster, progress).connected())
+    merge = open_parts(*words)
+    shown, shared = printable(words[2]), merge.output.read_to_check
+    if merge.published:
+        raise UsageError(f"{shown} is complete already; pass another -o, or remove it first")
+    with Tasks(words, options, cluster, progress).connected() as tasks:
+
+        def check(parts: Sequence[FilePart], *_: object) -> Mapping[str, str]:
+            if not tasks.several:
+                return {}
+            tasks.total = 2 * merge.size  # a node may have joined
+            return {name: reason for found in tasks.run(check_share, parts) for name, reason in found.items()}
+
+        tasks.total = merge.size * (2 if shared and tasks.several else 1)
+        tasks.run(make_share, merge.parts)
+        finished = publish(merge, None, check if shared else None)
+    if finished.merge is None:
+        raise UsageError(f"{shown}: another process published this output in the meantime")
+    return finished.merge
+
+
+def words_of(base: PathLike, adapters: Sequence[PathLike] | PathLike, out: PathLike, options: MergeOptions) -> Words:
+    """The operands of a merge as every process understands them, and the options of one that uses threads."""
+    return (
+        seen_by_all(base),
+        tuple(map(seen_by_all, several(adapters))),
+        os.fspath(out) if is_in_store(out) else os.path.abspath(out),
+        dataclasses.replace(options, workers=None),
+    )
+
+
+def seen_by_all(word: PathLike) -> str:
+    """An operand as every process understands it, whatever its working folder is."""
+    path = os.path.expanduser(word)
+    return os.path.abspath(path) if os.path.lexists(path) else os.fspath(word)
 
 
 class Tasks:
@@ -44,7 +91,8 @@ class Tasks:
     def __init__(self, words: Words, options: MergeOptions, cluster: ClusterOptions, progress: Progress | None) -> None:
         self.ray, self.job = imported(), os.urandom(16).hex()
         self.words, self.options, self.cluster = words, options, cluster
-        self.progress, self.done, self.total = progress, 0, 0
+        self.progress, self.done = progress, 0
+        self.total = 0  # bytes that all of them have, to make and to read, for progress
 
     @contextmanager
     def connected(self) -> Iterator[Tasks]:
@@ -141,3 +189,26 @@ def imported() -> Any:
     except ImportError:
         raise UsageError(NEEDED) from None
     return ray
+
+
+def opened(job: str, words: Words) -> PartedMerge:
+    """The merge that a job is about, planned once in each process; the time of each task counts from now on."""
+    if job not in OPENED:
+        OPENED.clear()
+        OPENED[job] = open_parts(*words)
+    return dataclasses.replace(OPENED[job], started=time.monotonic())
+
+
+def make_share(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, Any]:
+    """The task that makes some parts; a table of what it did."""
+    merge, wanted = opened(job, words), {*names}
+    return make_parts(merge, [part for part in merge.parts if part.name in wanted], share).to_dict()
+
+
+def check_share(job: str, words: Words, names: Sequence[str], share: str) -> Mapping[str, str]:  # noqa: ARG001
+    """The task that reads some parts again; what is wrong with each, by its name."""
+    merge, wanted = opened(job, words), {*names}
+    records: Mapping[str, PartRecord] = merge.output.records()
+    there = [part for part in merge.parts if part.name in wanted & records.keys()]
+    gone = wanted - {part.name for part in there}
+    return {**dict.fromkeys(gone, "its record is gone"), **merge.output.problems(there, records)}

@@ -16,7 +16,7 @@ from loratool import cli
 from loratool.commands.merge import MergeAndPushOptions
 from loratool.demo import demo
 from loratool.errors import StorageError, UsageError
-from loratool.merging import by_tasks, dealing, on_ray
+from loratool.merging import dealing, on_ray
 
 
 @pytest.fixture
@@ -145,9 +145,9 @@ def test_a_damaged_part_is_found_and_made_again(
             once[0].write_bytes(raw)
         return check(*words)
 
-    check = by_tasks.check_share
+    check = on_ray.check_share
     damaging.__name__ = check.__name__
-    monkeypatch.setattr(by_tasks, "check_share", damaging)
+    monkeypatch.setattr(on_ray, "check_share", damaging)
     with pytest.raises(loratool.VerificationError, match="damaged"):
         merged(home, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -182,9 +182,9 @@ def test_an_output_that_another_run_publishes_in_the_meantime_is_left_alone(
 
 def test_the_time_of_a_task_is_its_own(home: Path, tmp_path: Path) -> None:
     """The merge is planned once in a process, for its first task."""
-    words = by_tasks.words_of(home / "demo/base", home / "demo/adapter", tmp_path / "out", MergeAndPushOptions())
-    one, before = by_tasks.opened("a job", words), time.monotonic()
-    other = by_tasks.opened("a job", words)
+    words = on_ray.words_of(home / "demo/base", home / "demo/adapter", tmp_path / "out", MergeAndPushOptions())
+    one, before = on_ray.opened("a job", words), time.monotonic()
+    other = on_ray.opened("a job", words)
     assert (other.plan, other.parts) == (one.plan, one.parts)
     assert other.plan is one.plan
     assert one.started <= before <= other.started
@@ -202,7 +202,7 @@ def test_what_a_task_raises_is_raised_and_the_others_are_ended(
         raise loratool.InputError("base: changed during the merge", ["problem"], hint="loratool inspect base")
 
     failing.__name__ = "make_share"
-    monkeypatch.setattr(by_tasks, "make_share", failing)
+    monkeypatch.setattr(on_ray, "make_share", failing)
     with pytest.raises(loratool.InputError, match="changed during the merge") as caught:
         merged(home, tmp_path / "out")
     assert (caught.value.problems, caught.value.hint) == (("problem",), "loratool inspect base")
