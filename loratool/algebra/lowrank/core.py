@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratool.algebra.lowrank.products import Product, canonical, negligible
+from loratool.algebra.lowrank.products import Product, canonical, negligible, signs_of
 from loratool.lazy import Tensor, torch
 
 
@@ -46,5 +46,4 @@ def singular_basis(factor: Tensor) -> Tensor:
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     kept = max(1, int((s > negligible(s) * s[:1]).sum()))
     basis: Tensor = q @ u[:, :kept]
-    signs = torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
-    return basis * signs.to(basis.dtype)
+    return basis * signs_of(basis)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratool.algebra.lowrank.products import Product, WithSingularValues, negligible, small_svd
+from loratool.algebra.lowrank.products import Product, WithSingularValues, negligible, signs_of, small_svd
 from loratool.lazy import Tensor, torch
 
 
@@ -60,7 +60,7 @@ class Spectrum(WithSingularValues):
             ups.append(whole.up @ ((small.down.double() @ vt.mT) * (c * inverse[..., None, :])).to(dtype))
             downs.append(((u.mT @ small.up.double()) * (c * inverse[..., :, None])).to(dtype) @ whole.down)
         up, down = added(ups), added(downs)
-        signs = torch.where(up.gather(-2, up.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0).to(up.dtype)
+        signs = signs_of(up)
         return Product(up * signs, down * signs.mT)
 
 

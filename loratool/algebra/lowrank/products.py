@@ -131,9 +131,13 @@ def decompose(product: Product) -> Decomposition:
     (left, left_core), (right, right_core) = torch.linalg.qr(product.up), torch.linalg.qr(product.down.mT)
     u, s, vt = small_svd(left_core.double() @ right_core.double().mT)
     u, vt = left @ u.to(left.dtype), vt.to(right.dtype) @ right.mT
-    largest = u.abs().argmax(-2, keepdim=True)
-    signs = torch.where(u.gather(-2, largest) < 0, -1.0, 1.0).to(u.dtype)  # (..., 1, k)
+    signs = signs_of(u)
     return Decomposition(u * signs, s.to(u.dtype), vt * signs.mT)
+
+
+def signs_of(columns: Tensor) -> Tensor:
+    """The signs, (..., 1, k), with which the largest entry of each column is positive."""
+    return torch.where(columns.gather(-2, columns.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0).to(columns.dtype)
 
 
 def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:

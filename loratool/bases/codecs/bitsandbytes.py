@@ -48,14 +48,13 @@ from loratool.bases.codecs.plain_modules import (
     note_unlisted,
     skipped_by,
 )
-from loratool.bases.codecs.turned import Turned
+from loratool.bases.codecs.turned import Turned, as_layers_have_them
 from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settings, plain_dtype
 from loratool.bases.weights import Memory, Plain, Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.open_sources import OpenSources
 from loratool.files.untrusted import json_object
-from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
 STATE = ".quant_state.bitsandbytes__"
@@ -244,11 +243,7 @@ class BitsAndBytes(Codec):
             entries = settings.values.get(SKIPPED)
             note_unlisted(finder, found, lambda modules: skipped_by(entries, modules, base), SKIPPED)
         finder.refuse(self.title, WAY_OUT)
-        turned = CONV1D_TYPES.get(base.model_type, frozenset())
-        for name, weight in found.items():
-            if name.removesuffix(".weight").rpartition(".")[2] in turned:
-                found[name] = Turned.of(weight)
-        return Packing(found) if found else None
+        return Packing(as_layers_have_them(base, found)) if found else None
 
     def left_plain(
         self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint

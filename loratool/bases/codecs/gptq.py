@@ -34,16 +34,14 @@ from loratool.bases.codecs.plain_modules import (
     expert_layers,
     fused_modules,
     in_memory,
-    last_name,
     modules_of,
     note_unlisted,
 )
-from loratool.bases.codecs.turned import Turned
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.codecs.turned import Turned, as_layers_have_them
+from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Room
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import TensorInfo
-from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.lazy import NDArray, Tensor, numpy, torch
 
 VERSIONS = {"gptq": 1, "gptq_v2": 2}  # of zero points, by the format of a checkpoint
@@ -142,15 +140,13 @@ class Gptq(Codec):
             return None
         finder = Finder(base)
         schemes = settings_by_module(modules, said, finder, scheme_of)
-        turned = CONV1D_TYPES.get(base.model_type, frozenset())
-        found: dict[str, Packed] = {}
+        found: dict[str, GptqWeight] = {}
         for module, how in schemes.items():
             with suppress(Unfit):
-                weight = weight_of(finder, module, how)
-                found[f"{module}.weight"] = Turned.of(weight) if last_name(module) in turned else weight
+                found[f"{module}.weight"] = weight_of(finder, module, how)
         if said.get(KEPT):  # without it, loaders go by what is in the files
             note_unlisted(finder, found, lambda modules: left_by(said, modules), "the rules of dynamic with -:")
-        return complete(finder, found, self.title, WAY_OUT)
+        return complete(finder, as_layers_have_them(base, found), self.title, WAY_OUT)
 
     def left_plain(
         self, setting: Setting, packing: Packing, plain: Collection[str], base: Checkpoint

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from loratool.bases.codecs.parameters import WithParameters
 from loratool.bases.codecs.parts import held
-from loratool.bases.packed import Requantizable
+from loratool.bases.packed import Packed, Requantizable
 from loratool.bases.weights import Room
+from loratool.files.checkpoint import Checkpoint
+from loratool.layouts.architectures import CONV1D_TYPES
 from loratool.lazy import Tensor, torch
 
 
@@ -64,3 +66,12 @@ class Turned(WithParameters):
             scheme=whole.scheme,
             whole=whole,
         )
+
+
+def as_layers_have_them(base: Checkpoint, found: Mapping[str, Requantizable]) -> dict[str, Packed]:
+    """The packed weights of a base, those of Conv1D layers turned back."""
+    turned = CONV1D_TYPES.get(base.model_type, frozenset())
+    return {
+        name: Turned.of(weight) if name.removesuffix(".weight").rpartition(".")[2] in turned else weight
+        for name, weight in found.items()
+    }
