@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import sys
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -314,7 +315,7 @@ def scaled_output(
     ):
         for name, _, shape in own.values():
             if name in scaled.numbers:
-                append(written, name, torch.full(shape, scaled.numbers[name], dtype=torch.float32))
+                written.add(name, "F32", shape, struct.pack("<f", scaled.numbers[name]) * math.prod(shape))
             elif name in scaled.factors:
                 append(written, name, times(source, name, scaled.factors[name]))
             else:

@@ -35,7 +35,7 @@ from loratool.algebra.lowrank.products import padded, singular_values
 from loratool.arguments import PathLike, Progress
 from loratool.errors import BAKE, FitError, InputError, UsageError, printable
 from loratool.fetching import local
-from loratool.measuring.session import Session, session
+from loratool.measuring.session import Session, copying, hashing, session
 from loratool.notes import Note
 from loratool.options.described import FLAG, Number, Pairs, option
 from loratool.options.shared import BlockOption
@@ -105,7 +105,8 @@ def rescale(
         )
     changes = dict.fromkeys(contents.changes, options.scale or 1.0)
     contents, asleep = awakened(contents, alpha) if alpha is not None else (contents, frozenset[str]())
-    with session("cpu", [contents]) as at_work:
+    computes = bake or frobenius is not None or options.spectral is not None
+    with session("cpu", [contents]) if computes else copying(hashing([contents])) as at_work:
         norm: float | None = None
         rounded: list[str] = []
         if frobenius is not None or options.spectral is not None:

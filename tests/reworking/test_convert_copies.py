@@ -23,6 +23,7 @@ CONVERT = """
 import sys, loratool
 report = loratool.convert(sys.argv[1], sys.argv[2], to="comfy")
 back = loratool.convert(sys.argv[2], sys.argv[3], to="kohya")
+loratool.rescale(sys.argv[1], sys.argv[4], scale=3)
 print("torch" in sys.modules, report.text().count("byte for byte"), back.text().count("byte for byte"))
 """
 
@@ -40,10 +41,13 @@ def in_kohya(path: Path, model: str = "flux1") -> dict[str, Tensor]:
 
 
 def test_names_are_changed_without_torch_and_all_bytes_are_kept(tmp_path: Path) -> None:
-    """There and back: the factors of kohya's file, under the names that ComfyUI's loader looks for, and its own again."""
-    given, there, back = (tmp_path / f"{name}.safetensors" for name in ("given", "there", "back"))
+    """There and back: the factors of kohya's file, under the names that ComfyUI's loader looks for, and its own again.
+
+    Neither is torch needed for another strength, which is another α.
+    """
+    given, there, back, tripled = (tmp_path / f"{name}.safetensors" for name in ("given", "there", "back", "tripled"))
     before = in_kohya(given)
-    words = [sys.executable, "-c", CONVERT, *map(str, (given, there, back))]
+    words = [sys.executable, "-c", CONVERT, *map(str, (given, there, back, tripled))]
     ran = subprocess.run(words, capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["False", "1", "1"]
     for path, start, dot in ((there, "diffusion_model.", "."), (back, "lora_unet_", "_")):
@@ -56,6 +60,8 @@ def test_names_are_changed_without_torch_and_all_bytes_are_kept(tmp_path: Path) 
                 found, wanted = after[f"{theirs}.{role}"], before[f"{own}.{role}"]
                 assert found.dtype == wanted.dtype
                 assert torch.equal(found, wanted)
+    for name, tensor in load_file(tripled).items():
+        assert torch.equal(tensor, torch.tensor(3.0) if name.endswith(".alpha") else before[name]), name
 
 
 def test_names_say_more_than_a_header_that_is_wrong(tmp_path: Path) -> None:
