@@ -16,6 +16,7 @@ from paths import ROOT
 
 import loratool
 from loratool import cli
+from loratool.adapters.formats import DIALECTS
 from loratool.algebra.methods.table import METHODS
 from loratool.commands import keywords
 from loratool.commands.merge import MergeAndPushOptions
@@ -295,6 +296,17 @@ def test_choices_come_from_the_registry_of_methods(monkeypatch: pytest.MonkeyPat
         CombineOptions(method="brand_new")
     monkeypatch.setitem(METHODS, "brand_new", METHODS["linear"])
     assert CombineOptions(method="brand_new").method == "brand_new"
+
+
+def test_choices_come_from_the_registry_of_dialects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a dialect can be asked for, one of a format that is registered is taken."""
+    for options in (ConvertOptions, ExtractOptions, CombineOptions, ResizeOptions):
+        with pytest.raises(LoratoolError):
+            made_of(options, {"to": "brand_new"}, "command")
+    monkeypatch.setitem(DIALECTS, "brand_new", DIALECTS["mlx"])
+    for options in (ConvertOptions, ExtractOptions, CombineOptions, ResizeOptions):
+        more = {"rank": 1} if options is ResizeOptions else {}
+        assert vars(made_of(options, {"to": "brand_new", **more}, "command"))["to"] == "brand_new"
 
 
 def test_the_static_types_are_those_that_the_script_writes() -> None:
