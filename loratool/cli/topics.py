@@ -151,8 +151,7 @@ def known_servers() -> str:
 
 def listed(words: Mapping[str, object]) -> str:
     """Words on lines of their own, wrapped."""
-    text = click.wrap_text(", ".join(words), 78, "  ", "  ", preserve_paragraphs=False)
-    return f"\n{text}"
+    return "\n" + click.wrap_text(", ".join(words), 78, "  ", "  ", preserve_paragraphs=False)
 
 
 # Name → what it is about, for the list of topics, and its text or what makes that.

@@ -18,7 +18,10 @@ OTHERS = "others"  # kinds beyond those that have a colour
 def spectrum_by_kind(modules: Sequence[Measured]) -> Lines:
     """A line for each kind of module: the i-th singular values of its modules as their root mean square."""
     kinds = {name: [m for m in members if m.norm] for name, members in named(modules).items()}
-    ordered = sorted((name for name, members in kinds.items() if members), key=lambda name: -norm_of(kinds[name]))
+    ordered = sorted(
+        (name for name, members in kinds.items() if members),
+        key=lambda name: -math.hypot(*(m.norm or 0.0 for m in kinds[name])),
+    )
     shown, rest = (
         (ordered, []) if len(ordered) <= len(SERIES) else (ordered[: len(SERIES) - 1], ordered[len(SERIES) - 1 :])
     )
@@ -34,10 +37,6 @@ def spectrum_by_kind(modules: Sequence[Measured]) -> Lines:
         y=logarithmic("singular value", [value for line in lines for _, value in line.points]),
         lines=lines,
     )
-
-
-def norm_of(modules: Sequence[Measured]) -> float:
-    return math.hypot(*(m.norm or 0.0 for m in modules))
 
 
 def root_mean_squares(modules: Sequence[Measured]) -> tuple[tuple[float, float], ...]:

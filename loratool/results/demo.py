@@ -8,6 +8,9 @@ from pathlib import Path
 from loratool.files.system import shell_line
 from loratool.results.base import Result
 from loratool.results.merge import MergeReport
+from loratool.results.text import ENDLESS, fill
+
+INDENT = 20  # columns before what is said of a merge
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,11 +26,12 @@ class DemoResult(Result):
 
     def __str__(self) -> str:
         share = 100 * self.equal / self.elements
-        checked = (
-            f"{'checked':<20}{self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:\n{'':<20}"
-            f"{share:.4f} % equal, {self.one_step} differ in the last bit, none by more; {self.copied} other tensors "
-            "equal byte for byte"
-        )
         base, adapter, out = (f"{self.folder}/{name}" for name in ("base", "adapter", "again"))
-        again = shell_line(["loratool", "merge", base, adapter, "-o", out])
-        return f"{self.merge}\n{checked}\n{'by hand':<20}{again}"
+        rows = {
+            "checked": f"{self.elements:,} edited weights against W + (α/r)·BA in float64, rounded once:",
+            "": f"{share:.4f} % equal, {self.one_step} differ in the last bit, none by more; {self.copied} other tensors "
+            "equal byte for byte",
+            "by hand": shell_line(["loratool", "merge", base, adapter, "-o", out]),
+        }
+        lines = (fill(text, f"{name:<{INDENT}}", " " * INDENT, ENDLESS) for name, text in rows.items())
+        return "\n".join([str(self.merge), *lines])
