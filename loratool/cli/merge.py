@@ -22,6 +22,7 @@ from loratool.options.sharing import SHARE, Share
 
 if TYPE_CHECKING:
     from loratool.merging.plan import MergePlan
+    from loratool.results.base import Result
     from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
     from loratool.results.stream import StreamReport
 
@@ -133,33 +134,31 @@ def merge(
     check_ways(also, options, pictures)
     if also and (options.stream or options.push_to_hub is not None):
         raise UsageError("--also cannot be used with --stream or --push-to-hub; push each output with `loratool push`")
+    report: Result
     if options.stream:
-        pictures.write(stream_to_hub(base, adapters, out, options, screen))
-        return
-    if out is None:
+        report = stream_to_hub(base, adapters, out, options, screen)
+    elif out is None:
         raise without_output(click.get_current_context())
-    if options.card:
+    elif options.card:
         raise UsageError("--card needs --stream; without it, run `loratool push --card`", hint="loratool push --help")
-    if options.abort:
+    elif options.abort:
         from loratool.merging.in_parts import abort, idle_notes
 
         idle = idle_notes("--abort", [flag for flag in options.given() if flag != "--abort"])
-        screen.show(dataclasses.replace(abort(out), notes=idle))
-        return
-    if also:
+        report = dataclasses.replace(abort(out), notes=idle)
+    elif also:
         merge_several(base, outputs_of(out, adapters, also, screen.quiet), options, screen, pictures)
         return
-    if options.part or options.finish or options.status:
+    elif options.part or options.finish or options.status:
         merge_in_parts(base, adapters, out, options, screen, pictures)
         return
-    if options.dry_run:
+    elif options.dry_run:
         from loratool.merging.dry_run import dry_run
 
-        screen.show(plan := dry_run(base, adapters, out, options))
-        pictures.write(plan)
-        return
-    with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
-        report = with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, is_merge=True)
+        report = dry_run(base, adapters, out, options)
+    else:
+        with screen.bar("merging", **BYTES) as progress, screen.bar("pushing", **BYTES) as push_progress:
+            report = with_push(merge_anywhere, (base, adapters, out), options, progress, push_progress, is_merge=True)
     screen.show(report)
     pictures.write(report)
 
@@ -266,6 +265,4 @@ def stream_to_hub(
         **{name: getattr(options, name) for name in described_by(StreamOptions) if hasattr(options, name)}
     )
     with screen.bar("merging", **BYTES) as progress:
-        report = stream(base, adapters, options.push_to_hub, chosen, progress)
-    screen.show(report)
-    return report
+        return stream(base, adapters, options.push_to_hub, chosen, progress)
