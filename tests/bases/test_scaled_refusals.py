@@ -189,6 +189,19 @@ def test_a_plain_weight_that_the_config_calls_packed_is_refused(
     assert f"it is missing from {LISTS[family]}" in str(caught.value)
 
 
+@pytest.mark.parametrize("family", LISTS)
+@pytest.mark.parametrize("value", [5, "model.layers.1", {"model.layers.1": True}])
+def test_what_is_no_list_names_no_plain_weight(
+    tmp_path: Path, made: dict[str, Quantised], family: str, value: object
+) -> None:
+    def change(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        tensors[OTHER] = plain(3, 32, 96)
+        config[LISTS[family]] = value
+
+    with pytest.raises(loratool.InputError, match=f"it is missing from {LISTS[family]}"):
+        open_packed(saved(tmp_path / "base", made[family], change))
+
+
 @pytest.mark.parametrize(
     ("family", "entry"),
     [

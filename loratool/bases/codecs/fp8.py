@@ -18,7 +18,7 @@ from loratool.adapters.patterns import search_names
 from loratool.bases.codecs.numbers import FP4, FP8
 from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, told
-from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, texts_in, with_entries
 from loratool.bases.codecs.scaled import Block, Scaled, Tiles
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import plain_of
@@ -144,7 +144,7 @@ def listed(settings: Settings, modules: Collection[str]) -> Collection[str]:
 
     An entry is a regular expression for the beginning of a name up to a dot, or the end of it (`should_convert_module`).
     """
-    given = [entry for key in LISTS for entry in settings.values.get(key) or () if isinstance(entry, str)]
+    given = [entry for key in LISTS for entry in texts_in(settings.values.get(key))]
     ends = {module for module in modules if module.endswith(tuple(given))}
     found = search_names(given, set(modules) - ends, r"^(?:{})(?:(?<=\.)|(?=\.|$))")
     return ends | {module for module, matching in found.items() if matching}

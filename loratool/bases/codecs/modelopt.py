@@ -26,7 +26,7 @@ from typing import Any
 from loratool.bases.codecs.numbers import FP4, FP4_OF_TWO_ROWS, FP8, INT4_OF_TWO_ROWS, INT8, Numbers
 from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, told
-from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, with_entries
+from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, texts_in, with_entries
 from loratool.bases.codecs.scaled import Scaled, Tiles
 from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
 from loratool.bases.weights import Plain, plain_of
@@ -233,5 +233,5 @@ def beside(name: str, ending: str) -> str:
 def in_lists(settings: Settings, modules: Collection[str]) -> Collection[str]:
     """Those of some modules that a config names as not quantised, as vLLM matches them (`is_layer_excluded`)."""
     lists = [details(place.values).get(key) for place in settings.places for key in ("ignore", "exclude_modules")]
-    entries = [entry for some in lists if isinstance(some, list) for entry in some if isinstance(entry, str)]
+    entries = [entry for some in lists for entry in texts_in(some)]
     return {m for m in modules if any(entry in m or fnmatchcase(m, entry) for entry in entries)}
