@@ -74,9 +74,8 @@ class Fleet:
     needs_base: bool = False  # one of the sketches is another without the base
 
     def __post_init__(self) -> None:
-        given = {name: self.options.is_given(name) for name in OF_ONE}
-        given["device"] &= self.options.device != "cpu"  # on which tables are made
-        if alone := [name for name in OF_ONE if given[name]]:
+        on_cpu = self.options.device == "cpu"  # on which tables are made
+        if alone := [name for name in OF_ONE if self.options.is_given(name) and not (name == "device" and on_cpu)]:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in alone)
             raise UsageError(f"{flags}: for one adapter at a time, not for a table; name the adapter itself")
 

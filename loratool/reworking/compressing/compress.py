@@ -136,7 +136,7 @@ class Compressor:
         """Decide what every module gets, and what every small file says."""
         fleet, options = self.fleet, self.options
         self.dtype = kept_dtype(fleet.sources, options.dtype)
-        prices = Prices(self.dtype.itemsize, CORE) if options.budget is None or options.limit[1] else Prices(1, 1)
+        prices = Prices(self.dtype.itemsize, CORE) if options.limit[1] else Prices(1, 1)
         fixed = sum(a.layer.parameters * a.layer.rank for t in fleet.kept for a in fleet.layers[t])
         self.plan: Plan = plan(self.looked_at(prices), options, fixed * prices.factor)
         ranks = self.ranks()
@@ -317,11 +317,10 @@ class Compressor:
             target: {"rows": found[0].layer.rows, "columns": found[0].layer.columns}
             for target, found in self.fleet.layers.items()
         }
-        bytes_each = self.options.budget is None or self.options.limit[1]
         table = {
             "dialect": self.manner.dialect,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "price": self.plan.price if bytes_each else self.plan.price / self.dtype.itemsize,
+            "price": self.plan.price / (1 if self.options.limit[1] else self.dtype.itemsize),
             "rule": self.options.rule,
             "layers": layers,
         }

@@ -46,7 +46,7 @@ class CompressOptions(FactorOptions, ReadingOptions, DeviceOption, ModelOption):
 
     @property
     def limit(self) -> tuple[float, bool]:
-        """The number that `--budget` gives, and whether it is one of bytes."""
+        """The number that `--budget` gives, and whether it is one of bytes, as costs are where there is none."""
         return (amount(str(self.budget)) if self.budget is not None else None) or (0.0, True)
 
     @property
