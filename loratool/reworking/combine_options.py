@@ -141,10 +141,11 @@ class CombineOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, 
         if self.weights and self.weights_file is not None:
             raise UsageError("-w and --weights are mutually exclusive")
         if self.weights_file is not None:
-            weight = WeightOf()
             if not self.weights_file:
                 raise UsageError("--weights: the list is empty; it takes one weight per adapter")
-            object.__setattr__(self, "weights", tuple(weight.taken(each, "--weights") for each in self.weights_file))
+            object.__setattr__(
+                self, "weights", tuple(WeightOf().taken(each, "--weights") for each in self.weights_file)
+            )
             object.__setattr__(self, "weights_file", None)
 
     @property

@@ -184,7 +184,6 @@ def is_zero(scans: dict[str, Scan], name: str) -> bool:
 
 def look_at_ranges(adapter: Adapter, scans: dict[str, Scan], path: Path) -> Iterator[Finding]:
     """Values at the ends of a dtype's range."""
-    tensors = adapter.file.tensors
     ranks = [update.rank for update in adapter.updates.values() if isinstance(update, LowRank)]
     # the rank that others need, such as LoKr, is not known here, and a smaller one would lose most of them
     alike = len(ranks) == len(adapter.updates) > 0
@@ -200,7 +199,7 @@ def look_at_ranges(adapter: Adapter, scans: dict[str, Scan], path: Path) -> Iter
         )
     if small := [n for n, f in scans.items() if f.subnormal > MANY * f.count]:
         share = max(scans[name].subnormal / scans[name].count for name in small)
-        dtypes = ", ".join(sorted({tensors[name].dtype for name in small}))
+        dtypes = ", ".join(sorted({adapter.file.tensors[name].dtype for name in small}))
         yield Finding(
             "note",
             "subnormal",
