@@ -90,8 +90,9 @@ class SeenDigests:
             file.check_unchanged(source)
         known = {chunk.start: chunk.digest for chunk in self.chunks[file.path]}
         empty = new_state().hexdigest()
-        listed = {}
-        for info in file.layout.in_order:
-            start = file.position(info)
-            listed[info.name] = tuple(known[start + a] if b > a else empty for a, b in pairwise(chunk_cuts(info)))
+        starts = ((info, file.position(info)) for info in file.layout.in_order)
+        listed = {
+            info.name: tuple(known[start + a] if b > a else empty for a, b in pairwise(chunk_cuts(info)))
+            for info, start in starts
+        }
         return Tree.of(file.layout, listed)

@@ -91,11 +91,8 @@ def terms_of(*folders: Path) -> Terms:
     """What the cards of these folders say of licence and task; of a task the first that is told."""
     found = [front_matter(folder / CARD) for folder in folders]
     licences = dict.fromkeys((f.get("license", ""), f.get("license_name", "")) for f in found if "license" in f)
-    merged: dict[str, str] = {}
-    for fields in found:
-        for key, value in fields.items():
-            if len(licences) <= 1 or key == "pipeline_tag":
-                merged.setdefault(key, value)
+    told = (pair for fields in reversed(found) for pair in fields.items())  # so that the first one stands
+    merged = {key: value for key, value in told if len(licences) <= 1 or key == "pipeline_tag"}
     return Terms(merged, tuple(name or licence for licence, name in licences) if len(licences) > 1 else ())
 
 

@@ -46,8 +46,6 @@ def digests_of(entry: Mapping[str, Any]) -> dict[str, str]:
     table = entry.get("sha256")
     if isinstance(table, Mapping):
         return {printable(name): text_of(value) for name, value in table.items()}
-    found: dict[str, str] = {}
-    for name, facts in table_of(entry.get("files")).items():
-        if isinstance(facts, Mapping):
-            found[printable(name)] = next((text for key in DIGESTS if (text := text_of(facts.get(key)))), "")
-    return found
+    files = table_of(entry.get("files")).items()
+    known = {name: [text_of(facts.get(key)) for key in DIGESTS] for name, facts in files if isinstance(facts, Mapping)}
+    return {printable(name): next(filter(None, texts), "") for name, texts in known.items()}

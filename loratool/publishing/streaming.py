@@ -338,12 +338,13 @@ class Repository(LocalFolder):
 
 def finished_in(table: object, there: Mapping[str, RemoteFile]) -> dict[str, FinishedShard]:
     """The files of a journal or a provenance that are in the repository with the content it tells."""
-    found: dict[str, FinishedShard] = {}
-    for name, entry in table.items() if isinstance(table, dict) else ():
-        shard = FinishedShard.of_record({"changed": True, **entry, "name": name}) if isinstance(entry, dict) else None
-        file = there.get(name)
-        if shard is None or file is None or file.size != shard.size:
-            continue
-        if not file.sha256 or shard.digest.sha256 == file.sha256:  # of a small file the Hub tells the size alone
-            found[name] = shard
-    return found
+    entries = table.items() if isinstance(table, dict) else ()
+    tables = ({"changed": True, **entry, "name": name} for name, entry in entries if isinstance(entry, dict))
+    shards = [shard for each in tables if (shard := FinishedShard.of_record(each)) is not None]
+    return {
+        shard.name: shard
+        for shard in shards
+        if (file := there.get(shard.name)) is not None
+        and file.size == shard.size
+        and file.sha256 in ("", shard.digest.sha256)  # of a small file the Hub tells the size alone
+    }
