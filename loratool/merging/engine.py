@@ -156,7 +156,7 @@ class Engine:
     def make_tasks(self, groups: Sequence[Sequence[tuple[Job, ShardPlan]]]) -> Iterator[tuple[Task, ...]]:
         """All tasks, shard by shard, those of all jobs together; on many cores some shards advance side by side.
 
-        While a file has to wait until others are finished there are no tasks, `()`: the others may need what was returned.
+        While a file has to wait until others are finished there are no tasks, `()`: the others may need what is aside.
         """
         waiting, lanes = iter(groups), deque[Iterator[tuple[Task, ...]]]()
         while True:
