@@ -70,7 +70,7 @@ def cut(number: int, shard: ShardPlan, limits: Limits, least: int, find: Find) -
     """The parts of output file `number`; those that are sent have `least` bytes or more, where there are so many."""
     chunks = in_order(shard)
     places = [shard.place(chunk.span, chunk.start) for chunk in chunks]
-    origins = [*origins_of(shard, chunks, find if limits.copies else nowhere)]
+    origins = [*origins_of(shard, chunks, find if limits.copies else lambda _path: None)]
     tied, first = tied_chunks(chunks), 1
     for run in large_enough(joined(origins), limits.smallest):
         if run.source is not None:
@@ -90,10 +90,6 @@ def cut(number: int, shard: ShardPlan, limits: Limits, least: int, find: Find) -
             fringes = tuple(fringes_of(origins, part.chunks, start, stop))
             yield UploadPart(**vars(part), first=first, cuts=cuts, fringes=fringes)
             first += len(cuts) - 1
-
-
-def nowhere(_path: Path) -> None:
-    """The object that a file stands for, where nothing is to be copied."""
 
 
 def origins_of(shard: ShardPlan, chunks: Sequence[Chunk], find: Find) -> Iterator[Run]:
