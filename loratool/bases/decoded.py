@@ -191,8 +191,18 @@ def weights_in(
             yield info.name, Plain(shard, info)
 
 
+class OtherNames(Checkpoint):
+    """A checkpoint under other names than those in its files, which knows its weights by these."""
+
+    def weight(self, name: str) -> StoredWeight:
+        """One of them."""
+        raise NotImplementedError
+
+
 def weight_of(base: Checkpoint, name: str) -> StoredWeight:
     """A weight of a base, by the name that it has there."""
+    if isinstance(base, OtherNames):
+        return base.weight(name)
     packed = base.weights.get(name) if isinstance(base, Decoded) else None
     return packed or plain_of(base, name)
 

@@ -15,8 +15,8 @@ from loratool.adapters.adapter import Adapter, Derived, StoredTensor, same_bytes
 from loratool.adapters.model_settings import language_parts, model_types
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import ReplaceRows
+from loratool.bases.decoded import weight_of
 from loratool.bases.edits import Edit
-from loratool.bases.renamed import weight_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES

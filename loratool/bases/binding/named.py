@@ -14,11 +14,14 @@ from loratool.adapters.model_settings import Heads
 from loratool.algebra.updates.compound import images_in
 from loratool.algebra.updates.reordered import Reordered, RowOrder
 from loratool.bases.binding.places import ALL, Bound, Place
+from loratool.bases.decoded import OtherNames, weight_of
+from loratool.bases.weights import OfAnother, Room, StoredWeight
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.gguf import GgufFile
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.gguf import ARCHITECTURES, Architecture
+from loratool.lazy import Tensor, torch
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,24 @@ class Row:
     shifted: bool = False  # it holds 1 + w
 
 
+@dataclass(frozen=True)
+class InOrder(OfAnother):
+    """A matrix whose rows are stored in another order."""
+
+    order: RowOrder
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole.shape
+
+    def rows(self, first: int, count: int, device: torch.device, dtype: torch.dtype, room: Room) -> Tensor:
+        stored = self.order.back(self.shape[0])[first : first + count]
+        start, stop = int(stored.min()), int(stored.max()) + 1  # of one head, or of few: little else is read
+        return self.whole.rows(start, stop - start, device, dtype, room)[(stored - start).to(device)]
+
+
 @dataclass(frozen=True, repr=False)
-class Named(Checkpoint):
+class Named(OtherNames):
     """A base under the names of transformers. All of its matrices are (out, in)."""
 
     rows: Mapping[str, Row] = field(default_factory=dict)  # by the names of the file
@@ -47,6 +66,16 @@ class Named(Checkpoint):
     def in_files(self) -> Mapping[str, str]:
         """Name in transformers → name in the file."""
         return {row.name: name for name, row in self.rows.items()}
+
+    def weight(self, name: str) -> StoredWeight:
+        there = self.in_files[name]
+        weight, order = weight_of(self.held, there), self.rows[there].order
+        return weight if order is None or not self.is_ordered(there) else InOrder(weight, order)
+
+    def is_ordered(self, there: str) -> bool:
+        """Whether the rows of a tensor of the file, if it is a matrix, can be put into the order of transformers."""
+        order, shape = self.rows[there].order, self.held.tensors[there].shape
+        return order is not None and len(shape) == 2 and order.fits(shape[0])
 
     def in_file(self, bound: Bound) -> Bound:
         """What binding found in this view, in the names and the order of the file."""

@@ -14,8 +14,9 @@ from loratool.adapters.layers import ATTENTION, Kind, is_expert
 from loratool.adapters.model_settings import language_parts, model_types
 from loratool.adapters.writer import Carried
 from loratool.bases.binding.orientation import OPTION, bias_shows, class_says, is_conv1d, module_of, option, stored
+from loratool.bases.decoded import weight_of
 from loratool.bases.packed import Packed
-from loratool.bases.renamed import weight_of, why_not
+from loratool.bases.renamed import why_not
 from loratool.bases.tied_weights import find_ties
 from loratool.bases.weights import Plain, StoredWeight
 from loratool.errors import FitError, InputError, printable
