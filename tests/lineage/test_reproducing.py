@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf_bytes
 import numpy as np
 import pytest
 from malformed import f32, safetensors_bytes, write_adapter, write_base, write_json
@@ -55,6 +56,27 @@ def test_every_command_is_repeated_from_inputs_next_to_its_output(name: str, hom
     assert content(tmp_path / "again") == content(home / name)
     weak = [note.code for note in found.notes]
     assert weak == (["input-known-by-header"] if name in ("quick", "with base") else [])
+
+
+def test_a_file_that_stands_alone_is_repeated_by_what_its_header_says(tmp_path: Path) -> None:
+    """Of adapters without a config, whose record is in the file itself."""
+    numbers = np.random.default_rng(0)
+    kinds = gguf_bytes.words("general.architecture", "llama"), gguf_bytes.number("llama.attention.head_count", 4)
+    for name in ("base", "tuned"):
+        tensors = {"blk.0.attn_q.weight": numbers.normal(size=(8, 8)), "output_norm.weight": np.ones(8)}
+        (tmp_path / f"{name}.gguf").write_bytes(gguf_bytes.whole_file(kinds, tensors))
+    loratool.extract(tmp_path / "base.gguf", tmp_path / "tuned.gguf", tmp_path / "one.gguf", rank=2, device="cpu")
+    module = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    for name in ("this", "that"):
+        shapes = {"lora_down": (4, 640), "lora_up": (640, 4)}
+        factors = {f"{module}.{side}.weight": f32(numbers.normal(size=shape)) for side, shape in shapes.items()}
+        (tmp_path / f"{name}.safetensors").write_bytes(safetensors_bytes(factors))
+    loratool.compress([tmp_path / "this.safetensors", tmp_path / "that.safetensors"], tmp_path / "fleet", rank=4)
+    loratool.expand(tmp_path / "fleet", "that", tmp_path / "two.safetensors")
+    (tmp_path / "again").mkdir()
+    for name in ("one.gguf", "two.safetensors"):
+        assert loratool.reproduce(tmp_path / name, tmp_path / "again" / name).passes
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_a_merge_in_parts_is_repeated_by_one_process(home: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from loratool.adapters.formats import WRITTEN
 from loratool.adapters.formats.format import Config, Parts, Spelling
@@ -33,7 +34,7 @@ from loratool.grouping import by_key
 from loratool.lazy import torch
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
-from loratool.provenance.inputs import told_model
+from loratool.provenance.inputs import ModelDigests, told_model
 from loratool.results.extract import ExtractedLayer, ExtractedTotals, ExtractReport
 from loratool.reworking.dialects import Manner
 from loratool.reworking.extracting.checking import (
@@ -225,6 +226,11 @@ class Extractor(Maker[tuple[Change, ...], Outcome]):
     def release(self, forms: Mapping[str, Form]) -> str:
         """Whose way round the factors of experts are written; empty where there are none."""
         return self.manner.form.newest if any(form.kind is Kind.PARAMETER for form in forms.values()) else ""
+
+    def inputs(self) -> dict[str, Any]:
+        """Both models, as briefly as a header that others read may tell them."""
+        models = {"base": self.pairing.base, "tuned": self.pairing.tuned}
+        return {role: told_model(each, ModelDigests.of(each, compute=False)) for role, each in models.items()}
 
     def large_tasks(self) -> list[tuple[Change, ...]]:
         return [g for g in self.pairing.groups if any(4 * math.prod(change.shape) > self.room for change in g)]
