@@ -52,14 +52,15 @@ def check_there(*operands: PathLike) -> None:
                 path.stat()
 
 
-def local(operand: PathLike, role: Role = "any") -> Path:
+def local(operand: PathLike, role: Role | None = "any") -> Path:
     """The folder or file that an operand means: itself, a download of it that the Hub's cache keeps, or what stands for
     a place in a store.
 
     Args:
         operand: a path, or a place on the Hub or in a store. A revision is resolved to a commit, which the result's path
             names.
-        role: what it will be read as; of a repository that holds more than that the rest is not downloaded.
+        role: what it will be read as; of a repository that holds more than that the rest is not downloaded. None for
+            headers alone, which only a store has without the rest.
 
     Raises:
         UsageError: an address that can be neither.
@@ -79,7 +80,7 @@ def local(operand: PathLike, role: Role = "any") -> Path:
             return brought(place, role)
         from loratool.fetching.downloading import cached, download, is_offline
 
-        return cached(place) if is_offline() else download(place, role)
+        return cached(place) if is_offline() else download(place, role or "any")
 
 
 @contextmanager
@@ -92,29 +93,26 @@ def headers(operand: PathLike) -> Iterator[Path]:
     """
     with about(operand):
         place = place_of(operand)
-        if place is None:
-            check_there(operand)
-            yield at_home(operand)
-            return
-        if isinstance(place, StorePath):
-            from loratool.fetching.stores import brought
+        if isinstance(place, HubPath):
+            from loratool.fetching.downloading import is_offline, root_of
+            from loratool.fetching.outline import (
+                Needed,
+                look_up,
+                needed,
+                outlined,
+                put_headers,
+                put_records,
+                standing_for,
+            )
 
-            yield brought(place, None)
-            return
-        from loratool.fetching.downloading import cached, is_offline, root_of
-        from loratool.fetching.outline import look_up, needed, outlined, put_headers, put_records, standing_for
-
-        if is_offline():
-            yield cached(place)
-        else:
-            remote = look_up(place)
-            with outlined(remote, place) as location:
-                root = root_of(location, place)
-                if not holds_weights(location):
-                    yield location
-                    return
-                names = needed(root, location, "any")
-                put_headers(remote, root, names.weights)
-                put_records(remote, root, names.others)
-                with standing_for(remote, root, names.weights):
-                    yield location
+            if not is_offline():
+                remote = look_up(place)
+                with outlined(remote, place) as location:
+                    root = root_of(location, place)
+                    names = needed(root, location, "any") if holds_weights(location) else Needed((), ())
+                    put_headers(remote, root, names.weights)
+                    put_records(remote, root, names.others)
+                    with standing_for(remote, root, names.weights):
+                        yield location
+                return
+        yield local(operand, None)
