@@ -95,26 +95,21 @@ class FleetFacts(Result):
 
     def __str__(self) -> str:
         """The table, grouped by base where no order was asked for, then what is wrong and what is twice there."""
-        parts: list[str] = []
         if self.sorted_by:
-            parts.append(table(self.adapters, with_base=True))
+            tables = [table(self.adapters, with_base=True)]
         else:
-            for base, rows in by_base(self.adapters).items():
-                heading = fill(f"{base}: {plural(len(rows), 'adapter')}", room=ENDLESS)
-                parts.append(f"{heading}\n{table(rows)}")
-        bad = [row for row in self.adapters if row.reason]
-        if bad:
-            parts.append("\n".join(fill(f"{row.name}: {row.reason}", "", "    ") for row in bad))
-        if same := twins(self.adapters):
-            lines = (
-                fill(" = ".join(sorted(names)), f"same update{differ}: ", "    ") for names, differ in same.items()
-            )
-            parts.append("\n".join(lines))
-        parts += [
-            f"nearest to {row.name}\n{neighbours_text(row.near)}" for row in self.adapters if row.near is not None
+            tables = [
+                fill(f"{base}: {plural(len(rows), 'adapter')}", room=ENDLESS) + "\n" + table(rows)
+                for base, rows in by_base(self.adapters).items()
+            ]
+        bad = [fill(f"{row.name}: {row.reason}", "", "    ") for row in self.adapters if row.reason]
+        same = [
+            fill(" = ".join(sorted(names)), f"same update{differ}: ", "    ")
+            for names, differ in twins(self.adapters).items()
         ]
-        parts.append("\n".join(self.summary()))
-        return "\n\n".join(parts)
+        near = [f"nearest to {row.name}\n{neighbours_text(row.near)}" for row in self.adapters if row.near is not None]
+        parts = [*tables, "\n".join(bad), "\n".join(same), *near, "\n".join(self.summary())]
+        return "\n\n".join(filter(None, parts))
 
     def summary(self) -> Iterator[str]:
         """How many there are."""
