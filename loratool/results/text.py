@@ -23,6 +23,7 @@ COLUMNS = 80
 ENDLESS = 1 << 30  # columns of a file, a pipe or a notebook
 NARROWEST = 40  # columns; what does not fit into these runs over
 NAMED = 20  # letters of a name that say which one it is: of a longer one, in a table that is too wide, the last so many
+SHORTEST = 12  # letters of a name that are shown wherever it is
 MOST_LAYERS = 8  # rows of a table of layers before the rest is counted
 MOST_LINES = 40  # rows of a listing before the rest is counted
 TERMINAL = ContextVar("TERMINAL", default=ENDLESS)  # columns of what a text is made for
@@ -148,7 +149,11 @@ def table(
         if at in shown and sum(widths[one] + 2 for one in shown) + min(longest, NAMED) > room_for(ENDLESS):
             shown.remove(at)
     room = room_for(room) - sum(widths[at] + 2 for at in shown)
-    lines = ["  ".join([*(f"{row[at]:>{widths[at]}}" for at in shown), fitted(row[-1], room)]) for row in every]
+    heading = textwrap.shorten(header[-1], max(room, SHORTEST), placeholder="…")
+    ends = [heading, *(fitted(row[-1], room) for row in every[1:])]
+    lines = [
+        "  ".join([*(f"{row[at]:>{widths[at]}}" for at in shown), end]) for row, end in zip(every, ends, strict=True)
+    ]
     lines += [f"… and {more} more"] if more > 0 else []
     left_out = [header[at] for at in range(len(widths)) if at not in shown]
     lines += [fill(f"not shown in {room_for(ENDLESS)} columns: {', '.join(left_out)}")] if left_out else []
@@ -186,7 +191,8 @@ def in_columns(rows: Sequence[Sequence[str]]) -> str:
 
 def fitted(name: str, room: int) -> str:
     """A name in some columns: of one that is longer the end, which tells most."""
-    return name if len(name) <= max(room, 12) else f"…{name[-(max(room, 12) - 1) :]}"
+    room = max(room, SHORTEST)
+    return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
 def figure(value: float | None, digits: int = 3) -> str:

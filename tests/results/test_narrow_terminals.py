@@ -51,6 +51,12 @@ def test_a_name_loses_its_beginning_before_a_column_is_left_out() -> None:
         ]
 
 
+def test_a_heading_keeps_its_beginning() -> None:
+    with fitting(40):
+        lines = table(["norm" * 4, "largest updates, in model.layers"], [["1", "0.q_proj"]]).splitlines()
+    assert lines == ["normnormnormnorm  largest updates, in…", "               1  0.q_proj"]
+
+
 def test_columns_go_in_the_order_in_which_they_are_spared_and_then_from_the_end() -> None:
     header, row = ["a" * 12, "b" * 12, "c" * 12, "name"], ["1", "2", "3", "style"]
     with fitting(40):
