@@ -16,7 +16,7 @@ from typing import Any
 from loratool.bases.codecs import numpy_values
 from loratool.bases.codecs.bit_fields import packed, unpacked
 from loratool.bases.codecs.dynamic_rules import settings_by_module, with_plain
-from loratool.bases.codecs.gptq import SCALES, WAY_OUT, method_of, packed_modules, words_of
+from loratool.bases.codecs.gptq import SCALES, WAY_OUT, packed_modules, said_by, words_of
 from loratool.bases.codecs.grouped import Grouped, rows_of
 from loratool.bases.codecs.parts import Finder, Unfit, is_count, shown
 from loratool.bases.codecs.plain_modules import (
@@ -90,7 +90,8 @@ class Awq(Codec):
     kinds = (("4 bits, version gemm", AwqWeight),)
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
-        said = said_by(settings)
+        # the files of AutoAWQ and llm-awq name no method
+        said = said_by(settings, ("awq",), {"w_bit", "q_group_size"} <= settings.values.keys())
         if said is None or not (modules := packed_modules(base)):
             return None
         finder = Finder(base)
@@ -122,14 +123,6 @@ class Awq(Codec):
         if "dynamic" in values or "meta" in values:
             values["dynamic"] = with_plain(values.get("dynamic"), edited, [*kept, *in_memory(kept, base)])
         return values
-
-
-def said_by(settings: Settings) -> Mapping[str, Any] | None:
-    """What a checkpoint says of its packing, where it is AWQ."""
-    values, method = settings.values, method_of(settings.values)
-    if method is None:  # the files of AutoAWQ and llm-awq name none
-        return values if "w_bit" in values and "q_group_size" in values else None
-    return values if isinstance(method, str) and method.lower() == "awq" else None
 
 
 def group_of(said: Mapping[str, Any]) -> int:

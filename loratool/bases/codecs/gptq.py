@@ -135,7 +135,9 @@ class Gptq(Codec):
     )
 
     def find(self, base: Checkpoint, settings: Settings) -> Packing | None:
-        said = said_by(settings)
+        # AutoGPTQ's quantize_config.json names no method
+        own = any(place.file == "quantize_config.json" and "bits" in place.values for place in settings.places[:1])
+        said = said_by(settings, ("gptq", *OTHER_FORMATS), own)
         if said is None or not (modules := packed_modules(base)):
             return None
         finder = Finder(base)
@@ -175,13 +177,11 @@ def left_by(said: Mapping[str, Any], modules: Collection[str]) -> Collection[str
     return {m for m in modules if not m.endswith(ends) or is_negative(rules.get(m, ("", {}))[0])}
 
 
-def said_by(settings: Settings) -> Mapping[str, Any] | None:
-    """What a checkpoint says of its packing, where it is GPTQ."""
-    values, method = settings.values, method_of(settings.values)
-    if method is None:  # AutoGPTQ's quantize_config.json names none
-        own = bool(settings.places) and settings.places[0].file == "quantize_config.json" and "bits" in values
-        return values if own else None
-    return values if isinstance(method, str) and method.lower() in ("gptq", *OTHER_FORMATS) else None
+def said_by(settings: Settings, methods: Collection[str], unnamed: bool) -> Mapping[str, Any] | None:
+    """What a checkpoint says of its packing, where it names one of these methods; `unnamed` if it may name none."""
+    method = method_of(settings.values)
+    known = unnamed if method is None else isinstance(method, str) and method.lower() in methods
+    return settings.values if known else None
 
 
 def method_of(said: Mapping[str, Any]) -> object:
