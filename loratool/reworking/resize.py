@@ -209,11 +209,12 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
         # of ΔW itself, which energies are not under a calibration
         lost = sum(length(contents.load(t, self.at_work.device, self.at_work.dtype)) ** 2 for t in self.dropped)
         asked = None if self.options.uniform else self.options.rank
+        totals = total(contents, self.modules, lost, self.dtype.itemsize)
         return Rest(
             config=draft.names.describe([contents.adapter], parts),
             facts={"adapter": self.at_work.origins[0], "rule": self.rule.told},
             notes=(
-                *remarks(contents, self.modules, self.dropped),
+                *remarks(contents, self.modules, self.dropped, totals),
                 *self.manner.told_of_ranks([m.rank for m in self.modules.values()], "pass --uniform"),
                 *told_of_cuts(asked, {t: contents.layers[t].most for t in ranks}, ranks),
                 *self.manner.form.rank_notes(self.own, ranks),
@@ -221,7 +222,7 @@ class Resizer(Maker[Batch, tuple[str, ResizedLayer]]):
             ),
             files=files_beside(contents),
             folders=[contents.adapter.folder],
-            totals=total(contents, self.modules, lost, self.dtype.itemsize),
+            totals=totals,
         )
 
     def load(self, batch: Batch) -> Product:
@@ -355,7 +356,9 @@ def read_calibration(path: Path, contents: Contents) -> dict[str, Tensor]:
     }
 
 
-def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str]) -> Iterator[Note]:
+def remarks(
+    contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Sequence[str], totals: ResizedTotals
+) -> Iterator[Note]:
     """What a user of the result should know."""
     yield from contents.remarks
     yield from told_beside(contents)
@@ -377,6 +380,12 @@ def remarks(contents: Contents, modules: Mapping[str, ResizedLayer], dropped: Se
         yield Note(
             "rank-not-needed",
             "every layer has a higher rank than before, which changes no update and makes the file larger",
+        )
+    if totals.parameters > totals.parameters_before and any(note.code == "taken-as-lora" for note in contents.remarks):
+        yield Note(
+            "larger-than-before",
+            f"the output has more parameters ({totals.parameters:,}) than the input ({totals.parameters_before:,}), "
+            "because LoHa and LoKr need fewer than the same update as LoRA",
         )
     for target in dropped:
         if f"{target.removesuffix('weight')}bias" in contents.biases:

@@ -162,6 +162,8 @@ def test_one_that_cannot_be_read_is_a_row_with_its_reason(zoo: Path, capsys: pyt
         ("rank!=2 and rank!=4", lambda r: not r.rank),
         ("date>=2001-02 and date<2999", lambda _: True),
         ("date>=2024-02-29T12 and date!=2024-02-29T12:00Z", lambda _: True),
+        ("model=''", lambda r: not r.model),
+        ('model!="" and base=""', lambda r: bool(r.model) and not r.base),
         ("parameters>1k", lambda r: r.parameters > 1000),
         ("parameters>0.001M", lambda r: r.parameters > 1000),
         ("alpha<=-0.5 and scale>-1e3", lambda r: bool(r.alpha) and r.alpha[0] <= -0.5),

@@ -154,7 +154,9 @@ def convolution(path: Path, module: str = CONV) -> Tensor:
 def test_the_name_of_a_layer_tells_that_it_is_a_convolution(tmp_path: Path) -> None:
     delta = convolution(tmp_path / "lokr.safetensors")
     report = loratool.resize(tmp_path / "lokr.safetensors", tmp_path / "lora.safetensors", rank=2)
-    assert "layer-kind-unknown" not in [note.code for note in report.notes]
+    codes = [note.code for note in report.notes]
+    assert "layer-kind-unknown" not in codes
+    assert "larger-than-before" in codes  # 2 · (12 + 90) numbers, and it had 6 + 4 + 45
     found = load_file(tmp_path / "lora.safetensors")
     up, down, alpha = (found[f"{CONV}.{role}"] for role in ("lora_up.weight", "lora_down.weight", "alpha"))
     assert (down.shape, up.shape) == ((2, 10, 3, 3), (12, 2, 1, 1))

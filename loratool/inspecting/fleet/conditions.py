@@ -58,7 +58,8 @@ class Condition:
     value: Any  # a number of a field of numbers, else text
 
     def holds(self, row: FleetRow) -> bool:
-        found = [value for value in values_of(row, self.field) if self.fits(value)]
+        values = values_of(row, self.field) or (() if self.field in NUMBERS else ("",))  # no text is found by ''
+        found = [value for value in values if self.fits(value)]
         return not found if self.comparison.startswith("!") else bool(found)
 
     def fits(self, value: Any) -> bool:
