@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool import __version__
+from loratool.arguments import Progress
 from loratool.errors import InputError, LoratoolError, VerificationError, printable
 from loratool.files.digests import (
     Digest,
@@ -57,11 +58,17 @@ def why_other_file(folder: Path, name: str) -> str:
     return why_other(folder / name, listed_files(folder)[name], lambda reference: sound_blob(reference.sha256))
 
 
-def compare(place: Path, reasons: Mapping[str, str] | None = None, in_order: bool = False) -> Comparison:
+def compare(
+    place: Path,
+    reasons: Mapping[str, str] | None = None,
+    in_order: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
     """Every listed file of a folder, or one file, held to its digest; without a `loratool.json` there is nothing to say.
 
     A file that decides what is computed, and is missing or another than was written, is a problem; of any other it is a
     note, and so are files that the record does not list. `reasons` are what `why_other_file` says of every file, where that is known; `in_order` is as for `why_unlike`.
+    `progress` is called with (bytes done, total bytes) after every file.
     """
     record = record_for(place)
     if not record.is_file():
@@ -80,11 +87,15 @@ def compare(place: Path, reasons: Mapping[str, str] | None = None, in_order: boo
 
     problems: list[str] = []
     notes = list(notes_of(folder, table, listed, only))
+    sizes = {name: path.stat().st_size if (path := folder / name).is_file() else 0 for name in listed}
+    done = 0
     for name, digest in sorted(listed.items()):
         notes += [*unproven_notes(name, digest, find), *copied_notes(name, digest)]
-        if not (
-            reason := why_other(folder / name, digest, find, in_order) if reasons is None else reasons.get(name, "")
-        ):
+        reason = why_other(folder / name, digest, find, in_order) if reasons is None else reasons.get(name, "")
+        done += sizes[name]
+        if progress is not None:
+            progress(done, sum(sizes.values()))
+        if not reason:
             continue
         if is_decisive(name):
             problems.append(f"{printable(name)}: {reason}")

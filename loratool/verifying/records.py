@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from loratool.arguments import PathLike
+from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.digests import read_recorded
 from loratool.files.folders import PROVENANCE, folder_and_name, record_for
@@ -19,10 +19,12 @@ from loratool.results.base import Cost
 from loratool.results.verify import AS_RECORDED, NOT_PROVEN, Diagnosis, Verification
 
 
-def verify_record(merged: PathLike, reasons: Mapping[str, str] | None = None) -> Verification:
+def verify_record(
+    merged: PathLike, reasons: Mapping[str, str] | None = None, progress: Progress | None = None
+) -> Verification:
     """Every file of a folder, or one file of it, against the digests that were recorded when it was written.
 
-    `reasons` tell what is wrong with each file, where that is known already.
+    `reasons` tell what is wrong with each file, where that is known already; `progress` is called after each.
     """
     started = time.monotonic()
     path = Path(merged) if os.path.lexists(merged) else fetched(merged)
@@ -34,7 +36,7 @@ def verify_record(merged: PathLike, reasons: Mapping[str, str] | None = None) ->
             f"{shown}: has no {PROVENANCE}, so there is nothing to compare it with; name what was merged",
             hint=f"loratool verify {shell_word(shown)} --base BASE --adapter ADAPTER",
         )
-    found = record.compare(path, reasons)
+    found = record.compare(path, reasons, progress=progress)
     files, size = listed_in(path)
     return Verification(
         merged=path,

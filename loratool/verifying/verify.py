@@ -24,7 +24,7 @@ def verify(
     if by_record(base, adapters, options):
         from loratool.verifying.records import verify_record
 
-        return verify_record(merged)
+        return verify_record(merged, progress=progress)
     with without_collections():
         from loratool.verifying.verifier import verifier_of  # most of the library, which a record needs nothing of
 

@@ -31,8 +31,11 @@ def merged(inputs: Path) -> Path:
 
 
 def test_an_output_as_it_was_written_passes_by_its_record_alone(merged: Path) -> None:
-    found = loratool.verify(merged)
+    told: list[tuple[int, int]] = []
+    found = loratool.verify(merged, progress=lambda done, every: told.append((done, every)))
     assert (found.verdict, found.exit_code, found.diagnoses) == ("as-recorded", 0, ())
+    assert told == sorted(told)
+    assert (len(told), told[-1]) == (found.files, (found.bytes_read, found.bytes_read))
     assert found.files == len(json.loads((merged / "loratool.json").read_text())["files"])
     assert "every file is what loratool.json says" in str(found)
 
