@@ -93,10 +93,9 @@ def components_of(base: Checkpoint) -> tuple[Component, ...]:
         found = [(kind, prefix, {}) for prefix, kind in prefixes_of(base.tensors)]
         if not any(kind == "denoiser" for kind, _, _ in found) and family_of(base.tensors, DENOISERS):
             found = [("denoiser", "", base.config), *found]
-        if not found and family_of(base.tensors, (VAE,)):
-            found = [("vae", "", base.config)]
-        if not found and family_of(base.tensors, TEXT_ENCODERS):
-            found = [("text_encoder", "", base.config)]
+        for name, families in (("vae", (VAE,)), ("text_encoder", TEXT_ENCODERS)):
+            if not found and family_of(base.tensors, families):
+                found = [(name, "", base.config)]
     known = {prefix for _, prefix, _ in found if prefix}
     parts: list[Component] = []
     for name, prefix, config in found:
