@@ -85,7 +85,8 @@ def blocks(report: CompareReport) -> Iterator[Block]:
         yield Group("Dendrogram", "", [dendrogram(report, rows)])
     in_layers = len(report.adapters) <= FEW and bool(report.modules)
     linked = not in_layers and len(report.adapters) > len(SERIES)
-    yield Group("Spectra", spectra_about(linked), spectra(report, linked))
+    chooses = " The first adapter is in front; a click on a row of the table chooses another." if linked else ""
+    yield Group("Spectra", f"All modules of an adapter together.{chooses}", spectra(report, linked))
     if report.notable and len(report.adapters) > 2:
         columns = [Column("pair"), Column("why"), Column("value")]
         pairs = [(pair.pair, REASONS[pair.why].partition(",")[0], pair.value) for pair in report.notable]
@@ -135,12 +136,6 @@ def dendrogram(report: CompareReport, rows: Rows) -> Tree:
         leaves=rows.names,
         joins=tuple(joins),
         axis=linear("1 − cosine, the mean over pairs", 0.0, largest or 1.0),
-    )
-
-
-def spectra_about(linked: bool) -> str:
-    return "All modules of an adapter together." + (
-        " The first adapter is in front; a click on a row of the table chooses another." if linked else ""
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -107,22 +107,21 @@ class Lines(Figure):
         data = ("box", box), ("x", ends(self.x)), ("y", ends(self.y)), ("says", self.says), ("chosen", f"{self.chosen}")
         return Drawing(WIDTH, height, "\n".join(parts), data if self.says and linked else ())
 
-    def axes(self) -> list[str]:
-        found = []
+    def axes(self) -> Iterator[str]:
         for value, text in self.y.ticks:
             y = self.down(value)
-            found.append(mark("path", kind="grid", d=f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}"))
-            found.append(mark("text", safe(text), x=LEFT - 8, y=y + 4, text_anchor="end"))
-        found += [mark("path", kind="mark", d=f"M{LEFT} {self.down(y):.1f}H{WIDTH - RIGHT}") for y in self.marks]
+            yield mark("path", kind="grid", d=f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}")
+            yield mark("text", safe(text), x=LEFT - 8, y=y + 4, text_anchor="end")
+        for y in map(self.down, self.marks):
+            yield mark("path", kind="mark", d=f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}")
         for value, text in self.x.ticks:
-            found.append(mark("text", safe(text), x=self.across(value), y=HEIGHT - BOTTOM + 17, text_anchor="middle"))
-        found.append(mark("path", kind="axis", d=f"M{LEFT} {HEIGHT - BOTTOM + 0.5}H{WIDTH - RIGHT}"))
+            yield mark("text", safe(text), x=self.across(value), y=HEIGHT - BOTTOM + 17, text_anchor="middle")
+        yield mark("path", kind="axis", d=f"M{LEFT} {HEIGHT - BOTTOM + 0.5}H{WIDTH - RIGHT}")
         middle = (LEFT + WIDTH - RIGHT) / 2
-        found.append(mark("text", safe(self.x.label), x=middle, y=HEIGHT - 5, text_anchor="middle"))
+        yield mark("text", safe(self.x.label), x=middle, y=HEIGHT - 5, text_anchor="middle")
         if self.y.label:
             turned = f"translate(10 {(TOP + HEIGHT - BOTTOM) / 2:.1f}) rotate(-90)"
-            found.append(mark("text", safe(self.y.label), kind="y", transform=turned, text_anchor="middle"))
-        return found
+            yield mark("text", safe(self.y.label), kind="y", transform=turned, text_anchor="middle")
 
     def across(self, value: float) -> float:
         return LEFT + self.x.part(value) * (WIDTH - LEFT - RIGHT)
@@ -141,13 +140,11 @@ class Lines(Figure):
         entry = None if alone or not faint else line.entry
         return mark("path", title, kind=kind, data_e=entry, d=d)
 
-    def legend(self) -> list[str]:
-        found = []
+    def legend(self) -> Iterator[str]:
         for at, line in enumerate(self.lines):
             y = HEIGHT + 18 * at + 4
-            found.append(mark("rect", kind=f"s{at % len(SERIES)}", x=LEFT, y=y, width=14, height=3))
-            found.append(mark("text", safe(fitted(line.label, LONGEST)), x=LEFT + 22, y=y + 6))
-        return found
+            yield mark("rect", kind=f"s{at % len(SERIES)}", x=LEFT, y=y, width=14, height=3)
+            yield mark("text", safe(fitted(line.label, LONGEST)), x=LEFT + 22, y=y + 6)
 
 
 def ends(axis: Axis) -> str:

@@ -317,15 +317,13 @@ def weight_line(weight: WeightFacts) -> str:
     return f"{weight.name}: {'×'.join(map(str, weight.shape)) or 'scalar'} ×{weight.count}"
 
 
-def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> list[str]:
+def base_text(base: BaseFacts, modules: Sequence[ModuleFacts]) -> Iterable[str]:
     """Parameters as PEFT prints them, and where each kind of module lands."""
     about = f"{base.path}: {base.architecture or 'not named'}, {base.parameters:,} parameters, from its {base.source}"
     rows = [("against", about), *(("does not fit", problem) for problem in base.problems)]
-    parts = [f"{aligned(rows, COLUMNS)}\n{fill(base.line, room=ENDLESS)}"]
-    matched = [(module.target, place) for module in modules for place in module.places or ()]
-    if matched:
-        parts.append("matching weights:\n" + "\n".join(matching_lines(matched)))
-    return parts
+    yield f"{aligned(rows, COLUMNS)}\n{fill(base.line, room=ENDLESS)}"
+    if matched := [(module.target, place) for module in modules for place in module.places or ()]:
+        yield "\n".join(["matching weights:", *matching_lines(matched)])
 
 
 def matching_lines(matched: Sequence[tuple[str, PlaceFacts]]) -> list[str]:
