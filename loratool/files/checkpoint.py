@@ -353,7 +353,9 @@ def check_unique(root: Path, shards: list[SafeFile]) -> None:
     ]
     if problems:
         raise InputError(
-            f"{printable(root)}: tensors are duplicated, and there is no index to say which ones to use:", problems
+            f"{printable(root)}: tensors are duplicated, and there is no index to say which ones to use; if each file is a "
+            "model of its own, pass one of the files:",
+            problems,
         )
 
 

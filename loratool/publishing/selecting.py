@@ -130,7 +130,7 @@ def select(
     """
     if root.is_file() and root.suffix in (".safetensors", ".gguf"):
         raise InputError(
-            f"{printable(root)}: a repository holds a folder; put the file into one of its own: {alone(root, place)}"
+            f"{printable(root)}: a repository holds a folder; put the file into one of its own", hint=alone(root, place)
         )
     check_there(root)
     if not root.is_dir():

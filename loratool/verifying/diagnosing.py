@@ -291,6 +291,9 @@ def of_factor(
     every = sorted(factor_of(cluster)[0] for cluster in alike)
     shown = f"{factor:.4g}" if len(every) == 1 else f"{every[0]:.4g} to {every[-1]:.4g}"
     why = f": {', or '.join(words[:MOST_WORDS])}" if words else "; no known cause gives that"
+    strengths = {part.edit.strength for part in parts if part.edit is not None}
+    if whole and not words and len(every) == len(strengths) == 1:  # then all of it may have had another weight
+        why = f"; if it was merged with a weight of {factor * strengths.pop():.4g}, pass that with -w"
     of = (
         "update that was trained, and once the part that its initialisation took from W"
         if parts[0].trained

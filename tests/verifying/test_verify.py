@@ -197,6 +197,15 @@ def test_a_merge_by_peft_is_proven_with_a_note_on_the_config(
     assert "config-keys-differ" in [note.code for note in found.notes]
 
 
+def test_a_weight_that_was_not_passed_is_proposed(small: Scene, tmp_path: Path) -> None:
+    """Every module contains the same part of its update, which no mistake is known to give."""
+    loratool.merge(small.base, small.adapter, tmp_path / "merged", weights=0.8, device="cpu")
+    (found,) = loratool.verify(tmp_path / "merged", small.base, small.adapter, device="cpu").diagnoses
+    assert found.text.endswith("if it was merged with a weight of 0.8, pass that with -w")
+    (found,) = loratool.verify(tmp_path / "merged", small.base, small.adapter, weights=0.55, device="cpu").diagnoses
+    assert found.text.endswith("if it was merged with a weight of 0.8, pass that with -w")
+
+
 def test_a_merge_by_peft_with_bf16_factors_is_rounded_twice(tmp_path: Path) -> None:
     """The factors are stored in bfloat16, so nothing but the order of roundings differs from the formula."""
     here = scene(tmp_path / "scene", size=1.0, factors=torch.bfloat16)
