@@ -136,7 +136,8 @@ def show_schema(context: click.Context, _parameter: click.Parameter, name: str |
     from loratool.cli.schemas import schema_of_command
 
     if name not in COMMANDS:
-        raise UsageError(f"--json-schema takes a command: {', '.join(COMMANDS)} (got {printable(repr(name))})")
+        meant = f"; did you mean {near!r}?" if (near := near_command(name)) else ""
+        raise UsageError(f"--json-schema takes a command: {', '.join(COMMANDS)} (got {printable(repr(name))}){meant}")
     click.echo(json.dumps(schema_of_command(name, command(name)), indent=2, ensure_ascii=False))
     context.exit()
 

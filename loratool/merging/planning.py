@@ -38,7 +38,7 @@ from loratool.merging.output_layout import (
 )
 from loratool.merging.plan import MergePlan
 from loratool.notes import Note
-from loratool.results.text import plural
+from loratool.options.shared import other_count
 from loratool.templates import listed
 
 
@@ -199,10 +199,7 @@ def strengths_of(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOpt
             hint=f"loratool merge {shell_word(shown)} ADAPTER -o OUT",
         )
     if weights and len(weights) != len(adapters):
-        raise UsageError(
-            f"got {plural(len(weights), 'weight')} for {plural(len(adapters), 'adapter')}; pass one weight per adapter, in "
-            "order"
-        )
+        raise other_count(weights, len(adapters), "pass one weight per adapter, in order")
     return tuple(weights) or (1.0,) * len(adapters)
 
 

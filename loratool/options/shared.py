@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,15 @@ class PageOptions(PictureOptions):
     overwrite: bool = option(
         help="Replace FILE, and figures in DIR, if loratool made them.", default=False, kind=FLAG, recorded=False
     )
+
+
+def other_count(weights: Sequence[object], adapters: int, way_out: str) -> UsageError:
+    """The error for another number of weights than of adapters; `0,5` is two weights, as lists have commas."""
+    halved = len(weights) == 2 * adapters and all(isinstance(w, float) and w.is_integer() for w in weights)
+    point = "; decimals are written with a point, such as 0.5" * halved
+    counts = ((len(weights), "weight"), (adapters, "adapter"))
+    given, wanted = (f"{count} {noun}{'s' * (count != 1)}" for count, noun in counts)
+    return UsageError(f"got {given} for {wanted}; {way_out}{point}")
 
 
 def check_device(device: str, several: bool = True) -> None:

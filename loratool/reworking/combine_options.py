@@ -16,9 +16,8 @@ from loratool.algebra.methods.table import ELEMENTWISE, FACTORWISE, GRAM, METHOD
 from loratool.errors import UsageError, printable
 from loratool.files.untrusted import json_value
 from loratool.options.described import FLAG, NUMBER, Choice, JsonFile, Kind, Number, option
-from loratool.options.shared import BlockOption, DeviceOption
+from loratool.options.shared import BlockOption, DeviceOption, other_count
 from loratool.options.writing import PublishOptions
-from loratool.results.text import plural
 from loratool.reworking.aligned_layers import SAVED, Weight
 from loratool.reworking.dialects import OutputDialect
 
@@ -156,9 +155,7 @@ class CombineOptions(BlockOption, FactorOptions, OutputDialect, ReadingOptions, 
     def adapter_weights(self, count: int) -> list[Weight]:
         """The weight of each of `count` adapters."""
         if self.weights and len(self.weights) != count:
-            raise UsageError(
-                f"got {plural(len(self.weights), 'weight')} for {plural(count, 'adapter')}; pass one weight per adapter, or omit -w"
-            )
+            raise other_count(self.weights, count, "pass one weight per adapter, or omit -w")
         return list(self.weights) or [1.0] * count
 
 

@@ -103,3 +103,5 @@ def test_the_published_schemas_are_those_of_the_commands() -> None:
 def test_a_schema_of_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--json-schema", "bogus"]) == 2
     assert "merge, verify, inspect" in capsys.readouterr().err
+    assert cli.run(["--json-schema", "inspct"]) == 2
+    assert "did you mean 'inspect'?" in capsys.readouterr().err
