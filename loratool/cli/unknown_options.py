@@ -21,6 +21,8 @@ KNOWN_AS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("format", "output-format", "dialect", "type"): ("--to",),
     ("precision", "save-precision", "torch-dtype", "outtype", "out-dtype", "type"): ("--dtype",),
     ("model", "base-model", "base-model-name-or-path", "model-path"): ("--base",),
+    ("base", "old-base"): ("--from",),  # of rebase, whose library function calls it so
+    ("new-base", "target-base"): ("--onto",),
     ("lora", "lora-path", "adapters", "peft-model"): ("--adapter",),
     ("threads", "jobs", "j", "num-workers", "num-threads"): ("--workers",),
     ("max-shard-size",): ("--shard-size",),

@@ -13,6 +13,7 @@ from typing import Any
 from loratool.adapters.adapter import StoredTensor, same_values, unloaded
 from loratool.adapters.formats import format_of, read_adapter
 from loratool.adapters.formats.format import Spelling
+from loratool.adapters.kinds import kinds_of_adapter
 from loratool.adapters.layers import Contents, Kind, Layer, contents_of
 from loratool.adapters.ranks import by_pattern
 from loratool.adapters.reading import Reading
@@ -27,6 +28,7 @@ from loratool.files.safefile import FLOAT_NAMES
 from loratool.grouping import by_key
 from loratool.lazy import Tensor, torch
 from loratool.notes import Note
+from loratool.results.text import one_of
 from loratool.templates import some
 
 SAVED = ("refuse", "first", "mean")  # what to do where adapters have saved different values for one tensor
@@ -76,6 +78,16 @@ def contents_apart(
         more = f" ({seen[source.name]})" if seen[source.name] > 1 else ""
         found.append(dataclasses.replace(source, adapter=dataclasses.replace(source.adapter, name=source.name + more)))
     return found
+
+
+def check_kinds(sources: Sequence[Contents], command: str) -> None:
+    """Raise `FitError` for adapters of models of different kinds, as far as names and shapes tell."""
+    kinds = {source.name: found for source in sources if (found := kinds_of_adapter(source.adapter))}
+    if kinds and not frozenset.intersection(*kinds.values()):
+        raise FitError(
+            f"these adapters belong to different models, so {command} cannot put them together:",
+            (f"{name}: {one_of(sorted(found))}" for name, found in kinds.items()),
+        )
 
 
 def align_layers(sources: Sequence[Contents], weights: Sequence[Weight]) -> dict[str, tuple[AlignedLayer, ...]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from loratool.adapters.blocks import BlockWeights
 from loratool.adapters.formats.format import Parts
-from loratool.adapters.kinds import kinds_of_adapter
 from loratool.adapters.layers import ROUNDING_ONLY, Contents, Form, Kind
 from loratool.adapters.ranks import evened, told_of_cuts
 from loratool.adapters.writer import (
@@ -35,8 +34,14 @@ from loratool.lazy import torch
 from loratool.measuring.session import Session, session
 from loratool.notes import Note
 from loratool.results.combine import CombinedLayer, CombinedTotals, CombineReport, Part
-from loratool.results.text import one_of
-from loratool.reworking.aligned_layers import AlignedLayer, Beside, align_layers, contents_apart, told_bases
+from loratool.reworking.aligned_layers import (
+    AlignedLayer,
+    Beside,
+    align_layers,
+    check_kinds,
+    contents_apart,
+    told_bases,
+)
 from loratool.reworking.combine_options import CombineOptions, combination_of, told
 from loratool.reworking.compare import meetings
 from loratool.reworking.dialects import Manner, in_manner
@@ -56,7 +61,7 @@ def combine(
     paths = [local(operand, "adapter") for operand in operands]
     base = options.model()
     found = contents_apart(paths, ways, "combine", base)
-    check_kinds(found)
+    check_kinds(found, "combine")
     sources, manner = in_manner(found, options.to, base)
     target = check_adapter_target(out, paths, options, manner.form)
     layers, blocks = align_layers(sources, weights), BlockWeights.of(options.block_weights)
@@ -77,16 +82,6 @@ def combine(
         notes=rest.notes,
         **at_work.told(started),
     )
-
-
-def check_kinds(sources: Sequence[Contents]) -> None:
-    """Raise `FitError` for adapters of models of different kinds, as far as names and shapes tell."""
-    kinds = {source.name: found for source in sources if (found := kinds_of_adapter(source.adapter))}
-    if kinds and not frozenset.intersection(*kinds.values()):
-        raise FitError(
-            "these adapters belong to different models, so they cannot be combined:",
-            (f"{name}: {one_of(sorted(found))}" for name, found in kinds.items()),
-        )
 
 
 def refuse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -130,14 +131,15 @@ def test_a_table_is_grouped_and_filtered_by_the_models_that_adapters_fit(tmp_pat
 
 
 @pytest.mark.parametrize(("kind", "other"), [("Flux", "SD 1.5"), ("SDXL", "SD 1.5"), ("language", "Wan")])
-def test_adapters_of_different_models_are_not_combined(tmp_path: Path, kind: str, other: str) -> None:
+def test_adapters_of_different_models_are_not_put_together(tmp_path: Path, kind: str, other: str) -> None:
     """Some of their modules have the same names, or none; a sum of them is an adapter of neither model."""
     for each in (kind, other):
         (tmp_path / each).mkdir()
     adapters = [adapter_of(each, tmp_path / each) for each in (kind, other)]
-    with pytest.raises(loratool.FitError, match="belong to different models") as caught:
-        loratool.combine(adapters, tmp_path / "out", device="cpu")
-    assert all(NAMES.get(each, each) in str(caught.value) for each in (kind, other))
+    for put_together in (loratool.combine, partial(loratool.compress, rank=1)):
+        with pytest.raises(loratool.FitError, match="belong to different models") as caught:
+            put_together(adapters, tmp_path / "out", device="cpu")
+        assert all(NAMES.get(each, each) in str(caught.value) for each in (kind, other))
     assert not (tmp_path / "out").exists()
 
 

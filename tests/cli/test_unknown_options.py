@@ -35,6 +35,7 @@ MEANT = {  # what is typed → what is proposed
     "merge base a -o x --num-workers 3": "merge base a -o x --workers 3",
     "merge base a -o x --overwrit": "merge base a -o x --overwrite",
     "merge base a -o x --nonsense": "merge --help",
+    "rebase a --base b --onto c -o x": "rebase a --from b --onto c -o x",
     "push a me/a --private": "push --help",
     "inspect a -o x": "inspect --help",
 }

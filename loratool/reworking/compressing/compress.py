@@ -34,7 +34,7 @@ from loratool.notes import Note
 from loratool.provenance.invocations import command
 from loratool.provenance.record import versions
 from loratool.results.compress import CompressReport
-from loratool.reworking.aligned_layers import align_layers, contents_apart, told_bases
+from loratool.reworking.aligned_layers import align_layers, check_kinds, contents_apart, told_bases
 from loratool.reworking.compressing.files import ABOUT, DIGEST, MARK, OWN, VERSION, Member, told
 from loratool.reworking.compressing.options import CompressOptions
 from loratool.reworking.compressing.planning import CORE, Fleet, Module, Plan, Prices, look_at, plan, widest_of
@@ -101,6 +101,7 @@ def fleet_of(paths: Sequence[Path], options: CompressOptions) -> tuple[list[Cont
     """The adapters under names that they have in common, as they were before that, and their dialect."""
     base = options.model()
     before = contents_apart(paths, options.readings(len(paths)), "compress", base)
+    check_kinds(before, "compress")
     plain = base is not None and DIALECTS.get(dialect_of(before[0]), WRITTEN).format.takes_model
     sources, manner = in_manner(before, WRITTEN.dialects[0] if plain else None, base)  # expand takes no model
     named = zip(sources, file_names(sources), strict=True)
