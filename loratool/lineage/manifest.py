@@ -6,7 +6,7 @@ It is read by PyYAML's safe loader, which makes plain values only; what is wrong
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.untrusted import read_bounded
 from loratool.lazy import yaml
 from loratool.lineage.makers import Maker, Makers
-from loratool.options.described import JsonFile, Options, PathKind, described_by, made_of, nearest
+from loratool.options.described import JsonFile, Options, PathKind, described_by, keyword_near, made_of, nearest
 from loratool.stores.names import is_in_store, parse_store
 
 LARGEST = 1 << 20  # bytes of a manifest
@@ -127,8 +127,7 @@ def step_of(number: int, node: Any, path: Path, makers: Makers) -> Step:
     known = described_by(maker.options)
     if own := [name for name in OURS if name in values]:
         raise InputError(f"{command}: {', '.join(own)} is decided by `loratool run`")
-    names = [*(name.removesuffix("*") for name in maker.operands), *(name for name in known if name not in OURS)]
-    if unknown := [*unknown_keywords(values, names)]:
+    if unknown := [*unknown_keywords(values, maker)]:
         raise InputError(f"{command}: {', '.join(unknown)}")
     given = [*operands(command, maker, values, home)]
     for name in values.keys() & known.keys():
@@ -140,11 +139,13 @@ def step_of(number: int, node: Any, path: Path, makers: Makers) -> Step:
     return Step(number, where, command, maker, tuple(given), place(out, home), values, options)
 
 
-def unknown_keywords(values: Iterable[str], known: Collection[str]) -> Iterator[str]:
+def unknown_keywords(values: Iterable[str], maker: Maker) -> Iterator[str]:
     """What is wrong with each keyword that a command does not have."""
+    operands = [name.removesuffix("*") for name in maker.operands]
     for name in values:
-        if name not in known:
-            meant = f"; did you mean {near!r}?" if (near := nearest(name, [*known, "output"])) else ""
+        if name not in (*operands, *described_by(maker.options)):
+            near = keyword_near(name, maker.options, [*operands, "output"])
+            meant = f"; did you mean {near!r}?" if near else ""
             yield f"unknown keyword {printable(repr(name))}{meant}"
 
 

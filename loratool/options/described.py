@@ -453,12 +453,19 @@ def words_of(kind: Kind) -> Callable[[Mapping[str, Any]], Iterable[str]] | None:
     return (lambda _operands: kind.names()) if isinstance(kind, Choice) else None
 
 
+def keyword_near(word: str, options: type[Options], others: Iterable[str] = ()) -> str:
+    """The keyword, or one of `others`, that a word was probably meant to be: by its option's name, else by spelling."""
+    known = described_by(options)
+    by_flag = {flag.lstrip("-").replace("-", "_"): name for name, (each, _) in known.items() for flag in each.flags}
+    return by_flag.get(word.rstrip("_")) or nearest(word, [*others, *known])
+
+
 def made_of(options: type[Own], keywords: Mapping[str, Any], caller: str) -> Own:
     """The options that keywords mean; an unknown keyword is a `TypeError`, as of any function."""
     known = described_by(options)
     for name in keywords:
         if name not in known:
-            meant = f"; did you mean {near!r}?" if (near := nearest(name, known)) else ""
+            meant = f"; did you mean {near!r}?" if (near := keyword_near(name, options)) else ""
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{meant}")
     return options(**keywords)
 

@@ -172,6 +172,14 @@ WRONG = {
         "steps:\n- merge: {base: ./base, adapter: [./style], output: ./x}",
         "unknown keyword 'adapter'; did you mean 'adapters'?",
     ),
+    "an option of the command line": (
+        "steps:\n- merge: {base: ./base, adapters: ./style, weight: 0.5, output: ./x}",
+        "unknown keyword 'weight'; did you mean 'weights'?",
+    ),
+    "an option with another name": (
+        "steps:\n- convert: {adapter: ./style, for: vllm, output: ./x}",
+        "unknown keyword 'for'; did you mean 'server'?",
+    ),
     "several unknown keywords": (
         "steps:\n- resize: {adaptr: ./style, rnk: 2, output: ./x}",
         "did you mean 'adapter'?, unknown keyword 'rnk'",

@@ -167,6 +167,8 @@ def test_a_keyword_that_no_function_has_is_a_type_error_that_proposes_the_neares
         TypeError, match=r"merge\(\) got an unexpected keyword argument 'weigths'; did you mean 'weights'"
     ):
         loratool.merge("base", "adapter", "out", weigths=[1])  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="did you mean 'folders'"):
+        loratool.reproduce("made", "out", from_=["inputs"])  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
