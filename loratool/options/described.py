@@ -172,7 +172,9 @@ class Number(Kind):
                 if number is not None and (self.above, self.high) == (0, 1) and 5 <= number <= 100
                 else None
             )
-            meant = f"; did you mean {part:g}?" if part else ""
+            pointed = str(value).replace(",", ".", 1)  # 0,5 as some languages write it
+            near = f"{part:g}" if part else pointed if number is None and self.number(pointed) is not None else ""
+            meant = f"; did you mean {near}?" if near else ""
             raise UsageError(f"{flag} must be {self.wanted} (got {printable(value)}){meant}")
         return number
 

@@ -143,6 +143,12 @@ def test_adapters_of_different_models_are_not_put_together(tmp_path: Path, kind:
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_extracted_from_a_model_of_another_kind(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(loratool.FitError, match=r"is Stable Diffusion 1, and .* is SDXL; pass the model that"):
+        loratool.extract(bases["SD 1.5"], bases["SDXL"], tmp_path / "out", rank=2, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("module", ["attention.wq", "attention.query", "attention.attention.query", "feed_forward.w1"])
 def test_names_that_models_of_language_have_too_are_no_sign_of_another_kind(
     bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], module: str

@@ -156,6 +156,7 @@ def test_an_estimate_of_nothing_in_particular_ends_with_one_that_runs(
             "--workers must be a whole number from 1 to 1024 (got 0)",
         ),
         (["merge", "base", "adapter", "-o", "out", "-w", "1", "-w", "2"], "2 weights for 1 adapter;"),
+        (["rescale", "adapter", "-o", "out", "--scale", "0,5"], "(got 0,5); did you mean 0.5?"),
         (["merge", "base", "adapter", "-o", "out", "-w", "0,5"], "decimals are written with a point, such as 0.5"),
         (["merge", "base", "adapter", "-o", "out", "--device", "tpu"], "'tpu'"),
         (["merge", "base", "adapter", "-o", "out", "--public"], "--public needs --push-to-hub REPO"),

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapters.formats import FORMATS
+from loratool.bases.binding.components import components_of
 from loratool.bases.binding.named import Named
+from loratool.bases.binding.unlike import kinds_of_base
 from loratool.bases.codecs import decoded
 from loratool.bases.decoded import Decoded
 from loratool.bases.opening import open_checkpoint
@@ -15,6 +17,7 @@ from loratool.bases.renamed import renamed
 from loratool.errors import FitError, InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.notes import Note
+from loratool.results.text import one_of
 from loratool.reworking.extracting.differences import is_finite
 from loratool.reworking.extracting.pairing import Pairing
 
@@ -31,12 +34,18 @@ def open_model(path: Path, role: str) -> Checkpoint:
 
 
 def check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Raise `FitError` where one of two models is llama.cpp's and the other is not: it holds some weights otherwise."""
+    """Raise `FitError` for models of different kinds, or where one is llama.cpp's, which holds some weights otherwise."""
     if isinstance(base, Named) != isinstance(tuned, Named):
         gguf, other = (base, tuned) if isinstance(base, Named) else (tuned, base)
         raise FitError(
             f"{gguf.name} is a GGUF model and {other.name} is not; pass both models as GGUF, or both as they were before "
             "they were converted"
+        )
+    kinds = [kinds_of_base(model, components_of(model)) for model in (base, tuned)]
+    if all(kinds) and not kinds[0] & kinds[1]:
+        own, other = (one_of(sorted(each)) for each in kinds)
+        raise FitError(
+            f"{base.name} is {own}, and {tuned.name} is {other}; pass the model that the fine-tune was made from as BASE"
         )
 
 
