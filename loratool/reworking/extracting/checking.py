@@ -43,9 +43,9 @@ def check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
         )
     kinds = [kinds_of_base(model, components_of(model)) for model in (base, tuned)]
     if all(kinds) and not kinds[0] & kinds[1]:
-        own, other = (one_of(sorted(each)) for each in kinds)
+        own, theirs = (one_of(sorted(each)) for each in kinds)
         raise FitError(
-            f"{base.name} is {own}, and {tuned.name} is {other}; pass the model that the fine-tune was made from as BASE"
+            f"{base.name} is {own}, and {tuned.name} is {theirs}; pass the model that the fine-tune was made from as BASE"
         )
 
 
