@@ -91,7 +91,8 @@ def library_command(
             pictures.write(result)
         if judged and chosen.part is None and result.exit_code:
             subject = printable(words[judged])
-            click.echo(escaped(f"Error: {subject}: {result.sentence}"), err=True)
+            told = [f"Error: {subject}: {result.sentence}", *(f"  {each}" for each in result.failures if quiet)]
+            click.echo("\n".join(map(escaped, told)), err=True)
             raise click.exceptions.Exit(result.exit_code)
 
     command = with_pictures(options)(output_options(run)) if pictures else output_options(run)

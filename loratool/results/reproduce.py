@@ -57,6 +57,11 @@ class ReproduceReport(Result):
             return f"reproduced: all {self.files} files have the same bytes"
         return f"{len(self.differences)} of {self.files} files differ"
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The files that differ, and how."""
+        return tuple(f"{each.name}: {each.reason}" for each in self.differences)
+
     def __str__(self) -> str:
         """What was repeated, and what differs."""
         return aligned(
@@ -65,7 +70,7 @@ class ReproduceReport(Result):
                 ("into", printable(self.out)),
                 *((each.role, f"{printable(each.name)}, {printable(each.how)}") for each in self.inputs),
                 ("result", self.sentence),
-                *(("differs", line) for line in shortened([f"{d.name}: {d.reason}" for d in self.differences])),
+                *(("differs", line) for line in shortened(self.failures)),
                 *(("note", note) for note in self.notes),
             ]
         )

@@ -86,6 +86,11 @@ class Verification(Result):
         return SENTENCES[self.verdict] if self.tensors is not None or self.passes else NOT_AS_RECORDED
 
     @property
+    def failures(self) -> tuple[str, ...]:
+        """What is wrong, a sentence each."""
+        return tuple(each.text for each in self.diagnoses if not each.passes)
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many tensors have each status."""
         return dict(Counter(proof.status for proof in (self.tensors or {}).values()))

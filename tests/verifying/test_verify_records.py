@@ -71,8 +71,12 @@ def test_files_that_decide_nothing_are_noted(merged: Path) -> None:
     assert {note.code for note in found.notes} == {"edited-since", "not-in-record"}
 
 
-def test_a_file_that_is_missing_is_a_fault(merged: Path) -> None:
+def test_a_file_that_is_missing_is_a_fault(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (merged / FILES[1]).unlink()
+    assert cli.run(["verify", str(merged), "--quiet"]) == 5
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 2)
+    assert err.splitlines()[1].startswith(f"  {FILES[1]}: ")  # which is all that there is to read
     found = loratool.verify(merged)
     assert (found.exit_code, "is missing" in str(found)) == (5, True)
 
