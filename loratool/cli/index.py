@@ -34,5 +34,7 @@ def index(paths: tuple[Path, ...], out: Path, options: IndexOptions, screen: Scr
     screen.show(report)
     if report.exit_code:
         hint = shell_line(["loratool", "inspect", *map(str, paths)])
-        click.echo(f"Error: {plural(len(report.failed), 'adapter')} not in the index\nhint: {hint}", err=True)
+        reasons = [f"\n  {name}: {reason}" for name, reason in report.failed.items() if screen.quiet]
+        told = f"{plural(len(report.failed), 'adapter')} not in the index{':' * bool(reasons)}{''.join(reasons)}"
+        click.echo(f"Error: {told}\nhint: {hint}", err=True)
         raise click.exceptions.Exit(report.exit_code)

@@ -139,7 +139,7 @@ def show_table(paths: Sequence[Path], options: InspectOptions, screen: Screen, a
     tell_bad(
         [row for row in found.adapters if row.exit_code],
         len(found.adapters),
-        "in the table" if as_csv else "below the table",
+        "in the table" if as_csv else "" if screen.quiet and not screen.as_json else "below the table",
     )
     return found.exit_code
 
@@ -164,14 +164,15 @@ def show_lines(paths: Sequence[Path], options: InspectOptions, screen: Screen) -
 
 
 def tell_bad(bad: Sequence[FleetRow], count: int, where: str) -> None:
-    """Say on stderr why the command fails, and where the reasons are."""
+    """Say on stderr why the command fails, and where the reasons are; the reasons themselves where they are nowhere."""
     from loratool.results.fleet import counted_health
 
     if bad:
         what = counted_health(row.health for row in bad)
         step = shell_line(["loratool", "inspect", bad[0].path, "--check"])
         failed = f"{len(bad)} of {count} adapters failed ({what})"
-        click.echo(f"Error: {failed}; the reasons are {where}\nhint: {step}", err=True)
+        reasons = [f"; the reasons are {where}"] if where else [":", *(f"\n  {row.name}: {row.reason}" for row in bad)]
+        click.echo(f"Error: {failed}{''.join(reasons)}\nhint: {step}", err=True)
 
 
 def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> int:

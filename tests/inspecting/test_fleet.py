@@ -133,7 +133,9 @@ def test_rows_of_adapters_that_are_alike_are_those_that_each_alone_has(zoo: Path
             assert {f"{s:.6g}" for s in each.scale} == set(alone.scalings)
 
 
-def test_one_that_cannot_be_read_is_a_row_with_its_reason(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_cannot_be_read_is_a_row_with_its_reason(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(["inspect", str(zoo)]) == 3
     shown = capsys.readouterr()
     assert "images/torn.safetensors: the file is truncated inside its header" in shown.out
@@ -143,6 +145,9 @@ def test_one_that_cannot_be_read_is_a_row_with_its_reason(zoo: Path, capsys: pyt
         "Error: 2 of 40 adapters failed (2 unreadable); the reasons are below the table\n"
         f"hint: loratool inspect {zoo / 'images' / 'torn.safetensors'} --check\n"
     )
+    for words in (["inspect", str(zoo), "-q"], ["index", str(zoo), "-o", str(tmp_path / "index"), "-q"]):
+        assert cli.run(words) == 3
+        assert "\n  images/torn.safetensors: the file is truncated inside its header" in capsys.readouterr().err
     found = fleet(zoo)
     assert {each.name: each.health for each in found.adapters if each.exit_code} == {
         "images/torn.safetensors": "unreadable",
