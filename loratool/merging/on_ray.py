@@ -106,7 +106,8 @@ class Tasks:
             lines = str(error).splitlines() or [""]
             told = printable(" ".join(dict.fromkeys((lines[0].strip(), lines[-1].strip()))))
             raise UsageError(
-                f"--workers {self.options.workers}: no Ray cluster answers; start one with `ray start --head` ({told})"
+                f"--workers {self.options.workers}: no Ray cluster answers; start one with `ray start --head`, or set "
+                f"RAY_AUTH_MODE=token if it asks for a token ({told})"
             ) from None
         try:
             self.settle([node["Resources"] for node in self.ray.nodes() if node["Alive"]])

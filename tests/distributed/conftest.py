@@ -36,8 +36,8 @@ def cluster() -> Iterator[Cluster]:
     words += ["--port", str(port), "--ray-client-server-port", str(client), "--num-cpus", "2", "--temp-dir", str(home)]
     words += ["--include-dashboard", "false", "--disable-usage-stats"]
     address = f"127.0.0.1:{port}"
-    # which has Ray keep to the loopback address that it is given
-    settings = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    # which has Ray keep to the loopback address that it is given, and ask for no token where one was made here before
+    settings = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
     try:
         with serving(words, client, **settings) as server:
             yield Cluster(address, f"ray://127.0.0.1:{client}", {**settings, "RAY_ADDRESS": address}, server)

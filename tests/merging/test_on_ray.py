@@ -233,7 +233,10 @@ def test_without_a_cluster_or_without_ray_the_way_out_is_said(
     line = ["merge", str(home / "demo/base"), str(home / "demo/adapter"), "-o", str(tmp_path / "out"), "--workers"]
     monkeypatch.setitem(sys.modules, "ray", StandIn())
     assert cli.run([*line, "ray://nowhere:10001"]) == 2
-    assert "no Ray cluster answers; start one with `ray start --head`" in capsys.readouterr().err
+    assert (
+        "no Ray cluster answers; start one with `ray start --head`, or set RAY_AUTH_MODE=token"
+        in capsys.readouterr().err
+    )
     monkeypatch.setitem(sys.modules, "ray", None)
     assert cli.run([*line, "ray"]) == 2
     assert 'pip install "loratool[ray]"' in capsys.readouterr().err
