@@ -467,7 +467,7 @@ def test_a_disk_without_room_is_told_before_anything_is_made(merge: Merge, monke
 
 def test_a_disk_that_becomes_full_keeps_what_is_done(merge: Merge, tmp_path: Path) -> None:
     line = ["merge", str(merge.base), str(merge.adapter), "-o", str(merge.out), "--device", "cpu", "--part", "1/1"]
-    outcome = faults.merge([*line, "--workers", "1"], merge.out.parent, tmp_path, faults.Fault("ENOSPC for good", 40))
+    outcome = faults.merge([*line, "--workers", "1"], merge.out.parent, tmp_path, faults.Fault("ENOSPC for good", 80))
     assert outcome.code == 6
     assert "the disk is full" in outcome.errors
     done = merge.status().done
