@@ -63,6 +63,15 @@ def told_losses(adapter: Adapter, code: str, reader: str, said: Callable[[str, U
     return tuple(Note(code, f"{reader} {what}: {some(targets)}") for what, targets in targets_by(adapter, said).items())
 
 
+def unrecognised(adapter: Adapter) -> Iterator[Finding]:
+    """The finding of tensors that no layer is made of, if there are any."""
+    from loratool.results.findings import Finding
+
+    if adapter.unused:
+        unknown = tuple(map(printable, adapter.unused))
+        yield Finding("problem", "unknown-tensor", f"unrecognised tensors: {some(adapter.unused)}", "", unknown)
+
+
 def most_common(scales: Iterable[float]) -> float:
     """The scale that most layers have, 1 where there is none; of several the first."""
     return next((scale for scale, _ in Counter(scales).most_common(1)), 1.0)
@@ -287,14 +296,7 @@ class Format(FormatFiles, Protocol):
         """What is wrong with how it is written down; `path` is what commands are told with."""
         from loratool.results.findings import Finding
 
-        if adapter.unused:
-            yield Finding(
-                "problem",
-                "unknown-tensor",
-                f"unrecognised tensors: {some(adapter.unused)}",
-                "",
-                tuple(map(printable, adapter.unused)),
-            )
+        yield from unrecognised(adapter)
         for reason in adapter.unsupported:
             yield Finding("note", "not-mergeable", reason)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratool.adapters.adapter import Adapter
+from loratool.adapters.formats.format import unrecognised
 from loratool.adapters.formats.found import MISSING_PARTNER
 from loratool.adapters.formats.peft import keys, support
 from loratool.adapters.formats.peft.draft import UNGATHERED
@@ -66,14 +67,7 @@ def look_at_names(adapter: Adapter, path: Path) -> Iterator[Finding]:
             command("rescale", path, "--bake"),
             tuple(map(printable, named)),
         )
-    if adapter.unused:
-        yield Finding(
-            "problem",
-            "unknown-tensor",
-            f"unrecognised tensors: {some(adapter.unused)}",
-            "",
-            tuple(map(printable, adapter.unused)),
-        )
+    yield from unrecognised(adapter)
 
 
 def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
