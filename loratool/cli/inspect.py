@@ -150,7 +150,7 @@ def show_lines(paths: Sequence[Path], options: InspectOptions, screen: Screen) -
 
     from loratool.inspecting.fleet.table import rows_of
     from loratool.results.base import plain
-    from loratool.results.fleet import worst
+    from loratool.results.findings import worst
 
     codes: list[int] = []
     bad: list[FleetRow] = []
@@ -178,7 +178,7 @@ def tell_bad(bad: Sequence[FleetRow], count: int, where: str) -> None:
 def show_in_full(paths: Sequence[Path], options: InspectOptions, screen: Screen, pictures: Pictures) -> int:
     """Print all about each path. One of several that cannot be read is told on stderr, and the others are shown."""
     from loratool.inspecting.inspect import exit_code_of, inspect
-    from loratool.results.fleet import worst
+    from loratool.results.findings import worst
 
     if pictures:
         options = replace(options, values=True)

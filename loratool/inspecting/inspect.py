@@ -350,7 +350,6 @@ def look_at_checkpoint(location: Path, path: Path, options: InspectOptions) -> C
 def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
     """What the headers of a model tell."""
     from loratool.adapters.kinds import image_models  # which knows many models
-    from loratool.bases.binding.components import components_of
     from loratool.bases.binding.unlike import kinds_of_base
     from loratool.inspecting.packing import unpacked  # which loads all about packed weights
 
@@ -373,7 +372,7 @@ def checkpoint_facts(checkpoint: Checkpoint, path: Path) -> CheckpointFacts:
         notes=checkpoint.notes,
         packing=packing,
         components=component_facts(checkpoint),
-        models=image_models(kinds_of_base(checkpoint, components_of(checkpoint))),
+        models=image_models(kinds_of_base(checkpoint)),
     )
 
 

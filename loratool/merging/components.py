@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
-from loratool.bases.binding.components import Component, components_of
-from loratool.bases.binding.distributing import distribute, first_word
 from loratool.errors import FitError, UsageError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.notes import Note
@@ -16,6 +14,7 @@ from loratool.templates import listed
 
 if TYPE_CHECKING:
     from loratool.adapters.blocks import BlockWeights
+    from loratool.bases.binding.components import Component
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ def factors_of(base: Checkpoint, pairs: Sequence[str], words: Sequence[str], not
     blocks = blocks_of(words) if words else None
     if not pairs:
         return Factors({}, blocks)
+    from loratool.bases.binding.components import components_of  # which knows many models
+
     named = {word: float(number) for word, _, number in (text.rpartition("=") for text in pairs)}
     parts = components_of(base)
     found: dict[str, float] = {}
@@ -77,6 +78,8 @@ def limited(adapters: Sequence[Adapter], base: Checkpoint, only: Sequence[str]) 
     """
     if not only:
         return list(adapters)
+    from loratool.bases.binding.components import components_of  # which knows many models
+
     parts = components_of(base)
     chosen = [component_named(word, parts, base, "--only") for word in only]
     found = [within(adapter, base, parts, chosen) for adapter in adapters]
@@ -89,6 +92,8 @@ def limited(adapters: Sequence[Adapter], base: Checkpoint, only: Sequence[str]) 
 
 def within(adapter: Adapter, base: Checkpoint, parts: Sequence[Component], chosen: Sequence[Component]) -> Adapter:
     """The part of an adapter that belongs to the chosen components, or to none that is known."""
+    from loratool.bases.binding.distributing import distribute, first_word
+
     spread = distribute(adapter.updates, parts, base.tensors)
     prefixes = {part.prefix for part in chosen}
     words = {word for part in chosen for word in (part.name, *part.words)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.files.hub_cache import name_of
 from loratool.provenance.recorded import ancestors_of, made_of, table_of, text_of
-from loratool.results.history import Ancestor
+
+if TYPE_CHECKING:
+    from loratool.results.history import Ancestor
 
 DIGESTS = ("sha256", "root", "header")  # of a file, the one that says most first
 
@@ -26,6 +28,8 @@ def history_of(place: Path, files: tuple[str, ...], metadata: Mapping[str, str] 
 
 def ancestor_of(role: str, entry: Mapping[str, Any]) -> Ancestor:
     """An entry about an input, as part of a history."""
+    from loratool.results.history import Ancestor  # few things that are looked at have one
+
     made = table_of(entry.get("made"))
     weight: Any = entry.get("weight")
     return Ancestor(

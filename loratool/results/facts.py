@@ -11,8 +11,6 @@ from loratool.grouping import by_key
 from loratool.notes import Note
 from loratool.results.base import Result
 from loratool.results.findings import Finding, findings_text
-from loratool.results.history import Ancestor, history_text
-from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
 from loratool.results.text import (
     COLUMNS,
     ENDLESS,
@@ -29,8 +27,10 @@ from loratool.results.text import (
 from loratool.shown import size
 from loratool.templates import grouped, template_of
 
-if TYPE_CHECKING:
-    from loratool.results.values import Values  # most adapters are shown without
+if TYPE_CHECKING:  # most adapters are shown without
+    from loratool.results.history import Ancestor
+    from loratool.results.sketch import Neighbour, SketchFacts
+    from loratool.results.values import Values
 UNDERSCORED = re.compile(r"(?<=_)[0-9]+(?=[_.])")  # numbers of a name without dots
 
 
@@ -172,13 +172,13 @@ class AdapterFacts(Result):
         ]
         parts = [
             aligned(rows, COLUMNS),
-            *([history_text(self.history)] if self.history else []),
+            *([str(self.history)] if self.history else []),
             *(base_text(self.against, self.modules) if self.against else []),
             *([metadata_text(self.shown_metadata)] if self.shown_metadata is not None else []),
             *([str(self.values)] if self.values else []),
             *([tensors_text(self.tensors)] if self.tensors is not None else []),
             *([findings_text(self.findings)] if self.findings is not None else []),
-            *([f"nearest in the index\n{neighbours_text(self.near)}"] if self.near is not None else []),
+            *([nearest_text(self.near)] if self.near is not None else []),
         ]
         return "\n\n".join(parts)
 
@@ -269,7 +269,7 @@ class CheckpointFacts(Result):
         ]
         parts = [
             aligned(rows, COLUMNS),
-            *([history_text(self.history)] if self.history else []),
+            *([str(self.history)] if self.history else []),
             *([tensors_text(self.listing)] if self.listing is not None else []),
             *([findings_text(self.findings)] if self.findings is not None else []),
         ]
@@ -359,3 +359,10 @@ def tensors_text(tensors: Sequence[TensorFacts]) -> str:
     header = ["dtype", "shape", "bytes", "tensor"]
     rows = [[t.dtype, "×".join(map(str, t.shape)) or "scalar", f"{t.bytes:,}", t.name] for t in tensors]
     return table(header, rows, room=COLUMNS)
+
+
+def nearest_text(near: Sequence[Neighbour]) -> str:
+    """Adapters of an index by their distances."""
+    from loratool.results.sketch import neighbours_text
+
+    return f"nearest in the index\n{neighbours_text(near)}"

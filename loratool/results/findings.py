@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,11 @@ class Finding:
     def __post_init__(self) -> None:
         for name in ("message", "repair"):  # they repeat what stands in files
             object.__setattr__(self, name, escaped(getattr(self, name)))
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code of several: the smallest that is not 0."""
+    return min(filter(None, codes), default=0)
 
 
 def command(verb: str, path: Path, options: str = "") -> str:

@@ -6,12 +6,12 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from loratool.grouping import by_key
 from loratool.results.base import Result
 from loratool.results.facts import OneFacts
-from loratool.results.findings import Finding
+from loratool.results.findings import Finding, worst
 from loratool.results.history import Ancestor
 from loratool.results.sketch import Neighbour, SketchFacts, neighbours_text
 from loratool.results.text import ENDLESS, counts, figure, fill, fitted, one_of, plural, shortened, table as text_of
@@ -124,10 +124,6 @@ class FleetFacts(Result):
 def counted_health(words: Iterable[str]) -> str:
     """How many adapters have which problem, such as `2 unreadable, 1 untrained`; empty where all are well."""
     return ", ".join(f"{count} {word}" for word, count in counts(word for word in words if word != OK).items())
-
-
-def worst(codes: Any) -> int:
-    return min((code for code in codes if code), default=0)
 
 
 def by_base(rows: Sequence[FleetRow]) -> Mapping[str, list[FleetRow]]:

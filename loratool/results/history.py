@@ -24,6 +24,10 @@ class Ancestor:
     command: str
     inputs: tuple[Ancestor, ...]
 
+    def __str__(self) -> str:
+        """The history of it as a tree, a line for each ancestor."""
+        return "\n".join(["history", *(f"  {line}" for line in tree_lines(self))])
+
     @property
     def line(self) -> str:
         """It in a few words."""
@@ -32,11 +36,6 @@ class Ancestor:
         weight = f" × {self.weight:g}" if self.weight is not None else ""
         label = f"{self.role}{weight}: {name}" if self.role else name
         return f"{label}{f' ({self.license})' if self.license else ''}{f', made by {self.made_by}' if self.made_by else ''}"
-
-
-def history_text(root: Ancestor) -> str:
-    """A tree in text, a line for each ancestor."""
-    return "\n".join(["history", *(f"  {line}" for line in tree_lines(root))])
 
 
 def tree_lines(node: Ancestor) -> Iterator[str]:

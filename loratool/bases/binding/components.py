@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loratool.adapters.adapter import Flattened
-from loratool.bases.binding.aliases import Aliases, Pieces, aliases_of, family_of
+from loratool.algebra.updates.base import Update
+from loratool.bases.binding.aliases import Aliases, Pieces, aliases_of, family_of, match_of
+from loratool.bases.binding.places import Match, Rule
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import TensorInfo
 from loratool.layouts.diffusion.components import DENOISERS, TEXT_ENCODERS
@@ -66,6 +68,16 @@ class Component:
     def aliases(self) -> Aliases:
         is_text = not self.is_denoiser and self.name != "vae"
         return aliases_of(self.model.tensors, self.family, is_text)
+
+    def match(self, target: str, update: Update) -> Match | None:
+        """The places of an update whose target is another name of a weight; None where it is no such name.
+
+        Raises `Misfit` where its shape is another.
+        """
+        pieces = self.aliases.names.get(target)
+        if pieces is None or target in self.model.tensors:
+            return None
+        return match_of(pieces, update, self.model.tensors, Rule(("other-layout", self.layout)))
 
     @cached_property
     def flattened(self) -> Mapping[str, tuple[str, ...]]:

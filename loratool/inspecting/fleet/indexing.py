@@ -15,7 +15,7 @@ from loratool.inspecting.options import InspectOptions
 from loratool.notes import Note
 from loratool.options.described import FLAG, Options, PlaceKind, option
 from loratool.results.base import Cost
-from loratool.results.fleet import worst
+from loratool.results.findings import worst
 from loratool.results.index import IndexReport
 
 BASE_UNUSED = Note(

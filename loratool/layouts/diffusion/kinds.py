@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 from loratool.layouts.diffusion.words import DENOISER
 
@@ -33,16 +34,19 @@ PATTERNS: tuple[tuple[str, frozenset[str]], ...] = (
     (r"layers.\d+.(?:attention.(?:qkv|out)|feed_forward.(?:w[123]|linear_[123])).", frozenset({LUMINA, LANGUAGE})),
 )
 TEXT_GIVEN = re.compile(r"attn2[._]to_[kv][._]")
-DOTTED, FLAT = (
-    tuple((re.compile(pattern.replace(".", divider)), models) for pattern, models in PATTERNS)
-    for divider in (r"\.", "_")
-)
 # Names of language models, which are none of those above.
 OF_LANGUAGE = re.compile(
     r"(?:^|.*\.)(?:layers?|h|blocks?)\.\d+\.(?:self_attn|self_attention|attention|attn|mlp|SelfAttention|DenseReluDense"
     r"|block_sparse_moe|mixer|linear_attn|layer\.\d+)\."
 )
 WORD = re.compile(rf"(?:model\.)?(?:{'|'.join(sorted(DENOISER, key=len, reverse=True))})[._]")
+
+
+@cache
+def patterns(flat: bool) -> tuple[tuple[re.Pattern[str], frozenset[str]], ...]:
+    """What names begin with, and the models with such names; of names without dots where they are `flat`."""
+    divider = "_" if flat else r"\."
+    return tuple((re.compile(pattern.replace(".", divider)), models) for pattern, models in PATTERNS)
 
 
 def models_of(shapes: Iterable[tuple[str, tuple[int, ...], bool]]) -> frozenset[str]:
@@ -53,7 +57,7 @@ def models_of(shapes: Iterable[tuple[str, tuple[int, ...], bool]]) -> frozenset[
     """
     left: frozenset[str] | None = None
     for name, shape, flat in shapes:
-        found = models_with(name, FLAT if flat else DOTTED)
+        found = models_with(name, patterns(flat))
         if found == UNETS and len(shape) > 1 and TEXT_GIVEN.search(name) and shape[1] in WIDTHS:
             found = frozenset({WIDTHS[shape[1]]})
         if found:
@@ -61,10 +65,10 @@ def models_of(shapes: Iterable[tuple[str, tuple[int, ...], bool]]) -> frozenset[
     return left or frozenset()
 
 
-def models_with(name: str, patterns: Iterable[tuple[re.Pattern[str], frozenset[str]]]) -> frozenset[str]:
+def models_with(name: str, known: Iterable[tuple[re.Pattern[str], frozenset[str]]]) -> frozenset[str]:
     """The models that have such a name; `transformer_blocks` may begin with the word for a component, or not."""
     bare = name[match.end() :] if (match := WORD.match(name)) else name
-    for pattern, models in patterns:
+    for pattern, models in known:
         if pattern.match(bare) or pattern.match(name):
             return models
     return frozenset()

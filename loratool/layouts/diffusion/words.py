@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 # What adapters call the model that removes noise. A pipeline may have a second one, which has its own name only.
 DENOISER = ("unet", "transformer", "diffusion_model", "prior", "prior_unet")
 SECOND_DENOISERS = ("transformer_2", "unet_2", "decoder")
@@ -29,5 +31,20 @@ STORED: tuple[tuple[str, str], ...] = (
     ("first_stage_model.", "vae"),
     ("vae.", "vae"),
 )
+# Parts of weights' names of which each component has one: a model with none of them is no image or video model.
+TELLING = frozenset(
+    {
+        *("diffusion_model", "cond_stage_model", "conditioner", "text_encoders", "first_stage_model", "vae"),
+        *("input_blocks", "middle_block", "down_blocks", "mid_block", "mid", "attn1", "cross_attn", "feed_forward"),
+        *("double_blocks", "single_blocks", "joint_blocks", "refiner_blocks"),
+        *("transformer_blocks", "single_transformer_blocks"),
+        *("text_model", "resblocks", "token_embedding", "SelfAttention"),
+    }
+)
 # What a text encoder's names may begin with, or not: releases of transformers and tools differ.
 OPTIONAL = ("text_model.", "model.language_model.", "language_model.model.", "language_model.", "model.")
+
+
+def may_be_of_images(names: Iterable[str]) -> bool:
+    """Whether weights can be those of an image or video model, or of a part of one; what they are is looked up then."""
+    return any(not TELLING.isdisjoint(name.split(".")) for name in names)

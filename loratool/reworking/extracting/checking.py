@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loratool.adapters.formats import FORMATS
-from loratool.bases.binding.components import components_of
 from loratool.bases.binding.named import Named
 from loratool.bases.binding.unlike import kinds_of_base
 from loratool.bases.codecs import decoded
@@ -41,7 +40,7 @@ def check_alike(base: Checkpoint, tuned: Checkpoint) -> None:
             f"{gguf.name} is a GGUF model and {other.name} is not; pass both models as GGUF, or both as they were before "
             "they were converted"
         )
-    kinds = [kinds_of_base(model, components_of(model)) for model in (base, tuned)]
+    kinds = [kinds_of_base(model) for model in (base, tuned)]
     if all(kinds) and not kinds[0] & kinds[1]:
         own, theirs = (one_of(sorted(each)) for each in kinds)
         raise FitError(
