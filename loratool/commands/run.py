@@ -29,7 +29,7 @@ def run(
     digests of its inputs. After an interruption, the same call continues.
 
     Args:
-        manifest: the file; paths in it start from its folder.
+        manifest: the file; paths in it start from its folder. `-` is stdin, and paths start from the working folder.
         progress: called with the report of each step when it is done.
 
     Raises:

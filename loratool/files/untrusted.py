@@ -12,16 +12,18 @@ import json
 import os
 import re
 import stat
+import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loratool.arguments import PathLike
 from loratool.errors import InputError, StorageError, printable
 from loratool.files.system import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
 LARGEST_CONFIG = 16 << 20  # bytes of a config, or any other JSON file that is parsed
 LARGEST_RECORD = 64 << 20  # bytes of a `loratool.json`, which lists digests of every tensor
@@ -124,6 +126,26 @@ def read_bounded(path: Path, largest: int = LARGEST_CONFIG) -> bytes:
         raw = stream.read(largest + 1) if size <= largest else b""
     check_bound(printable(path), max(size, len(raw)), largest)
     return raw
+
+
+def is_stdin(path: PathLike) -> bool:
+    """Whether a list or a manifest is read from stdin: it is called `-`, and no file here has that name."""
+    return os.fspath(path) == "-" and not os.path.lexists("-")
+
+
+def read_file_or_stdin(path: PathLike, largest: int = LARGEST_CONFIG) -> bytes:
+    """The bytes of a small file, or of stdin (`is_stdin`), within the same bound."""
+    if not is_stdin(path):
+        return read_bounded(Path(path), largest)
+    raw: bytes = sys.stdin.buffer.read(largest + 1) if sys.stdin else b""
+    if len(raw) > largest:
+        raise InputError(f"stdin: more than the limit of {largest} bytes for a file of this kind")
+    return raw
+
+
+def source_name(path: PathLike) -> str:
+    """What messages call the file that `read_file_or_stdin` reads."""
+    return "stdin" if is_stdin(path) else printable(path)
 
 
 def check_bound(shown: str, size: int, largest: int) -> None:

@@ -16,7 +16,7 @@ from loratool.lazy import cyclonedx_ids
 from loratool.lineage.bill import Part
 from loratool.results.base import plain
 
-NEEDED = 'a bill of materials in this format takes packages that are not installed: pip install "loratool[bom]"'
+INSTALL = 'pip install "loratool[bom]"'
 FORMATS = ("json", "spdx", "cyclonedx")
 
 
@@ -30,7 +30,7 @@ def document(bill: Part, name: str) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("loratool"):
             raise
-        raise UsageError(f"--format {name}: {NEEDED}") from None
+        raise UsageError(f"--format {name} needs packages that are not installed", hint=INSTALL) from None
 
 
 def identity_of(bill: Part) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.errors import InputError, LoratoolError, printable
-from loratool.files.untrusted import read_bounded
+from loratool.files.untrusted import read_file_or_stdin, source_name
 from loratool.lazy import yaml
 from loratool.lineage.makers import Maker, Makers
 from loratool.options.described import JsonFile, Options, PathKind, described_by, keyword_near, made_of, nearest
@@ -49,8 +49,8 @@ class Step:
 
 
 def read_manifest(path: Path, makers: Makers) -> list[Step]:
-    """The steps of a manifest. Raises `InputError` with everything that is wrong with it."""
-    shown = printable(path)
+    """The steps of a manifest, a file or `-` for stdin. Raises `InputError` with everything that is wrong with it."""
+    shown = source_name(path)
     if is_in_store(path):
         raise InputError(f"{shown}: a manifest must be a local file; its steps may name s3:// addresses")
     table = entries(parsed(path), shown)
@@ -74,7 +74,7 @@ def read_manifest(path: Path, makers: Makers) -> list[Step]:
 
 def parsed(path: Path) -> Any:
     """The nodes of a YAML file, none of which has been made a value."""
-    raw, shown = read_bounded(path, LARGEST), printable(path)
+    raw, shown = read_file_or_stdin(path, LARGEST), source_name(path)
     try:
         root = yaml.compose(raw.decode("utf-8"), Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
@@ -135,7 +135,7 @@ def step_of(number: int, node: Any, path: Path, makers: Makers) -> Step:
     if "digests" in known and known["digests"][0].recorded:
         values = {**FULL, **values}
     options = made_of(maker.options, values, command)
-    where = f"{printable(path)}, step {number} ({command})"
+    where = f"{source_name(path)}, step {number} ({command})"
     return Step(number, where, command, maker, tuple(given), place(out, home), values, options)
 
 

@@ -30,7 +30,7 @@ CPUS = 4  # of a task without a GPU
 WAIT = 1.0  # seconds until an interrupt is noticed at the latest
 RETRIES = 8  # of a task whose process or node died
 SHARES = 4  # for each task that can run at a time, so that little is lost with one that dies
-NEEDED = '--workers ray needs Ray: pip install "loratool[ray]"'
+INSTALL = 'pip install "loratool[ray]"'
 Words = tuple[str, tuple[str, ...], str, MergeOptions]  # base, adapters, OUT and options
 Task = Callable[[str, Words, Sequence[str], str], Mapping[str, Any]]  # of a job, its words, names of parts, and a share
 OPENED: dict[str, PartedMerge] = {}  # in a process of the cluster: the plan of the merge that it works for
@@ -188,7 +188,7 @@ def imported() -> Any:
     try:
         import ray
     except ImportError:
-        raise UsageError(NEEDED) from None
+        raise UsageError("--workers ray needs Ray, which is not installed", hint=INSTALL) from None
     return ray
 
 

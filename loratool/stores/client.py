@@ -28,7 +28,7 @@ FEW_WAITS = 4  # of them, where nothing listens at the other end
 THREADS = "loratool-store"  # the names of those of a connection begin with it
 MOST_REQUESTS = 32  # that are under way at the same time
 CONNECT, READ = 10, 60  # seconds without an answer, and without a byte of it
-NEEDED = 's3:// addresses need boto3: pip install "loratool[s3]"'
+INSTALL = 'pip install "loratool[s3]"'
 # What stores say that another try may not meet.
 PASSING = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling", "ThrottlingException"}
 PASSING_STATUS = {408, 429, 500, 502, 503, 504}
@@ -67,7 +67,7 @@ class Connection:
 def connection() -> Connection:
     """That of this process and its environment. Raises `UsageError` where boto3 is not installed."""
     if not installed("boto3"):
-        raise UsageError(NEEDED)
+        raise UsageError("s3:// addresses need boto3, which is not installed", hint=INSTALL)
     settings = frozenset((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     return connected(os.getpid(), settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -68,6 +69,29 @@ def test_what_is_up_to_date_is_left_as_it_is(home: Path) -> None:
     assert files(home) == before
     roots = json.loads((home / "made" / "loratool.json").read_bytes())["files"]["model.safetensors"]["root"]
     assert report.steps[1].digests["model.safetensors"] == roots
+
+
+def from_stdin(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """What `loratool run -` returns and prints where stdin holds a text."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    code = cli.run(["run", "-"])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_a_manifest_comes_from_stdin_and_its_paths_start_from_the_working_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`-` is stdin, unless a file here has that name; what is wrong with it is said of stdin."""
+    monkeypatch.chdir(home)
+    code, printed = from_stdin(MANIFEST, monkeypatch, capsys)
+    assert (code, printed.count("up to date")) == (0, 3)
+    code, printed = from_stdin("steps: [{resize: {adapter: ./half}}]", monkeypatch, capsys)
+    assert code == 3
+    assert printed.startswith("Error: stdin: the manifest cannot be run:\n  line 1, step 1: resize: output is missing")
+    assert from_stdin("", monkeypatch, capsys)[1].startswith("Error: stdin: is empty")
+    (home / "-").write_text("steps: 5")
+    assert "-: steps must be a list" in from_stdin(MANIFEST, monkeypatch, capsys)[1]
 
 
 def test_each_step_is_told_when_it_is_done_and_has_a_line(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,7 @@ def test_without_a_cluster_or_without_ray_the_way_out_is_said(
     )
     monkeypatch.setitem(sys.modules, "ray", None)
     assert cli.run([*line, "ray"]) == 2
-    assert 'pip install "loratool[ray]"' in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[1:] == ['hint: pip install "loratool[ray]"']
     assert [*tmp_path.iterdir()] == []
 
 

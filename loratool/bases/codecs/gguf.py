@@ -24,7 +24,7 @@ from loratool.lazy import NDArray, Tensor, numpy, torch
 if TYPE_CHECKING:
     from loratool.bases.weights import StoredWeight
 
-NEEDED = 'reading quantised GGUF weights takes the gguf package: pip install "loratool[gguf]"'
+INSTALL = 'pip install "loratool[gguf]"'
 
 
 @cache
@@ -33,7 +33,7 @@ def package() -> Any:
     try:
         from gguf import quants
     except ImportError:
-        raise InputError(NEEDED) from None
+        raise InputError("quantised GGUF weights need the package gguf, which is not installed", hint=INSTALL) from None
     return quants
 
 

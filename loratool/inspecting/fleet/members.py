@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,7 +15,7 @@ from loratool.adapters.weight_files import MODEL_CONFIG
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, printable
 from loratool.files.folders import INDEX_SUFFIX, MODEL_INDEX, NUMBERED, WEIGHT_FILES
-from loratool.files.untrusted import read_bounded
+from loratool.files.untrusted import read_file_or_stdin, source_name
 from loratool.stores.names import is_in_store, parse_store
 
 WILD = frozenset("*?[")
@@ -97,14 +96,14 @@ def folder_of(path: Path) -> Path | None:
 
 def listed(path: str) -> list[str]:
     """The names in a file, one a line; empty lines and those after # count for nothing. `-` is stdin."""
-    raw = sys.stdin.buffer.read() if path == "-" else read_bounded(Path(path))
+    raw, shown = read_file_or_stdin(path), source_name(path)
     try:
         lines = raw.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{printable(path)}: not UTF-8 (byte {error.start}); expected one path a line") from None
+        raise InputError(f"{shown}: not UTF-8 (byte {error.start}); expected one path a line") from None
     found = [os.path.expanduser(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
-        raise InputError(f"{printable(path)}: names no adapter; expected one path a line")
+        raise InputError(f"{shown}: names no adapter; expected one path a line")
     return found
 
 
