@@ -100,8 +100,10 @@ def usual_step(error: LoratoolError, arguments: Sequence[str], operands: Sequenc
     models = [operand.word for operand in operands if operand.role == "model"]
     adapters = [operand.word for operand in operands if operand.role == "adapter"]
     if isinstance(error, FitError):
-        about = (adapters + models)[:1] or [operand.word for operand in operands][:1]
-        return typed("inspect", *about, *(["--base", models[-1]] if models and adapters else ()))
+        concerned = [word for word in adapters if error.about and same_path(word, error.about)]
+        about = (concerned + adapters + models + [operand.word for operand in operands])[:1]
+        together = models and adapters and not error.about  # else it is of another model altogether
+        return typed("inspect", *about, *(["--base", models[-1]] if together else ()))
     if isinstance(error, InputError):
         about = [each.word for each in operands if is_concerned(each, error) and each.kind]
         if about and command != "inspect" and not any(each.is_wrong for each in operands):

@@ -18,7 +18,7 @@ from loratool.bases.binding.in_model import bind_model, mapped_of
 from loratool.bases.binding.places import ALL, Bound, Place
 from loratool.bases.binding.resolving import Renaming
 from loratool.bases.binding.telling import tell
-from loratool.errors import FitError, UsageError, printable
+from loratool.errors import FitError, UsageError, about, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.diffusion.words import may_be_of_images
 from loratool.notes import Note
@@ -56,7 +56,8 @@ def bind(adapter: Adapter, base: Checkpoint, *, maps: Sequence[str] = (), fan_in
         from loratool.bases.binding.unlike import unlike_kinds  # likewise
 
         if why := unlike_kinds(adapter, base):
-            raise FitError(f"{adapter.name}: {why}")
+            with about(adapter.folder):
+                raise FitError(f"{adapter.name}: {why}")
     notes = list(bound.notes)
     mapped = mapped_of(adapter.updates, renamings)
     for text, (pattern, _) in zip(maps, renamings, strict=True):
