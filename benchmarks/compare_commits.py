@@ -2,6 +2,7 @@
 
     python benchmarks/compare_commits.py OLD NEW                        bytes, on a tiny model (needs peft and transformers)
     python benchmarks/compare_commits.py OLD NEW --speed merge,resize   ratios of times and memory, in models' shapes
+    python benchmarks/compare_commits.py OLD NEW --speed dequantize --device cuda --where /dev/shm
 
 OLD and NEW are commits, or folders that hold a source tree. Runs of both take turns, so that a busy machine slows both.
 """
@@ -21,6 +22,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from packed_shapes import make_packed
+from shapes import SHAPES
 
 HERE = Path(__file__).resolve().parent
 OUT = "OUT"
@@ -51,6 +55,7 @@ SPEED: dict[str, tuple[str, str]] = {  # what is timed → the model's shape and
     "resize": ("llama-3.2-1b", "resize adapter -o OUT --rank 8 --device cpu"),
     "combine": ("llama-3.2-1b", "combine adapter adapter -o OUT --device cpu --rank 16"),
     "inspect": ("llama-3.2-1b", "inspect adapter --base base --device cpu"),
+    "dequantize": ("llama-3-8b", "merge nf4 adapter -o OUT --dequantize --json --device cpu"),
 }
 CHANGES = (
     "cost",
@@ -68,15 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old")
     parser.add_argument("new")
-    parser.add_argument("--speed", default="", help="a comma list of merge, resize, combine, inspect")
+    parser.add_argument("--speed", default="", help=f"a comma list of {', '.join(SPEED)}")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each")
+    parser.add_argument("--device", default="cpu", help="of what is timed")
     parser.add_argument("--where", type=Path, default=Path(tempfile.gettempdir()))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compare-", dir=options.where) as home:
         trees = [source(word, Path(home) / name) for word, name in ((options.old, "old"), (options.new, "new"))]
         if options.speed:
             for name in options.speed.split(","):
-                print(*timed(name, trees, Path(home), options.pairs), sep="\n", flush=True)
+                print(*timed(name, trees, Path(home), options.pairs, options.device), sep="\n", flush=True)
             return
         differing = 0
         for name, told in compared(trees, Path(home)):
@@ -141,19 +147,27 @@ def steady(value: Any) -> Any:
     return [steady(each) for each in value] if isinstance(value, list) else value
 
 
-def timed(name: str, trees: Sequence[Path], home: Path, pairs: int) -> Iterator[str]:
-    """The ratio of times, new over old, of pairs that take turns; and that of the peak memory."""
+def timed(name: str, trees: Sequence[Path], home: Path, pairs: int, device: str) -> Iterator[str]:
+    """The ratio of times, new over old, of pairs that take turns; and that of the peak memory.
+
+    Where the command tells its cost, start-up does not count.
+    """
     shape, line = SPEED[name]
+    line = line.replace("--device cpu", f"--device {device}")
     place = home / shape
     if not place.exists():
         subprocess.run(
             [sys.executable, str(HERE / "shapes.py"), shape, str(place)], check=True, stdout=subprocess.DEVNULL
         )
+    if " nf4 " in line and not (place / "nf4").exists():
+        make_packed(SHAPES[shape], "nf4", place / "nf4")
     taken: list[list[float]] = [[], []]
     peaks = [0, 0]
     for turn in range(pairs + 1):
         for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            _, seconds, peak = run(trees[which], line.split(), place)
+            said, seconds, peak = run(trees[which], line.split(), place)
+            if "--json" in line:
+                seconds -= json.loads(said)["cost"]["startup_seconds"]
             shutil.rmtree(place / OUT, ignore_errors=True)
             if turn:  # the first compiles the modules
                 taken[which].append(seconds)
