@@ -382,7 +382,9 @@ def convert(values: Tensor, dtype: torch.dtype, finite: bool) -> Tensor:
 
 
 def largest_of(values: Tensor) -> float:
-    """The size of the largest; not finite where any is not."""
+    """The size of the largest; not finite where any is not, and 0 of none."""
+    if not values.numel():
+        return 0.0
     lowest, highest = torch.aminmax(values)
     return max(-float(lowest), float(highest))
 

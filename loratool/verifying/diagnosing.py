@@ -355,9 +355,13 @@ def by_kind(
     few = [
         name
         for name, each in changed.items()
-        if name not in besides and (distances[name].near if each.packed else distances[name].equal) > MOST_EQUAL
+        if name not in besides
+        and (
+            (distances[name].near if each.packed else distances[name].equal) > MOST_EQUAL
+            or distances[name].unequal == 1
+        )
     ]
-    if len(few) > untouched / 2:  # that many are no damage
+    if len(few) > max(1, untouched / 2):  # that many are no damage
         few = []
     others = [name for name, each in changed.items() if not each.is_noise and name not in {*besides, *few}]
     return besides, few, others

@@ -75,20 +75,28 @@ def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, sh
     once = look.agreement(look.once(look.weight, look.changes))
     scaled = look.scaled(fit) if fit is not None else []
     best = look.agreement(look.once(look.weight, scaled)) if fit is not None else once
+    damaged = single_elements(distances) and not best.is_better(once)
     if fit is None or all(map(fit.is_one, range(len(modules)))):
         if found := as_meant(look, distances, fit, once, rounding):
             return found
-        if (off := off_in_part(look)) is not None:
+        if not damaged and (off := off_in_part(look)) is not None:
             return Explained("different", PART, "", modules, fit, residual=off)
         few = takes_part(look.edits) and distances.beyond <= FEW * distances.elements
-        if few or (once.holds and not best.is_better(once)):
-            return Explained("different", ELEMENTS, "", modules, fit)
+        damaged = damaged or few or (once.holds and not best.is_better(once))
+    if damaged:  # one element that is far off may change every factor of a fit
+        return Explained("different", ELEMENTS, "", modules, fit)
     if guess := best_guess(look, plan, best):
         return Explained("different", GUESS, "", modules, fit, guess)
     known = known_fit(look, fit, best, plan) if fit is not None else None
     if found := with_factors(look, known, plan):
         return found
     return Explained("different", UNEXPLAINED, "", modules, fit, residual=residual(look, scaled))
+
+
+def single_elements(distances: Distances) -> bool:
+    """Whether a few elements are far from the formula, or one of a small tensor, and all others are its values."""
+    count = distances.unequal
+    return 0 < count == distances.beyond < distances.elements and count <= max(1, FEW * distances.elements)
 
 
 def with_factors(look: Look, known: Fit | None, plan: MergePlan) -> Explained | None:

@@ -54,7 +54,10 @@ def rank_in_noise(difference: Tensor) -> int:
 
 
 def low_rank(look: Look, difference: Tensor) -> int:
-    """The rank of a difference, but for what rounding adds to it; 0 where that is more than half of the full rank."""
+    """The rank of a difference, but for what rounding adds to it; 0 where that is more than half of the full rank.
+
+    Single elements that differ have a rank, too, which is none of an update.
+    """
     step = max(1, len(difference) // MOST_ROWS)
     some, grain = (each[::step][:MOST_ROWS, :MOST_COLUMNS] for each in (difference, look.grain))
     if not bool(some.isfinite().all()):
@@ -69,5 +72,6 @@ def low_rank(look: Look, difference: Tensor) -> int:
         return 0
     for rank in range(1, count // 2 + 1):
         if float(left[rank]) <= 2 * noise * (count - rank) / count + 1e-9 * float(left[0]):
-            return rank
+            changed = int((some.square() > 4 * grain).sum())  # by more than half a step
+            return rank if changed >= rank * count else 0
     return 0

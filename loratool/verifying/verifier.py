@@ -41,7 +41,7 @@ from loratool.verifying.diagnosing import (
     rounded_otherwise,
 )
 from loratool.verifying.distances import Distances
-from loratool.verifying.explaining import Explained, as_it_should, explain
+from loratool.verifying.explaining import Explained, as_it_should, explain, single_elements
 from loratool.verifying.halves import in_halves
 from loratool.verifying.looking import Look
 from loratool.verifying.options import AUTO, RESIDUAL, TWICE, VerifyOptions
@@ -52,6 +52,7 @@ from loratool.verifying.quantised import is_quantised
 from loratool.verifying.untouched import Changed, look_at
 
 MOST_TRIED = 3  # of the smallest tensors that differ, by which a way to round is recognised
+TELLING = 256  # elements: several ways to round may give all of fewer by chance
 MOSTLY = 0.98  # share of elements that are what a way to round gives, but for what float32 takes from a decomposition
 MOST_LOOKED_AT = (
     512  # tensors that differ and are looked at a second time; a model of many experts has tens of thousands
@@ -155,9 +156,9 @@ class Verifier:
         distances = dict(self.known) if self.known is not None else self.prove(self.pairing.pairs, rounding)
         edited = self.pairing.edited
         odd = [each for each in edited if distances[each.name].equal < 0.995 and not is_quantised(each.theirs)]
-        odd.sort(key=lambda each: each.span.placed.nbytes)
+        odd.sort(key=lambda each: (each.span.placed.elements < TELLING, each.span.placed.nbytes))
         for other in ROUNDINGS if odd and asked != TWICE else ():
-            if other != rounding and not self.prove(odd[:1], other)[odd[0].name].unequal:
+            if other != rounding and self.is_rounded(odd[:MOST_TRIED], other):
                 if asked != AUTO:
                     self.otherwise = rounded_otherwise(asked, other, {each.name: distances[each.name] for each in odd})
                 return other, {**distances, **self.prove(edited, other)}
@@ -170,6 +171,11 @@ class Verifier:
             better = {name: one for name, one in found.items() if one.beyond <= distances[name].beyond}
             return RESIDUAL, {**distances, **better}
         return AUTO, distances
+
+    def is_rounded(self, some: Sequence[Pair], rounding: str) -> bool:
+        """Whether tensors are rounded in some way: most of them, for one may be damaged."""
+        found = self.prove(some, rounding).values()
+        return 2 * sum(not each.unequal or single_elements(each) for each in found) >= len(some)
 
     @property
     def rounding(self) -> str:
