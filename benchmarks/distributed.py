@@ -31,6 +31,8 @@ from running import Run, environment, loratool_run, say, set_cache
 from shapes import SHAPES, TINY, Shape, make, make_saved_norm
 
 import loratool
+from loratool.merging.merge_options import PlanOptions
+from loratool.merging.planning import plan_merge
 from loratool.merging.simulating import Rates, simulate
 
 COUNTS = (1, 2, 4, 8)
@@ -130,7 +132,7 @@ def simulation_rows(folder: Path, options: argparse.Namespace) -> list[Finding]:
     make(shape, home)
     make(TINY, tiny)
     make_saved_norm(shape, home / "norm")
-    plan = loratool.plan(home / "base", home / "adapter")
+    plan = plan_merge(loratool.open_checkpoint(home / "base"), [loratool.read_adapter(home / "adapter")], PlanOptions())
     (whole,) = simulate(plan, (1,), Rates())
     single: dict[str, list[Run]] = {}
     works: dict[int, list[float]] = {count: [] for count in COUNTS}

@@ -35,7 +35,7 @@ EXPORTS = {
     "InputError": "errors",
     "LoratoolError": "errors",
     "MergeManyReport": "results.merge_many",
-    "MergePlan": "merging.plan",
+    "MergePlan": "results.plan",
     "MergeReport": "results.merge",
     "MergedWeights": "merging.in_memory",
     "Note": "notes",
@@ -151,7 +151,6 @@ if TYPE_CHECKING:
     )
     from loratool.files.checkpoint import Checkpoint as Checkpoint
     from loratool.merging.in_memory import MergedWeights as MergedWeights
-    from loratool.merging.plan import MergePlan as MergePlan
     from loratool.notes import Note as Note
     from loratool.pictures.page import html_page as html_page
     from loratool.pictures.writing import write_page as write_page, write_svgs as write_svgs
@@ -172,6 +171,7 @@ if TYPE_CHECKING:
         PartReport as PartReport,
         PartsStatus as PartsStatus,
     )
+    from loratool.results.plan import MergePlan as MergePlan
     from loratool.results.push import PushReport as PushReport
     from loratool.results.rebase import RebaseReport as RebaseReport
     from loratool.results.record import Record as Record

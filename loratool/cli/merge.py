@@ -21,9 +21,9 @@ from loratool.options.described import FLAG, described_by, option
 from loratool.options.sharing import SHARE, Share
 
 if TYPE_CHECKING:
-    from loratool.merging.plan import MergePlan
     from loratool.results.base import Result
     from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
+    from loratool.results.plan import MergePlan
     from loratool.results.stream import StreamReport
 
 

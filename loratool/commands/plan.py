@@ -10,10 +10,11 @@ from loratool.arguments import PathLike
 from loratool.commands.library import library_function
 from loratool.files.checkpoint import Checkpoint
 from loratool.merging import planning
+from loratool.merging.describing import described
 from loratool.merging.dry_run import DryRunOptions, dry_run
-from loratool.merging.merge_options import PlanOptions
-from loratool.merging.plan import MergePlan
+from loratool.merging.merge_options import MergeOptions, PlanOptions
 from loratool.options.described import made_of
+from loratool.results.plan import MergePlan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,4 +58,5 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], **keywords: Unpack
         InputError: an adapter uses a feature, or the base a dtype, that is not supported.
         FitError: an adapter tensor matches no weight of the base, or two match the same one.
     """
-    return planning.plan_merge(base, adapters, made_of(PlanOptions, keywords, "plan_merge"))
+    plan = planning.plan_merge(base, adapters, made_of(PlanOptions, keywords, "plan_merge"))
+    return described(plan, MergeOptions())

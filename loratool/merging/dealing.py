@@ -14,7 +14,7 @@ from loratool.files.part_records import FilePart
 from loratool.grouping import by_key
 from loratool.merging.chunks import Chunk, chunks_of
 from loratool.merging.output_layout import ShardPlan, Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.resources import itemsize_of, sums_products
 from loratool.options import sharing
 from loratool.options.sharing import Share
@@ -65,7 +65,7 @@ def part_of(number: int, shard: ShardPlan, start: int, stop: int, chunks: Iterab
     return FilePart(f"part-{number:05d}-{start:015d}", shard.name, start, stop, tuple(own), dict(work))
 
 
-def parts_of(plan: MergePlan) -> tuple[FilePart, ...]:
+def parts_of(plan: Plan) -> tuple[FilePart, ...]:
     """The parts of all weight files, in the order of files and bytes."""
     size = part_size(sum(shard.layout.size for shard in plan.shards))
     return tuple(part for number, shard in enumerate(plan.shards) for part in cut(number, shard, size))
@@ -130,7 +130,7 @@ def across_files(parts: Sequence[FilePart]) -> list[FilePart]:
     return [part for some in zip_longest(*files) for part in some if part is not None]
 
 
-def plan_of(plan: MergePlan, parts: Sequence[FilePart]) -> MergePlan:
+def plan_of(plan: Plan, parts: Sequence[FilePart]) -> Plan:
     """The plan of some parts alone: each is a file of it, under its own name."""
     shards = {shard.name: shard for shard in plan.shards}
     return dataclasses.replace(plan, shards=tuple(shard_of(shards[part.file], part) for part in parts))

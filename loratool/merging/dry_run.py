@@ -11,15 +11,16 @@ from pathlib import Path
 
 from loratool.arguments import PathLike, several
 from loratool.errors import UsageError
+from loratool.merging.describing import described
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.inputs import opened_inputs, planned
 from loratool.merging.merge import prepare
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file
 from loratool.merging.parted_merge import checked_place
-from loratool.merging.plan import MergePlan
 from loratool.merging.simulating import Rates, SimulationOptions, simulate
 from loratool.results.base import Cost
+from loratool.results.plan import MergePlan
 from loratool.stores.names import is_in_store
 
 
@@ -45,10 +46,9 @@ def dry_run(
             plan = plan if stored is None else as_one_file(plan, Path(str(stored)))
         else:
             plan, _, _ = prepare(base, adapters, out, options, stack)
+        found = described(plan, options)
         if simulated.simulate:
-            found = dataclasses.replace(plan, simulations=simulate(plan, simulated.simulate, rates))
+            found = dataclasses.replace(found, simulations=simulate(plan, simulated.simulate, rates))
         else:
-            found = with_forecast(plan)
-        found = dataclasses.replace(found, cost=Cost.since(started))
-        assert found.bytes_written >= 0, "counted now: files from the Hub are gone when the plan is printed"
-    return found
+            found = with_forecast(found, plan)
+    return dataclasses.replace(found, cost=Cost.since(started))

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from loratool.files.seen import Seen
 from loratool.measuring.large_updates import LARGEST_RATIO, larger
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.totals import effects_in
 from loratool.notes import Note
 from loratool.results.merge import AdapterEffect
 from loratool.templates import listed
 
 
-def effects_of(plan: MergePlan, seen: Seen) -> tuple[AdapterEffect, ...]:
+def effects_of(plan: Plan, seen: Seen) -> tuple[AdapterEffect, ...]:
     """What each adapter did; a module that it saved whole is one with effect."""
     sources = {id(tensor.file) for span in plan.spans for tensor in span.weight.tensors}
     every, effective, effects = effects_in(plan.edited), {*seen.effective}, []
@@ -42,7 +42,7 @@ def effect_notes(effects: Sequence[AdapterEffect]) -> Iterator[Note]:
             yield Note("modules-without-effect", text).under(effect.name)
 
 
-def size_notes(plan: MergePlan, ratios: Mapping[str, float]) -> Iterator[Note]:
+def size_notes(plan: Plan, ratios: Mapping[str, float]) -> Iterator[Note]:
     """A note where updates are larger than the matrices that they change; `ratios` are ‖ΔW‖/‖W‖ by tensor."""
     matrices = [span.placed.name for span in plan.edited if len(span.shape) > 1]
     large = {name: ratios[name] for name in matrices if ratios.get(name, 0) > LARGEST_RATIO}

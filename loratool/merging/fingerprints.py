@@ -28,13 +28,13 @@ from loratool.files.stand_ins import stand_in, told_identity
 from loratool.lazy import installed
 
 if TYPE_CHECKING:
-    from loratool.merging.plan import MergePlan
+    from loratool.merging.plan import Plan
 
 SAMPLE = 4096  # bytes of each tensor that are looked at
 UNTOLD = ("rule",)  # fields of an edit that say why it is there, not what it does
 
 
-def content_fingerprint(plan: MergePlan, digests: Sequence[Mapping[str, str]], base: Sequence[str] = ()) -> str:
+def content_fingerprint(plan: Plan, digests: Sequence[Mapping[str, str]], base: Sequence[str] = ()) -> str:
     """SHA-256 of all that the content of the output's weights depends on.
 
     Args:
@@ -60,7 +60,7 @@ def content_fingerprint(plan: MergePlan, digests: Sequence[Mapping[str, str]], b
     return state.hexdigest()
 
 
-def local_state(plan: MergePlan, device: str) -> dict[str, Any]:
+def local_state(plan: Plan, device: str) -> dict[str, Any]:
     """How the inputs are on this machine, and what else of it decides bytes: for a stage's journal and nothing else."""
     base = plan.base
     files = [shard.path for shard in base.shards]
@@ -97,7 +97,7 @@ def sampled(file: SafeFile) -> str:
     return state.hexdigest()
 
 
-def roles_of(plan: MergePlan) -> dict[Path, str]:
+def roles_of(plan: Plan) -> dict[Path, str]:
     """What the files of a plan are called in its fingerprint."""
     roles = {shard.path: f"base {number}" for number, shard in enumerate(plan.base.shards)}
     for number, adapter in enumerate(plan.adapters):

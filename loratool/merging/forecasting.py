@@ -20,27 +20,28 @@ from loratool.merging.loaded_edits import LoadedEdit
 from loratool.merging.numpy_rounding import rounded_once
 from loratool.merging.numpy_sums import Added, readable, suits
 from loratool.merging.output_layout import Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.resources import itemsize_of
 from loratool.merging.shared_updates import SharedUpdates
+from loratool.results.plan import MergePlan
 
 MOST_WEIGHTS = 512  # that are looked at; a model of many experts has tens of thousands
 SAMPLED = 1 << 17  # elements of a weight: its gain is right to 0.03, and that of all weights to 0.01
 
 
-def with_forecast(plan: MergePlan) -> MergePlan:
-    """The plan with the gain that is to be expected, and a warning where it is small.
+def with_forecast(shown: MergePlan, plan: Plan) -> MergePlan:
+    """What is shown of a plan, with the gain that is to be expected, and a warning where it is small.
 
     Nothing is forecast where no update is rounded to the nearest of 16 bits, or where the weights of the base are not on
     this disk. Raises `InputError` naming packed weights that cannot be decoded.
     """
     doubts = plan.check_packed(filter(is_here, plan.spans))
     gains = forecast_gains(plan)
-    notes = (*plan.notes, *doubts, *gain_notes(plan, gains))
-    return dataclasses.replace(plan, gain_forecast=gains.total, gains_forecast=gains.modules, notes=notes)
+    notes = (*shown.notes, *doubts, *gain_notes(plan, gains))
+    return dataclasses.replace(shown, gain_forecast=gains.total, gains_forecast=gains.modules, notes=notes)
 
 
-def forecast_gains(plan: MergePlan) -> Gains:
+def forecast_gains(plan: Plan) -> Gains:
     """⟨W' − W, ΔW⟩ / ‖ΔW‖² on evenly spread rows of the weights, or of some of them, in float64."""
     spans = [span for span in plan.edited if plan.rounding == "nearest" and can_forecast(span)]
     spans.sort(key=lambda span: hashlib.sha256(span.placed.name.encode(errors="surrogatepass")).digest())

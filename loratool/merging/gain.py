@@ -11,7 +11,7 @@ from loratool.files.safefile import FLOAT_DIGITS
 from loratool.files.seen import Pairs, Seen
 from loratool.lazy import Tensor, torch
 from loratool.merging.addends import Place
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.notes import Note
 from loratool.templates import listed
 
@@ -73,7 +73,7 @@ class Gains:
     hidden: dict[str, float] = field(default_factory=dict)
 
 
-def gains_of(plan: MergePlan, seen: Seen) -> Gains:
+def gains_of(plan: Plan, seen: Seen) -> Gains:
     """The gains of a merge, from what was seen of its weights."""
     every = hidden_updates(plan, seen)
     hidden = {name: every[name] for name in seen.kept if name in every}
@@ -83,7 +83,7 @@ def gains_of(plan: MergePlan, seen: Seen) -> Gains:
     return Gains(products / squares if squares else None, modules, hidden)
 
 
-def hidden_updates(plan: MergePlan, seen: Seen) -> dict[str, float]:
+def hidden_updates(plan: Plan, seen: Seen) -> dict[str, float]:
     """Modules whose gain cannot be measured, each with how many times smaller its update is than a step of the format.
 
     With E = W' − (W + ΔW), a gain has the standard error ‖E‖ / (‖ΔW‖ √n) on n elements, since E is as good as random
@@ -125,7 +125,7 @@ class Errors:
         return cls(math.sqrt(errors / changes) if changes else None, tensors)
 
 
-def check_loss(plan: MergePlan, gains: Gains, errors: Errors) -> None:
+def check_loss(plan: Plan, gains: Gains, errors: Errors) -> None:
     """Raise `FitError` where packing anew takes more than half of an update away, or adds an error as large as it."""
     if plan.accepts_loss or errors.total is None or (gains.total is None and not gains.hidden):
         return
@@ -145,7 +145,7 @@ def shown(share: float) -> str:
     return f"{100 * share:.0f} %" if share < MANY else f"{share:.2g} times"
 
 
-def gain_notes(plan: MergePlan, gains: Gains) -> Iterator[Note]:
+def gain_notes(plan: Plan, gains: Gains) -> Iterator[Note]:
     """Warnings where rounding takes much of the update away, and where that cannot be told."""
     finer = "--dtype float32" if plan.rounding == "compensated" else "--rounding compensated, or --dtype float32,"
     way = f"leave out {plan.packed_by}" if plan.anew else f"pass {finer}"

@@ -26,14 +26,15 @@ from loratool.files.pipelines import identities, itself
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.lazy import Tensor, torch
 from loratool.merging.chunks import chunks_of
+from loratool.merging.describing import described
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.effects import effect_notes, effects_of
 from loratool.merging.gain import gain_notes, gains_of
 from loratool.merging.inputs import opened_inputs, planned
-from loratool.merging.merge_options import PlanOptions
+from loratool.merging.merge_options import MergeOptions, PlanOptions
 from loratool.merging.options import ChangeOptions, RunOptions
 from loratool.merging.output_layout import Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.resources import (
     Resources,
     choose_resources,
@@ -46,6 +47,7 @@ from loratool.merging.tasks import compare_replaced
 from loratool.merging.totals import Totals
 from loratool.options.described import FLAG, described_by, option
 from loratool.options.shared import DeviceKind
+from loratool.results.plan import MergePlan
 from loratool.shown import Shown
 from loratool.templates import Numbers, template_of
 
@@ -145,7 +147,7 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
     threads may ask at the same time. `items` computes a few blocks ahead of whoever takes them.
     """
 
-    plan: MergePlan  # what is merged, and all that was guessed for it
+    working: Plan  # what is merged
     options: InMemoryOptions
     resources: Resources = field(init=False, repr=False)
     ahead: int = field(init=False, repr=False)  # bytes that are computed before their tensor is asked for
@@ -155,36 +157,41 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         """Raises `InputError` and `UsageError`."""
         lacking = {span.placed.dtype for span in self.spans.values() if not hasattr(torch, torch_name(span.placed))}
         if lacking:
-            way = WAYS_OF_GGUF if self.plan.base.is_gguf else ""
+            way = WAYS_OF_GGUF if self.working.base.is_gguf else ""
             raise InputError(
-                f"{printable(self.plan.base.name)}: torch has no dtype for {', '.join(sorted(lacking))}{way}"
+                f"{printable(self.working.base.name)}: torch has no dtype for {', '.join(sorted(lacking))}{way}"
             )
         options, sizes = self.options, [0, *(span.placed.nbytes for span in self.spans.values()), 0]
         devices, used, limit = devices_of(options.device), resident_memory(), options.max_memory
-        if not all(map(sums_products, self.plan.spans)):
+        if not all(map(sums_products, self.working.spans)):
             load_linear_algebra(devices)
         if devices[0] == "cpu":
             used += max(one + other for one, other in pairwise(sizes))  # the tensor that a consumer has, and the next
-        chosen = choose_resources(self.plan.spans, devices, options.threads, limit, used)
+        chosen = choose_resources(self.working.spans, devices, options.threads, limit, used)
         self.resources, self.ahead = chosen, AHEAD * chosen.workers * chosen.block
         if limit is not None and not chosen.on_gpu:
-            self.ahead = min(self.ahead, limit - used - chosen.memory(self.plan.spans))
+            self.ahead = min(self.ahead, limit - used - chosen.memory(self.working.spans))
+
+    @cached_property
+    def plan(self) -> MergePlan:
+        """What a merge into files would do, with all that was guessed for it."""
+        return described(self.working, MergeOptions())
 
     @cached_property
     def spans(self) -> dict[str, Span]:
         """Every tensor's way from the files, by its name."""
-        own = identities(self.plan.base.shards)
+        own = identities(self.working.base.shards)
         changed_only = self.options.changed_only
         return {
             span.placed.name: span
-            for span in self.plan.spans
+            for span in self.working.spans
             if not changed_only or span.edits or any(id(itself(t.file)) not in own for t in span.weight.tensors)
         }
 
     @cached_property
     def files(self) -> dict[str, str]:
         """The file that `merge` would write each tensor to."""
-        return {span.placed.name: shard.name for shard in self.plan.shards for span in shard.spans}
+        return {span.placed.name: shard.name for shard in self.working.shards for span in shard.spans}
 
     def __getitem__(self, name: str) -> Tensor:
         """The merged tensor. Raises `KeyError` with the nearest name for any that is not there, and else as `items`."""
@@ -211,8 +218,8 @@ class MergedWeights(Shown, Mapping[str, Tensor]):
         totals = Totals()
         yield from self.stream(self.spans.values(), totals, progress)
         seen = totals.of(self.spans.values())
-        notes = [n for n in (*self.plan.notes, *effect_notes(effects_of(self.plan, seen))) if n.is_warning]
-        for note in (*notes, *gain_notes(self.plan, gains_of(self.plan, seen))):
+        notes = [n for n in (*self.working.notes, *effect_notes(effects_of(self.working, seen))) if n.is_warning]
+        for note in (*notes, *gain_notes(self.working, gains_of(self.working, seen))):
             warnings.warn(str(note), stacklevel=2)
 
     def stream(

@@ -17,9 +17,8 @@ from loratool.bases.same_base import unlike_bases
 from loratool.fetching import check_there, local
 from loratool.fetching.bases import AUTO, chosen_base, told_choice
 from loratool.files.checkpoint import Checkpoint
-from loratool.merging.merge_options import PlanOptions, ProofOptions
-from loratool.merging.options import RunOptions
-from loratool.merging.plan import MergePlan
+from loratool.merging.merge_options import PlanOptions
+from loratool.merging.plan import Plan
 from loratool.merging.planning import plan_merge
 
 
@@ -70,10 +69,7 @@ def alone(path: Path, reading: Reading) -> tuple[Checkpoint, list[Adapter]]:
     return base, [adapter]
 
 
-def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
+def planned(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> Plan:
     """The plan, with what is to be said of the base that it has."""
     plan = plan_merge(base, adapters, options)
-    run = options if isinstance(options, RunOptions) else plan.run
-    proof = options if isinstance(options, ProofOptions) else plan.proof
-    notes = (*plan.notes, *unlike_bases(plan.base, plan.adapters))
-    return dataclasses.replace(plan, notes=notes, run=run, proof=proof)
+    return dataclasses.replace(plan, notes=(*plan.notes, *unlike_bases(plan.base, plan.adapters)))

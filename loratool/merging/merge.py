@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from contextlib import ExitStack
 
-    from loratool.merging.plan import MergePlan
+    from loratool.merging.plan import Plan
 
 NOTHING = "because every weight rounds back to its old value; the updates are zero or smaller than its steps"
 
@@ -62,7 +62,7 @@ def merge(
 
 
 def making(
-    prepared: tuple[MergePlan, Path, list[Path]],
+    prepared: tuple[Plan, Path, list[Path]],
     out: PathLike,
     options: MergeOptions,
     runtime: Future[Runtime],
@@ -186,7 +186,7 @@ def prepare(
     out: PathLike,
     options: MergeOptions,
     stack: ExitStack | None = None,
-) -> tuple[MergePlan, Path, list[Path]]:
+) -> tuple[Plan, Path, list[Path]]:
     """The plan, the real path of the output and the adapters' places, after every check that headers and `stat` allow.
 
     With a `stack` no weights of a base on the Hub are downloaded, and the plan holds until the stack is closed.
@@ -200,7 +200,7 @@ def prepare(
     return as_one_file(planned(model, read, options), target), target, paths
 
 
-def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, stream: str = "") -> dict[str, Any]:
+def repeated(plan: Plan, paths: Sequence[Path], options: MergeOptions, stream: str = "") -> dict[str, Any]:
     """What repeats a merge, whose adapters are at `paths`; `stream` are the words that send it elsewhere than to OUT."""
     also_load = tuple(name_beside(plan.adapters, each) for each in options.also_load)
     options = dataclasses.replace(options, also_load=also_load)
@@ -208,7 +208,7 @@ def repeated(plan: MergePlan, paths: Sequence[Path], options: MergeOptions, stre
     return {**found, "command": found["command"] + stream}
 
 
-def check_values(plan: MergePlan) -> None:
+def check_values(plan: Plan) -> None:
     """No NaN or inf in any adapter, and not all of them without effect."""
     effective = [
         adapter.check_values() and bool(weight) for adapter, weight in zip(plan.adapters, plan.weights, strict=True)

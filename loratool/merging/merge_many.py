@@ -23,6 +23,7 @@ from loratool.files.outputs import check_stage, stage_of
 from loratool.files.staging import clear_spent
 from loratool.files.stopwatch import lap
 from loratool.files.system import free_space
+from loratool.merging.describing import described
 from loratool.merging.forecasting import with_forecast
 from loratool.merging.in_store import making_in_store
 from loratool.merging.inputs import check_all_there, planned, read_all
@@ -30,12 +31,13 @@ from loratool.merging.merge import make_all, making
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, target_of
 from loratool.merging.parted_merge import PartedMerge, apart_from_inputs, checked_place, stored
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.reporting import cost
 from loratool.merging.resources import runtime_for
 from loratool.results.base import Cost
 from loratool.results.merge import MergeReport
 from loratool.results.merge_many import MergeManyReport, ResultsOfOutputs
+from loratool.results.plan import MergePlan
 from loratool.results.profile import Profile
 from loratool.shown import size
 from loratool.stores.names import is_in_store
@@ -72,7 +74,7 @@ class Prepared:
     """One output whose plan is made."""
 
     wanted: Wanted
-    plan: MergePlan
+    plan: Plan
     target: Path
     paths: list[Path]  # of its adapters
 
@@ -136,7 +138,7 @@ def plan_many(base: PathLike, outputs: Outputs, options: MergeOptions) -> Result
     started = time.monotonic()
     errors: dict[str, LoratoolError] = {}
     ready = prepare_many(base, wanted_outputs(outputs, options), errors)
-    plans = {each.wanted.key: with_forecast(each.plan) for each in ready}
+    plans = {each.wanted.key: with_forecast(described(each.plan, each.wanted.options), each.plan) for each in ready}
     return ResultsOfOutputs(plans, errors, cost=Cost.since(started))
 
 

@@ -10,7 +10,7 @@ from loratool.errors import UsageError, printable
 from loratool.files.folders import WEIGHT_FILES
 from loratool.files.model_files import FileNames
 from loratool.files.outputs import check_target
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 
 
 def is_file(out: Path) -> bool:
@@ -23,7 +23,7 @@ def target_of(out: Path, inputs: Sequence[Path], replaced: FileNames | None) -> 
     return check_target(out, inputs, replaced, single=is_file(out))
 
 
-def as_one_file(plan: MergePlan, target: Path) -> MergePlan:
+def as_one_file(plan: Plan, target: Path) -> Plan:
     """The plan of an output in a folder; or of one file, which has the name of the output.
 
     Raises `UsageError` where BASE is not one file of that format.

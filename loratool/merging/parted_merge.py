@@ -29,7 +29,7 @@ from loratool.merging.inputs import located, opened_inputs, planned
 from loratool.merging.merge import prepare
 from loratool.merging.merge_options import MergeOptions
 from loratool.merging.one_file import as_one_file, is_file
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.small_files import output_names
 from loratool.merging.upload_parts import upload_parts
 from loratool.stores import uploads
@@ -46,7 +46,7 @@ FORMAT = 1  # of what workers share
 class PartedMerge:
     """A merge that is planned, with its parts and the place where they go."""
 
-    plan: MergePlan
+    plan: Plan
     paths: list[Path]  # of the adapters
     digests: list[dict[str, str]]  # of each adapter's files
     parts: tuple[FilePart, ...]
@@ -95,7 +95,7 @@ def open_parts(
 
 
 def stored(
-    plan: MergePlan, paths: list[Path], out: PathLike, options: MergeOptions, joining: bool, started: float
+    plan: Plan, paths: list[Path], out: PathLike, options: MergeOptions, joining: bool, started: float
 ) -> PartedMerge:
     """A merge into a store of a plan whose adapters are at `paths`; the rest is as for `open_parts`."""
     digests = [adapter.digests() for adapter in plan.adapters]
@@ -104,7 +104,7 @@ def stored(
     return PartedMerge(plan, paths, digests, tuple(bucket.parts.values()), bucket, options, published, started)
 
 
-def folder_of(plan: MergePlan, target: Path, fingerprint: str, overwrite: bool) -> SharedFolder:
+def folder_of(plan: Plan, target: Path, fingerprint: str, overwrite: bool) -> SharedFolder:
     """The output of a merge in a folder that all workers see."""
     parts = parts_of(plan)
     shared = {"format": FORMAT, "page": PAGE, "count": len(parts)}
@@ -114,7 +114,7 @@ def folder_of(plan: MergePlan, target: Path, fingerprint: str, overwrite: bool) 
     return SharedFolder(target, journal, named, layouts, replaceable(overwrite), is_file(target))
 
 
-def bucket_of(plan: MergePlan, place: StorePath, fingerprint: str) -> Bucket:
+def bucket_of(plan: Plan, place: StorePath, fingerprint: str) -> Bucket:
     """The output of a merge in a store."""
     parts = upload_parts(plan, limits())
     named = json.dumps([[part.name, part.file, part.cuts, part.source is None] for part in parts]).encode()
@@ -165,7 +165,7 @@ def unfinished(out: PathLike) -> SharedOutput:
 
 def planned_for(
     place: StorePath, base: PathLike, adapters: Sequence[PathLike], options: MergeOptions
-) -> tuple[MergePlan, list[Path]]:
+) -> tuple[Plan, list[Path]]:
     """The plan of a merge into a store, and the adapters' places on this disk."""
     apart_from_inputs(place, [base, *adapters])
     chosen, paths = located(base, adapters)

@@ -36,13 +36,13 @@ from loratool.merging.output_layout import (
     plan_indexes,
     plan_shards,
 )
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.notes import Note
 from loratool.options.shared import other_count
 from loratool.templates import listed
 
 
-def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> MergePlan:
+def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptions) -> Plan:
     """Plan `base` + Σ weight · adapter.
 
     Raises:
@@ -74,7 +74,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     check_names([PROVENANCE, *(s.name for s in shards), *files])
     notes += rounding_notes(shards, options.rounding)
     naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
-    return MergePlan(
+    return Plan(
         base=base,
         adapters=tuple(adapters),
         weights=strengths,

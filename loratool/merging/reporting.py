@@ -26,7 +26,7 @@ from loratool.results.merge import AdapterEffect, MergeReport
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from loratool.merging.plan import MergePlan
+    from loratool.merging.plan import Plan
 
 GAIN_DIGITS = 3  # of it in a record: it is measured on a sample, and threads add in any order
 
@@ -35,7 +35,7 @@ GAIN_DIGITS = 3  # of it in a record: it is measured on a sample, and threads ad
 class Merged:
     """The weights of a merge are made; this is what is to be said of them."""
 
-    plan: MergePlan
+    plan: Plan
     seen: Seen
     effects: tuple[AdapterEffect, ...]
     gains: Gains
@@ -50,7 +50,7 @@ class Merged:
 
 
 def describe(
-    plan: MergePlan,
+    plan: Plan,
     finished: Mapping[str, FinishedShard],
     digests: Sequence[Mapping[str, str]],
     invoked: Mapping[str, Any],
@@ -79,7 +79,7 @@ def describe(
 
 
 def provenance(
-    plan: MergePlan,
+    plan: Plan,
     digests: Sequence[Mapping[str, str]],
     effects: Sequence[AdapterEffect],
     device: str,

@@ -15,7 +15,7 @@ from pathlib import Path
 from loratool.files.part_records import FilePart
 from loratool.merging.dealing import deal, parts_of
 from loratool.merging.output_layout import Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.upload_parts import upload_parts
 from loratool.options.described import FLAG, SIZE, Number, Options, option
 from loratool.results.simulation import Limit, Simulation
@@ -127,7 +127,7 @@ class Load:
         }
 
 
-def simulate(plan: MergePlan, workers: Sequence[int], rates: Rates) -> tuple[Simulation, ...]:
+def simulate(plan: Plan, workers: Sequence[int], rates: Rates) -> tuple[Simulation, ...]:
     """The merge with each of some numbers of workers."""
     parts: Sequence[FilePart] = upload_parts(plan, Limits(), in_a_bucket) if rates.objects else parts_of(plan)
     spans = {shard.name: {shard.own_name(span): span for span in shard.spans} for shard in plan.shards}
@@ -136,7 +136,7 @@ def simulate(plan: MergePlan, workers: Sequence[int], rates: Rates) -> tuple[Sim
 
 
 def simulation(
-    plan: MergePlan, parts: Sequence[FilePart], loads: Mapping[str, Load], workers: int, rates: Rates
+    plan: Plan, parts: Sequence[FilePart], loads: Mapping[str, Load], workers: int, rates: Rates
 ) -> Simulation:
     shares = [sum((loads[part.name] for part in share), Load()) for share in deal(parts, workers) if share]
     for share in shares:  # each reads the adapters
@@ -175,7 +175,7 @@ def simulation(
     )
 
 
-def finishing(plan: MergePlan, parts: int, rates: Rates) -> float:
+def finishing(plan: Plan, parts: int, rates: Rates) -> float:
     """Seconds until the output is published when all parts are there.
 
     One process reads every byte again; those in an object store have checksums of the store.
@@ -185,7 +185,7 @@ def finishing(plan: MergePlan, parts: int, rates: Rates) -> float:
     return rates.startup + plan.bytes_written / min(rates.bandwidth, rates.store)
 
 
-def requests_to_finish(plan: MergePlan, parts: int) -> Counter[str]:
+def requests_to_finish(plan: Plan, parts: int) -> Counter[str]:
     """Those of who publishes: headers, records of parts, an upload to begin, list and complete for each file, small files."""
     files, gets = len(plan.shards), 2 * (len(plan.base.shards) + len(plan.adapters)) + parts
     small = len(plan.side_files) + 4  # a card, the record, and what says that a merge is at work

@@ -14,19 +14,19 @@ from loratool.files.outputs import as_json
 from loratool.files.staging import Stage
 from loratool.files.stopwatch import lap
 from loratool.files.system import forget_cached
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.provenance import record
 from loratool.provenance.cards import card, is_nobodys, terms_of
 
 
-def output_names(plan: MergePlan) -> set[str]:
+def output_names(plan: Plan) -> set[str]:
     """Every file that the output may have."""
     return {PROVENANCE, CARD, *(shard.name for shard in plan.shards), *(file.name for file in plan.side_files)}
 
 
 def write_small_files(
     stage: Stage,
-    plan: MergePlan,
+    plan: Plan,
     files: Sequence[OutputFile],
     table: Mapping[str, Any],
     place: str = ".",
@@ -49,7 +49,7 @@ def write_record(stage: Stage, table: Mapping[str, Any]) -> None:
     stage.write(PROVENANCE, as_json({**table, "files": recorded(files)}))
 
 
-def merged_card(plan: MergePlan, table: Mapping[str, Any], place: str) -> bytes:
+def merged_card(plan: Plan, table: Mapping[str, Any], place: str) -> bytes:
     """README.md of the merged model; licence and task are those of the cards of base and adapters."""
     terms = terms_of(plan.base.root, *(adapter.folder for adapter in plan.adapters))
     edited = next((file.content for file in plan.side_files if file.name == "config.json" and file.content), None)

@@ -18,7 +18,7 @@ from loratool.grouping import by_key
 from loratool.merging.chunks import Chunk, bytes_in, chunks_in, chunks_of
 from loratool.merging.edited_spans import EditedSpan
 from loratool.merging.output_layout import ShardPlan, Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.merging.totals import Totals, effects_in
 
@@ -29,7 +29,7 @@ RUN = 64 << 20  # bytes of small tensors that one worker copies
 class Job:
     """One plan on its way to one destination. A failure stops its own work, and that of no other job."""
 
-    plan: MergePlan
+    plan: Plan
     destination: Destination
     known: KnownDigests | None = None  # digests of tensors that need no hashing
     seen: SeenDigests | None = None  # is told what is read of the base

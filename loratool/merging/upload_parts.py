@@ -15,7 +15,7 @@ from loratool.files.stand_ins import stand_in
 from loratool.merging.chunks import Chunk
 from loratool.merging.dealing import in_order, part_of, part_size, tied_chunks
 from loratool.merging.output_layout import ShardPlan
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.stores.limits import Limits
 from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import Fringe, UploadPart
@@ -44,7 +44,7 @@ class Run:
         return self.source == other.source and other.source_start + other.size == self.source_start
 
 
-def upload_parts(plan: MergePlan, limits: Limits, find: Find = stand_in) -> tuple[UploadPart, ...]:
+def upload_parts(plan: Plan, limits: Limits, find: Find = stand_in) -> tuple[UploadPart, ...]:
     """The parts of all weight files, in the order of files and bytes.
 
     Raises `UsageError` for a file that would take more pieces than the store allows.

@@ -14,14 +14,14 @@ from loratool.files.seen import together
 from loratool.files.stand_ins import stand_in
 from loratool.grouping import by_key
 from loratool.merging.output_layout import ShardPlan
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.tasks import known_of
 from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import UploadPart
 
 
 def whole_file(
-    plan: MergePlan, shard: ShardPlan, parts: Sequence[tuple[FilePart, PartRecord]], known: KnownDigests | None
+    plan: Plan, shard: ShardPlan, parts: Sequence[tuple[FilePart, PartRecord]], known: KnownDigests | None
 ) -> FinishedShard:
     """A weight file, from the records of all of its parts.
 
@@ -50,7 +50,7 @@ def whole_file(
     return FinishedShard(shard.name, whole, together(record.seen for _, record in parts))
 
 
-def version_of(plan: MergePlan, tensor: Any) -> Reference:
+def version_of(plan: Plan, tensor: Any) -> Reference:
     """Where the bytes of a tensor are from that is copied inside the store."""
     there = stand_in(tensor.file.path)
     assert isinstance(there, StoredObject)
@@ -58,13 +58,13 @@ def version_of(plan: MergePlan, tensor: Any) -> Reference:
     return Reference(name_in(plan, tensor.file.path), "", start, start + tensor.info.nbytes, there.tag)
 
 
-def name_in(plan: MergePlan, path: Path) -> str:
+def name_in(plan: Plan, path: Path) -> str:
     """The name of a file in the base."""
     home = plan.base.root if plan.base.root.is_dir() else plan.base.root.parent
     return path.relative_to(home).as_posix()
 
 
-def copies_in(plan: MergePlan, part: FilePart, record: PartRecord) -> Iterator[CopiedRange]:
+def copies_in(plan: Plan, part: FilePart, record: PartRecord) -> Iterator[CopiedRange]:
     """The ranges of a file that a store copied for a part, each with the checksum that the store told."""
     if not isinstance(part, UploadPart) or part.source is None:
         return

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from loratool.merging.plan import MergePlan
 from loratool.pictures.bars import Bar, Bars
 from loratool.pictures.blocks import Block, Column, Facts, Group, Shown, Table, Tiles, Value
 from loratool.pictures.lines import Line, Lines, logarithmic
 from loratool.pictures.merge import GAIN, layers_of, map_of, told
 from loratool.pictures.modules import bare
 from loratool.pictures.page import Page
+from loratool.results.plan import MergePlan
 from loratool.results.simulation import Simulation, duration
 from loratool.results.text import plural
 from loratool.shown import size
@@ -20,19 +20,19 @@ MOST_FILES = 40  # that get a bar of their own
 
 def page_of(plan: MergePlan) -> Page:
     """The page of one plan."""
-    return Page(f"{plan.base.name} + {' + '.join(a.name for a in plan.adapters)}", "plan", tuple(blocks_of(plan)))
+    return Page(f"{plan.base} + {' + '.join(a.name for a in plan.adapters)}", "plan", tuple(blocks_of(plan)))
 
 
 def blocks_of(plan: MergePlan) -> Iterator[Block]:
-    table = plan.to_dict()
+    edits = plan.edits
     yield Tiles(
         [
-            ("updates", f"{len(table['edits']):,}"),
+            ("updates", f"{len(edits):,}"),
             ("copied", f"{plan.copied:,}"),
             *([("gain, forecast", f"{plan.gain_forecast:.4f}")] if plan.gain_forecast is not None else []),
             ("to read", size(plan.bytes_read)),
             ("to write", size(plan.bytes_written)),
-            ("peak memory", size(table["peak_memory"])),
+            ("peak memory", size(plan.peak_memory)),
         ]
     )
     if plan.simulations:
@@ -41,28 +41,28 @@ def blocks_of(plan: MergePlan) -> Iterator[Block]:
         gains = layers_of({GAIN: plan.gains_forecast}).heat_map(map_of(GAIN, plan.gains_forecast), linked=False)
         yield Group("Gain to be expected", "", [gains])
     yield told(plan.notes)
-    if len(table["files"]) > 1:
-        yield Group("Weight files of the output", "", [files(table["files"])])
+    if len(plan.files) > 1:
+        yield Group("Weight files of the output", "", [files(plan.files)])
     columns = [Column(name) for name in ("target", "tensor", "part", "rule", "adapter")]
-    rows = [(bare(e["target"]), e["tensor"], e["part"], e["rule"], e["adapter"]) for e in table["edits"]]
+    rows = [(bare(e["target"]), e["tensor"], e["part"], e["rule"], e["adapter"]) for e in edits]
     about = "The rule is how the weight was found in the base; the part is the rows and columns that are changed."
     yield Table(plural(len(rows), "update"), columns, rows, about)
     yield Facts(
         "Facts",
         [
-            ("base", plan.base.name),
-            *(("adapter", f"{a.name}, weight {w:g}") for a, w in zip(plan.adapters, plan.weights, strict=True)),
+            ("base", plan.base),
+            *(("adapter", f"{a.name}, weight {a.weight:g}") for a in plan.adapters),
             ("rounding", plan.rounding),
-            ("weight files", plural(len(table["files"]), "file")),
+            ("weight files", plural(len(plan.files), "file")),
             *(("written plain", name) for name in plan.plain),
-            *(("requantised", name) for name in plan.anew),
-            ("other files", ", ".join(table["side_files"]) or "none"),
+            *(("requantised", name) for name in plan.requantized),
+            ("other files", ", ".join(plan.side_files) or "none"),
             *(("left out", name) for name in plan.left_out),
         ],
     )
 
 
-def files(sizes: dict[str, int]) -> Bars:
+def files(sizes: Mapping[str, int]) -> Bars:
     """The weight files by size; of many, the largest."""
     largest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:MOST_FILES]
     return Bars(

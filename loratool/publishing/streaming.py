@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from loratool.fetching.answers import RemoteFile
     from loratool.files.safefile import SafeFile
     from loratool.merging.output_layout import ShardPlan
-    from loratool.merging.plan import MergePlan
+    from loratool.merging.plan import Plan
     from loratool.notes import Note
     from loratool.results.base import Cost
     from loratool.results.merge import AdapterEffect
@@ -163,7 +163,7 @@ def with_base(table: Mapping[str, Any], source: BaseFiles) -> dict[str, Any]:
     return {**table, "base": {**table["base"], **told}}
 
 
-def expected(plan: MergePlan, repo: str, options: StreamOptions, notes: Sequence[Note], cost: Cost) -> StreamReport:
+def expected(plan: Plan, repo: str, options: StreamOptions, notes: Sequence[Note], cost: Cost) -> StreamReport:
     """What a streaming merge would do."""
     return StreamReport(
         repo=repo,
@@ -190,7 +190,7 @@ def expected(plan: MergePlan, repo: str, options: StreamOptions, notes: Sequence
     )
 
 
-def sources_of(plan: MergePlan, shard: ShardPlan) -> list[SafeFile]:
+def sources_of(plan: Plan, shard: ShardPlan) -> list[SafeFile]:
     """The base's files that an output file is made of, those with a weight on which a bias depends among them."""
     own = identities(plan.base.shards)
     edits = (edit for span in shard.spans for edit in span.edits)
@@ -200,20 +200,18 @@ def sources_of(plan: MergePlan, shard: ShardPlan) -> list[SafeFile]:
     return [file for key, file in files.items() if key in own]
 
 
-def most_on_disk(plan: MergePlan, shards: Iterable[ShardPlan]) -> int:
+def most_on_disk(plan: Plan, shards: Iterable[ShardPlan]) -> int:
     """Bytes of the largest of some output files and its source together."""
     return max(s.layout.size + sum(int(file.layout.size) for file in sources_of(plan, s)) for s in shards)
 
 
-def fingerprint(plan: MergePlan, source: BaseFiles, digests: Sequence[Mapping[str, str]], device: str) -> str:
+def fingerprint(plan: Plan, source: BaseFiles, digests: Sequence[Mapping[str, str]], device: str) -> str:
     """What the repository's journal knows a merge by: files of another machine are continued, those of other work not."""
     facts = [content_fingerprint(plan, digests, source.contents()), device, installed("torch")]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def small_files(
-    plan: MergePlan, stage: Stage, table: Mapping[str, Any], repo: str, options: StreamOptions
-) -> list[Upload]:
+def small_files(plan: Plan, stage: Stage, table: Mapping[str, Any], repo: str, options: StreamOptions) -> list[Upload]:
     """Everything but the weights, made in the stage, where nothing else is left: config, index, tokenizer, card, record."""
     stage.clear(but={MODEL})
     stage.files = {name: shard.digest for name, shard in stage.finished.items()}
@@ -232,7 +230,7 @@ def why_kept(name: str, exclude: Sequence[str]) -> str:
 class Repository(LocalFolder):
     """A repository as the destination of a merge: each file is committed when it is made, and leaves this disk."""
 
-    def __init__(self, repo: str, revision: str | None, plan: MergePlan, plan_name: str, stage: Stage) -> None:
+    def __init__(self, repo: str, revision: str | None, plan: Plan, plan_name: str, stage: Stage) -> None:
         super().__init__(stage)
         self.repo, self.revision, self.plan, self.plan_name = repo, revision, plan, plan_name
         self.doubts: list[Note] = []  # about how packed weights are decoded

@@ -12,7 +12,7 @@ from loratool.files.checkpoint import Checkpoint
 from loratool.files.folders import CARD
 from loratool.files.untrusted import json_value
 from loratool.layouts.ties import TIE_FLAGS
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.notes import Note
 from loratool.results.verify import Diagnosis
 from loratool.templates import some
@@ -27,7 +27,7 @@ MOST_SHOWN = 6
 MISSING = object()
 
 
-def compare_files(plan: MergePlan, merged: Checkpoint, explained: frozenset[str]) -> Iterator[Note | Diagnosis]:
+def compare_files(plan: Plan, merged: Checkpoint, explained: frozenset[str]) -> Iterator[Note | Diagnosis]:
     """What differs in the small files. `explained` are keys of the config that another diagnosis is about."""
     wanted = {file.name: file for file in plan.side_files}
     config = wanted.pop(CONFIG, None)

@@ -11,7 +11,7 @@ from typing import Any
 from loratool.bases.edits import Edit
 from loratool.errors import FitError, printable
 from loratool.grouping import by_key
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.results.verify import Diagnosis
 from loratool.templates import listed
 from loratool.verifying.causes import NOT_MERGED, NOT_MERGED_WORDS, Cause, causes_of, known_causes
@@ -71,7 +71,7 @@ def of_modules(
 
 
 def diagnose_edited(
-    plan: MergePlan, found: Mapping[str, Explained], distances: Mapping[str, Distances]
+    plan: Plan, found: Mapping[str, Explained], distances: Mapping[str, Distances]
 ) -> Iterator[Diagnosis]:
     """What is wrong with the tensors that adapters change, but for what nothing known explains."""
     yield from of_factors(plan, found)
@@ -173,11 +173,11 @@ def is_of_another_packer(name: str, found: Mapping[str, Explained], changed: Map
     return found[name].kind == QUANTISED if name in found else name in changed and changed[name].is_noise
 
 
-def plan_dtype(plan: MergePlan, name: str) -> str:
+def plan_dtype(plan: Plan, name: str) -> str:
     return next(span.placed.dtype for span in plan.edited if span.placed.name == name)
 
 
-def of_factors(plan: MergePlan, found: Mapping[str, Explained]) -> Iterator[Diagnosis]:
+def of_factors(plan: Plan, found: Mapping[str, Explained]) -> Iterator[Diagnosis]:
     """Modules that contain more or less of an update than they should."""
     edits = {(s.placed.name, e.adapter, e.target): e for s in plan.edited for e in s.edits if not e.update.replaces}
     all_of: dict[int, int] = {}
@@ -304,7 +304,7 @@ def of_factor(
 
 
 def diagnose_rest(
-    plan: MergePlan,
+    plan: Plan,
     merged: str,
     found: Mapping[str, Explained],
     changed: Mapping[str, Changed],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from loratool.grouping import by_key
 from loratool.lazy import Tensor, torch
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.results.verify import TensorProof
 from loratool.verifying.causes import known_causes
@@ -67,7 +67,7 @@ def as_it_should(pair: Pair, rounding: str = NEAREST) -> Explained:
     return Explained("proven", rounding=how, modules=modules, fit=Fit((1.0,) * len(modules), (0.0,) * len(modules)))
 
 
-def explain(pair: Pair, distances: Distances, plan: MergePlan, rounding: str, shared: SharedUpdates) -> Explained:
+def explain(pair: Pair, distances: Distances, plan: Plan, rounding: str, shared: SharedUpdates) -> Explained:
     """What a plain tensor is some of whose elements are not the formula's; some rows of it are read again."""
     look = Look(pair, distances.rows, shared)
     modules = tuple(look.modules)
@@ -99,7 +99,7 @@ def single_elements(distances: Distances) -> bool:
     return 0 < count == distances.beyond < distances.elements and count <= max(1, FEW * distances.elements)
 
 
-def with_factors(look: Look, known: Fit | None, plan: MergePlan) -> Explained | None:
+def with_factors(look: Look, known: Fit | None, plan: Plan) -> Explained | None:
     """What a tensor is that contains updates times `known` factors, or what was trained alone times others; else None."""
     fit = known or trained_fit(look, plan)
     return Explained("different", FACTOR, "", tuple(look.modules), fit, trained=known is None) if fit else None
@@ -122,7 +122,7 @@ def as_meant(look: Look, distances: Distances, fit: Fit | None, once: Agreement,
     return None
 
 
-def best_guess(look: Look, plan: MergePlan, factor: Agreement) -> Guess | None:
+def best_guess(look: Look, plan: Plan, factor: Agreement) -> Guess | None:
     """The guess that explains some rows better than any factor; None where none does."""
     found, best = None, factor
     span = dataclasses.replace(look.span, edits=look.edits)  # whose factors are loaded
@@ -133,7 +133,7 @@ def best_guess(look: Look, plan: MergePlan, factor: Agreement) -> Guess | None:
     return found
 
 
-def known_fit(look: Look, fit: Fit, best: Agreement, plan: MergePlan) -> Fit | None:
+def known_fit(look: Look, fit: Fit, best: Agreement, plan: Plan) -> Fit | None:
     """The factors that explain some rows, each a known one if that explains them as well; None where none do.
 
     Where an update is smaller than a step of the dtype, many factors round to nearly the same numbers.
@@ -163,7 +163,7 @@ def known_fit(look: Look, fit: Fit, best: Agreement, plan: MergePlan) -> Fit | N
     return dataclasses.replace(found, causes=tuple(named)) if found and look.packed is not None else found
 
 
-def trained_fit(look: Look, plan: MergePlan) -> Fit | None:
+def trained_fit(look: Look, plan: Plan) -> Fit | None:
     """The factors of what was trained alone, where updates also take a part of W away; None where none explain the rows.
 
     Least squares on W' − (W − part), of which that part is no matter.

@@ -16,7 +16,7 @@ from loratool.bases.edits import Edit
 from loratool.grouping import by_key
 from loratool.layouts.fusions import FUSIONS, HEADS, KEY_HEADS
 from loratool.merging.output_layout import Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 
 MOST_PARTS = 4  # of a fused tensor whose orders are tried
 MOST_SLICES = 8  # of an update that are tried in place of a tensor's own, the nearest ones: experts may be hundreds
@@ -41,7 +41,7 @@ class Rows:
     edits: tuple[Edit, ...]  # with rows counted from the first of these
 
 
-def guesses(span: Span, plan: MergePlan) -> Iterator[Guess]:
+def guesses(span: Span, plan: Plan) -> Iterator[Guess]:
     """Every guess for one tensor."""
     if turned := all_turned(span.edits, transposed):
         yield Guess(TRANSPOSED, "the update was added transposed", turned)
@@ -158,7 +158,7 @@ def order_words(parts: Sequence[Rows], order: Sequence[int]) -> str:
     return f"rows were taken to be {', '.join(names[number] for number in order)}, but are {', '.join(names)}"
 
 
-def turned_halves(span: Span, plan: MergePlan) -> Iterator[Guess]:
+def turned_halves(span: Span, plan: Plan) -> Iterator[Guess]:
     """An update of a fused module as a whole, whose parts were put in another order."""
     edits = [edit for edit in span.edits if not edit.update.replaces]
     if any(edit.rows != span.rows or edit.columns != slice(None) for edit in edits) or not edits:
@@ -178,7 +178,7 @@ def turned_halves(span: Span, plan: MergePlan) -> Iterator[Guess]:
         yield Guess(FUSED_ORDER, f"its {len(sizes)} parts were put in the order {shown}", tuple(found))
 
 
-def sizes_of(span: Span, plan: MergePlan) -> list[int]:
+def sizes_of(span: Span, plan: Plan) -> list[int]:
     """Rows of the parts of a fused module, by its name and the config; none where it is not known to be fused."""
     module = span.placed.name.removesuffix(".weight")
     fusion = next((f for f in FUSIONS if f.repeats == 1 and (f".{module}").endswith(f".{f.fused}")), None)
@@ -191,7 +191,7 @@ def sizes_of(span: Span, plan: MergePlan) -> list[int]:
     return [span.rows // len(fusion.parts)] * len(fusion.parts)
 
 
-def other_slices(span: Span, plan: MergePlan) -> Iterator[Guess]:
+def other_slices(span: Span, plan: Plan) -> Iterator[Guess]:
     """Rows of an update of a fused module that belong to another tensor of a base whose parts are apart."""
     if len(span.edits) != 1 or not span.edits[0].shared:
         return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from loratool.bases.packed import Requantizable
 from loratool.lazy import torch
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.verifying.distances import Distances
 from loratool.verifying.explaining import (
@@ -44,14 +44,14 @@ class Survived:
     error: float  # ‖W' − W − ΔW‖ / ‖ΔW‖
 
 
-def explain_packed(pair: Pair, distances: Distances, plan: MergePlan, shared: SharedUpdates) -> Explained:
+def explain_packed(pair: Pair, distances: Distances, plan: Plan, shared: SharedUpdates) -> Explained:
     """What a quantised tensor is some of whose elements are not the nearest to the formula."""
     if not isinstance(pair.theirs, Requantizable):
         return Explained("different", QUANTISED, "", tuple(modules_of(pair.span.edits)), packed=True)
     return dataclasses.replace(explained(Look(pair, distances.rows, shared), distances, plan), packed=True)
 
 
-def explained(look: Look, distances: Distances, plan: MergePlan) -> Explained:
+def explained(look: Look, distances: Distances, plan: Plan) -> Explained:
     """The same of some rows of a tensor of a format that can be packed."""
     modules = tuple(look.modules)
     fit = look.fit() if modules else None
@@ -73,7 +73,7 @@ def explained(look: Look, distances: Distances, plan: MergePlan) -> Explained:
     return Explained("different", UNEXPLAINED, "", modules, fit, residual=left / size if size else math.inf)
 
 
-def exactly(look: Look, fit: Fit | None, plan: MergePlan, distances: Distances) -> Explained | None:
+def exactly(look: Look, fit: Fit | None, plan: Plan, distances: Distances) -> Explained | None:
     """What gives nearly all elements of a tensor that was packed to the nearest values; None where nothing does."""
     modules = tuple(look.modules)
     once = look.agreement(look.once(look.weight, look.changes))
@@ -100,7 +100,7 @@ def surely(fit: Fit) -> Fit:
     return dataclasses.replace(fit, errors=tuple(errors))
 
 
-def best_in_noise(look: Look, plan: MergePlan, noise: float) -> Guess | None:
+def best_in_noise(look: Look, plan: Plan, noise: float) -> Guess | None:
     """The guess that leaves least of W' − W, where that is no more than what packing adds."""
     found: dict[float, Guess] = {}
     for guess in guesses(dataclasses.replace(look.span, edits=look.edits), plan):

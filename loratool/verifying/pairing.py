@@ -16,7 +16,7 @@ from loratool.errors import FitError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo
 from loratool.merging.output_layout import Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # Buffers that a model makes itself when it is loaded, and that some releases save and others do not.
@@ -87,7 +87,7 @@ class Pairing:
             self.pairs.append(Pair(in_dtype(span, theirs.dtype), plain, rows))
 
 
-def pair(plan: MergePlan, merged: Checkpoint) -> Pairing:
+def pair(plan: Plan, merged: Checkpoint) -> Pairing:
     """Find what each tensor of a merged model should be.
 
     Raises `FitError` where it is another model's.
@@ -140,7 +140,7 @@ def in_dtype(span: Span, dtype: str) -> Span:
     return dataclasses.replace(span, placed=TensorInfo(placed.name, dtype, placed.shape, 0, size))
 
 
-def check_same_model(plan: MergePlan, merged: Checkpoint, spans: Mapping[str, Span]) -> None:
+def check_same_model(plan: Plan, merged: Checkpoint, spans: Mapping[str, Span]) -> None:
     """Raise `FitError` where a merged model has few of the tensors that the base has."""
     shapes = {name: info.shape for name, info in merged.tensors.items()}
     if isinstance(merged, Decoded):

@@ -25,7 +25,7 @@ from loratool.merging.inputs import opened_inputs, planned
 from loratool.merging.merge_options import PlanOptions
 from loratool.merging.options import GGUF_FLOATS, ROUNDINGS
 from loratool.merging.output_layout import Span
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.merging.planning import check_options
 from loratool.merging.shared_updates import SharedUpdates
 from loratool.notes import Note
@@ -77,13 +77,13 @@ def verifier_of(
     return Verifier(plan, model, options, progress)
 
 
-def keeps_packed(plan: MergePlan) -> bool:
+def keeps_packed(plan: Plan) -> bool:
     """Whether weights stay as they are packed in the base."""
     packed = plan.base.packed if isinstance(plan.base, Decoded) else {}
     return any(span.carried is not None and span.placed.name in packed for span in plan.spans)
 
 
-def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> MergePlan:
+def plan_of(base: PathLike, adapters: Sequence[PathLike], options: VerifyOptions) -> Plan:
     """What the merge would have been. Raises `FitError` in one sentence where an adapter is of another model."""
     settings = {name: getattr(options, name) for name in described_by(PlanOptions) if hasattr(options, name)}
     settings["rounding"] = options.rounding if options.rounding not in (AUTO, TWICE) else "nearest"
@@ -107,7 +107,7 @@ class Verifier:
     known: Mapping[str, Distances] | None = None  # of every tensor, where they have been measured before
     otherwise: Diagnosis | None = None  # that the model is rounded in another way than it is said to be
 
-    def __init__(self, plan: MergePlan, merged: Checkpoint, options: VerifyOptions, progress: Progress | None) -> None:
+    def __init__(self, plan: Plan, merged: Checkpoint, options: VerifyOptions, progress: Progress | None) -> None:
         self.plan, self.merged, self.options, self.progress = plan, merged, options, progress
         self.pairing: Pairing = pair(plan, merged)
         self.runtime = Awaited(options.device)

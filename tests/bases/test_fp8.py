@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from loratool.files.safefile import Layout
     from loratool.files.seen import Seen
     from loratool.files.source import Source
-    from loratool.merging.plan import MergePlan
+    from loratool.merging.plan import Plan
 
 BLOCK = (16, 24)  # rows, columns; both leave a rest of the shapes below
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -175,7 +175,7 @@ def save_adapter(folder: Path) -> tuple[Path, Tensor]:
     return folder, up.double() @ down.double()
 
 
-def made(base: Path, adapter: Path, options: PlanOptions) -> tuple[MergePlan, dict[str, Tensor]]:
+def made(base: Path, adapter: Path, options: PlanOptions) -> tuple[Plan, dict[str, Tensor]]:
     """The plan of a merge into the decoded base, and the tensors that it gives."""
     plan = plan_merge(open_checkpoint(base), [read_adapter(adapter)], options)
     destination = InMemory()

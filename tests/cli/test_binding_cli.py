@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from malformed import f32, write_adapter, write_base
 from workbench import Workbench, tensors_of
+from working_plans import working_plan
 
-import loratool
 from loratool.merging.fingerprints import content_fingerprint
 
 HIDDEN, ROWS = 4, 8
@@ -87,6 +87,6 @@ def test_a_square_weight_that_nothing_decides_is_stored_as_the_option_says(
 
 def test_another_map_is_another_merge_and_continues_none(bench: Workbench) -> None:
     fused_model(bench)
-    up = loratool.plan(bench.base, bench.adapter, bench.out, maps=[MAP])
-    gate = loratool.plan(bench.base, bench.adapter, bench.out, maps=[MAP.replace("up_proj", "gate_proj")])
+    up = working_plan(bench.base, bench.adapter, maps=[MAP])
+    gate = working_plan(bench.base, bench.adapter, maps=[MAP.replace("up_proj", "gate_proj")])
     assert content_fingerprint(up, []) != content_fingerprint(gate, [])

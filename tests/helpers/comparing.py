@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from loratool.files.safefile import Layout
     from loratool.files.seen import Seen
     from loratool.files.source import Source
-    from loratool.merging.plan import MergePlan
+    from loratool.merging.plan import Plan
 
 HEADER = ""  # stands for the header where a tensor's name is told
 
@@ -50,7 +50,7 @@ class Difference:
         return f"{printable(self.file)}: {where} differs from byte {self.byte} on (byte {self.at} of the file)"
 
 
-def verify(plan: MergePlan, folder: Path, device: str = "auto") -> tuple[Difference, ...]:
+def verify(plan: Plan, folder: Path, device: str = "auto") -> tuple[Difference, ...]:
     """Where the weight files in `folder` differ from what a plan makes, in the order of files and bytes; none if equal.
 
     Nothing is written. Files that are missing or too short differ from their first missing byte on. Side files are

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_model
+from working_plans import working_plan
 
-import loratool
 from loratool.files import digests
 from loratool.files.part_records import FilePart
 from loratool.merging import dealing
-from loratool.merging.plan import MergePlan
+from loratool.merging.plan import Plan
 from loratool.options.sharing import Share
 
 MiB = 1 << 20
-Planned = Callable[..., MergePlan]
+Planned = Callable[..., Plan]
 
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Planned:
     """Plans of a model of two files, of which `q` of four is edited; sizes of parts are small enough for it."""
 
-    def plan(**settings: object) -> MergePlan:
+    def plan(**settings: object) -> Plan:
         names = [f"model.layers.{n}.self_attn.{m}_proj.weight" for n in range(4) for m in "qkvo"]
         tensors = {name: torch.zeros(64, 32, dtype=torch.bfloat16) for name in names}
         base = save_model(tmp_path / "base", {**tensors, "odd": torch.zeros(3, 5)}, files=2)
@@ -40,7 +40,7 @@ def planned(tmp_path: Path) -> Planned:
         (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
         (adapter / "config.json").unlink()
         (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
-        return loratool.plan(base, adapter, tmp_path / "out", **settings)  # type: ignore[arg-type]
+        return working_plan(base, adapter, **settings)
 
     return plan
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from ray_stand_in import RayError, StandIn
+from working_plans import working_plan
 
 import loratool
 from loratool import cli
@@ -65,7 +66,7 @@ def test_the_output_is_that_of_one_process(
 def test_every_part_is_made_by_one_task_and_read_again_by_another(ray: StandIn, home: Path, tmp_path: Path) -> None:
     """There are at most four tasks for each that has room: four on the first node, one on the second."""
     merged(home, tmp_path / "out", num_cpus=2)
-    plan = loratool.plan(home / "demo/base", home / "demo/adapter")
+    plan = working_plan(home / "demo/base", home / "demo/adapter")
     names = sorted(part.name for part in dealing.parts_of(plan))
     assert len(names) > 5
     for kind in ("make_share", "check_share"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from workbench import interrupted, tree
+from working_plans import working_plan
 
 import loratool
 
@@ -427,7 +428,7 @@ def test_the_content_fingerprint_is_the_same_on_every_machine(merge: Merge, tmp_
     from loratool.merging.fingerprints import content_fingerprint
 
     def fingerprint(base: Path, adapter: Path) -> str:
-        plan = loratool.plan(base, [adapter], tmp_path / "out" / "x")
+        plan = working_plan(base, adapter)
         return content_fingerprint(plan, [adapter.digests() for adapter in plan.adapters])
 
     first = fingerprint(merge.base, merge.adapter)

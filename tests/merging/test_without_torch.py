@@ -16,6 +16,7 @@ import torch
 from exactly import exact_products, nearest_value, spelled
 from merged_models import CONFIG, Scene, rounded, scene, write_adapter, write_model
 from safetensors.torch import load_file
+from working_plans import working_plan
 
 import loratool
 from loratool.bases.weights import widen
@@ -231,7 +232,7 @@ def test_a_limit_that_leaves_no_memory_for_torch_is_told_where_it_takes_torch(
 def test_many_cores_compute_by_numpy_where_a_limit_leaves_little_for_torch(
     of: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spans = loratool.plan(of.base, of.adapter).spans
+    spans = working_plan(of.base, of.adapter).spans
     monkeypatch.setattr(resources, "cores", lambda: 64)
     monkeypatch.setattr(resources, "FEW_ELEMENTS", 0)
     assert not resources.by_numpy(spans, "cpu")
@@ -245,7 +246,7 @@ def test_many_cores_compute_by_numpy_where_a_limit_leaves_little_for_torch(
 def test_numpy_has_few_workers_on_many_cores_unless_more_are_asked_for(
     of: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spans = loratool.plan(of.base, of.adapter).spans
+    spans = working_plan(of.base, of.adapter).spans
     monkeypatch.setattr(resources, "cores", lambda: 64)
     found = {
         (workers, has_torch): resources.choose_resources(spans, ("cpu",), workers, None, 0, has_torch=has_torch).workers

@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,20 @@ import pytest
 from headers import adapter_of, base_of
 from malformed import write_adapter, write_base
 from paths import PACKAGE
+from safetensors.numpy import load_file
 
 import loratool
 from loratool import cli
 from loratool.demo import demo
-from loratool.merging.merge_options import PlanOptions
+from loratool.merging.describing import described
+from loratool.merging.merge_options import MergeOptions, PlanOptions
 from loratool.merging.planning import plan_merge
 from loratool.results.base import Cost, Result
 from loratool.results.push import PushReport
 from loratool.results.text import kept
 
 if TYPE_CHECKING:
-    from loratool.merging.plan import MergePlan
+    from loratool.results.plan import MergePlan
 
 LAYERS, HIDDEN, INNER, KEYS = 32, 4096, 14336, 1024  # of Llama 3 8B
 LINEAR: dict[str, tuple[int, ...]] = {
@@ -52,7 +55,7 @@ def plan() -> MergePlan:
         f"model.layers.{n}.{name}.weight": (HIDDEN,) for n in range(LAYERS) for name in ("norm1", "norm2")
     }
     base = base_of(tables | linear | norms, architectures=["LlamaForCausalLM"], model_type="llama")
-    return plan_merge(base, [adapter_of(linear)], PlanOptions())
+    return described(plan_merge(base, [adapter_of(linear)], PlanOptions()), MergeOptions())
 
 
 def test_a_plan_of_a_large_model_is_short_in_a_notebook_and_readable_as_text(plan: MergePlan) -> None:
@@ -60,6 +63,19 @@ def test_a_plan_of_a_large_model_is_short_in_a_notebook_and_readable_as_text(pla
     assert len(repr(plan)) < 500
     assert 200 < len(str(plan)) < 20_000
     assert "model.layers.{0-31}.mlp.up_proj" in str(plan)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_plan_is_plain_data_that_says_where_every_byte_of_the_output_lies() -> None:
+    """The bytes at a tensor's place are those that safetensors reads of it. A plan is equal to its pickled copy."""
+    planned = loratool.plan("base", "second")
+    assert pickle.loads(pickle.dumps(planned)) == planned
+    merged = load_file("tuned/model.safetensors")
+    assert {span.placed.name for span in planned.spans} == merged.keys()
+    for span in planned.spans:
+        start, stop = span.at, span.at + span.placed.nbytes
+        assert Path("tuned", span.file).read_bytes()[start:stop] == merged[span.placed.name].tobytes()
+        assert span.source.path == Path("base/model.safetensors")
 
 
 class Printer:
@@ -169,16 +185,13 @@ def test_every_result_is_short_in_a_notebook_prints_itself_and_says_what_it_took
 
 
 def test_every_result_is_a_frozen_dataclass_of_the_package_of_results() -> None:
-    """A plan alone is not: it is what a merge works by, of which the packages before know nothing."""
-    elsewhere = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "Result" in text and (path.parent.name == "results" or "loratool.results.base" in text):
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.ClassDef) and {"Result", "Written"} & {ast.unparse(b) for b in node.bases}:
                     assert any("frozen=True" in ast.unparse(each) for each in node.decorator_list), node.name
-                    elsewhere |= {node.name} if path.parent.name != "results" else set()
-    assert elsewhere == {"MergePlan"}
+                    assert path.parent.name == "results", node.name
 
 
 @pytest.mark.usefixtures("here")

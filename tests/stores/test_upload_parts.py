@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, strategies as st
 from store_merges import write_large_headers
+from working_plans import working_plan
 
 import loratool
 from loratool.files import stand_ins
@@ -20,7 +21,7 @@ from loratool.stores.objects import StoredObject
 from loratool.stores.upload_part import UploadPart
 
 if TYPE_CHECKING:
-    from loratool.merging.plan import MergePlan
+    from loratool.merging.plan import Plan
 
 SMALLEST = 10
 
@@ -66,15 +67,15 @@ def test_no_more_is_sent_than_what_is_made_here_and_the_limits_take(given_runs: 
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """An attention-only merge into headers of the shape of a model of 70 B: 80 layers in 30 files."""
     home = tmp_path_factory.mktemp("large")
     write_large_headers(home)
-    return loratool.plan_merge(loratool.open_checkpoint(home / "base"), [loratool.read_adapter(home / "adapter")])
+    return working_plan(home / "base", home / "adapter")
 
 
 @pytest.fixture
-def stored(plan: MergePlan) -> Iterator[MergePlan]:
+def stored(plan: Plan) -> Iterator[Plan]:
     """The same with its base in a store."""
     for number, shard in enumerate(plan.base.shards):
         stand_ins.standing[str(shard.path)] = there(number, shard.layout.size)
@@ -86,7 +87,7 @@ def sizes(parts: tuple[UploadPart, ...], copied: bool) -> list[int]:
     return [piece.size for part in parts if (part.source is not None) == copied for piece in part.pieces]
 
 
-def test_a_merge_of_70_b_takes_no_more_parts_than_edits_copies_and_limits_need(stored: MergePlan) -> None:
+def test_a_merge_of_70_b_takes_no_more_parts_than_edits_copies_and_limits_need(stored: Plan) -> None:
     """A copy for each range between edits, and for each run of edits as many pieces as fit into memory."""
     parts = upload_parts(stored, Limits())
     edited = sum(span.placed.nbytes for span in stored.edited)
@@ -100,7 +101,7 @@ def test_a_merge_of_70_b_takes_no_more_parts_than_edits_copies_and_limits_need(s
 @pytest.mark.parametrize(
     "limits", [Limits(), Limits(copies=False), Limits(copies=False, uniform=True), Limits(most=40)]
 )
-def test_pieces_are_within_the_limits_and_are_numbered_in_their_order(stored: MergePlan, limits: Limits) -> None:
+def test_pieces_are_within_the_limits_and_are_numbered_in_their_order(stored: Plan, limits: Limits) -> None:
     parts = upload_parts(stored, limits)
     for shard in stored.shards:
         pieces = [piece for part in parts if part.file == shard.name for piece in part.pieces]
@@ -113,7 +114,7 @@ def test_pieces_are_within_the_limits_and_are_numbered_in_their_order(stored: Me
             assert len({piece.size for piece in pieces[:-1]}) == 1
 
 
-def test_every_edited_chunk_is_in_one_part(stored: MergePlan) -> None:
+def test_every_edited_chunk_is_in_one_part(stored: Plan) -> None:
     """Chunks are the unit of digests, so a worker has to make each of them whole."""
     parts = upload_parts(stored, Limits())
     for part in parts:
@@ -128,11 +129,11 @@ def test_every_edited_chunk_is_in_one_part(stored: MergePlan) -> None:
     assert edited <= {name for part in parts for name, _, _ in part.chunks}
 
 
-def test_a_file_that_fits_into_no_upload_is_refused(stored: MergePlan) -> None:
+def test_a_file_that_fits_into_no_upload_is_refused(stored: Plan) -> None:
     with pytest.raises(loratool.UsageError, match="pass --shard-size"):
         upload_parts(stored, replace(Limits(), most=2))
 
 
-def test_nothing_is_copied_of_a_base_on_this_disk(plan: MergePlan) -> None:
+def test_nothing_is_copied_of_a_base_on_this_disk(plan: Plan) -> None:
     assert Path(plan.base.root).is_dir()
     assert sizes(upload_parts(plan, Limits()), copied=True) == []
