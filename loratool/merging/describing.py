@@ -9,7 +9,7 @@ from loratool.merging.merge_options import MergeOptions
 from loratool.merging.output_layout import ShardPlan, Span
 from loratool.merging.plan import Plan
 from loratool.merging.resources import estimated_memory
-from loratool.results.plan import MergePlan, PlannedAdapter, PlannedTensor, SourceFile, TensorEdit
+from loratool.results.plan import MergePlan, PlannedAdapter, PlannedEdit, PlannedTensor, SourceFile
 
 
 def described(plan: Plan, options: MergeOptions) -> MergePlan:
@@ -18,11 +18,13 @@ def described(plan: Plan, options: MergeOptions) -> MergePlan:
     base, files = plan.base, {shard.name: shard.layout.size for shard in plan.shards}
     packed, plain = base.weights if isinstance(base, Decoded) else {}, frozenset(plan.plain)
     adapters = zip(plan.adapters, plan.weights, strict=True)
+    spans = tuple(planned_tensor(plan, shard, span) for shard in plan.shards for span in shard.spans)
     return MergePlan(
         base=base.name,
         base_files=len(base.shards),
         adapters=tuple(PlannedAdapter(each.name, weight, len(each.updates)) for each, weight in adapters),
-        spans=tuple(planned_tensor(shard, span) for shard in plan.shards for span in shard.spans),
+        spans=spans,
+        edits=tuple(edit for span in spans for edit in span.edits),
         copied=plan.copied,
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
@@ -45,10 +47,15 @@ def described(plan: Plan, options: MergeOptions) -> MergePlan:
     )
 
 
-def planned_tensor(shard: ShardPlan, span: Span) -> PlannedTensor:
-    edits = tuple(TensorEdit(edit.adapter, edit.target, str(edit.rule), part_of(edit, span)) for edit in span.edits)
-    source = SourceFile(span.source.path)
-    return PlannedTensor(span.placed, shard.name, shard.place(span), span.shape, source, edits)
+def planned_tensor(plan: Plan, shard: ShardPlan, span: Span) -> PlannedTensor:
+    edits = tuple(
+        PlannedEdit(
+            plan.adapters[edit.adapter].name, edit.target, str(edit.rule), span.placed.name, part_of(edit, span)
+        )
+        for edit in span.edits
+    )
+    numbers, source = tuple(edit.adapter for edit in span.edits), SourceFile(span.source.path)
+    return PlannedTensor(span.placed, shard.name, shard.place(span), span.shape, source, edits, numbers)
 
 
 def part_of(edit: Edit, span: Span) -> str:

@@ -24,10 +24,9 @@ def page_of(plan: MergePlan) -> Page:
 
 
 def blocks_of(plan: MergePlan) -> Iterator[Block]:
-    edits = plan.edits
     yield Tiles(
         [
-            ("updates", f"{len(edits):,}"),
+            ("updates", f"{len(plan.edits):,}"),
             ("copied", f"{plan.copied:,}"),
             *([("gain, forecast", f"{plan.gain_forecast:.4f}")] if plan.gain_forecast is not None else []),
             ("to read", size(plan.bytes_read)),
@@ -44,7 +43,7 @@ def blocks_of(plan: MergePlan) -> Iterator[Block]:
     if len(plan.files) > 1:
         yield Group("Weight files of the output", "", [files(plan.files)])
     columns = [Column(name) for name in ("target", "tensor", "part", "rule", "adapter")]
-    rows = [(bare(e["target"]), e["tensor"], e["part"], e["rule"], e["adapter"]) for e in edits]
+    rows = [(bare(e.target), e.tensor, e.part, e.rule, e.adapter) for e in plan.edits]
     about = "The rule is how the weight was found in the base; the part is the rows and columns that are changed."
     yield Table(plural(len(rows), "update"), columns, rows, about)
     yield Facts(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from loratool.errors import printable
 from loratool.files.safefile import TensorInfo
@@ -29,7 +29,8 @@ class PlannedAdapter:
     updates: int
 
 
-class PlannedEdit(TypedDict):
+@dataclass(frozen=True)
+class PlannedEdit:
     """What an adapter would change."""
 
     adapter: str
@@ -39,29 +40,31 @@ class PlannedEdit(TypedDict):
     part: str  # rows and columns, as a slice; empty for all of them
 
 
-class PlanTable(TypedDict):
+@dataclass(frozen=True, kw_only=True)
+class PlanTable:
     """What a merge would do. Sizes are bytes."""
 
     base: str
-    adapters: list[PlannedAdapter]
-    edits: list[PlannedEdit]
+    adapters: tuple[PlannedAdapter, ...]
+    edits: tuple[PlannedEdit, ...]
     copied: int  # tensors carried over byte for byte
-    plain: list[str]  # weights that are packed in the base and plain in the output
-    requantized: list[str]  # edited weights that are packed in the output too
+    plain: tuple[str, ...]  # weights that are packed in the base and plain in the output
+    requantized: tuple[str, ...]  # edited weights that are packed in the output too
     bytes_read: int
     bytes_written: int
     bytes_read_again: int  # of the output, where it is compared with its digests or gets the SHA-256 of whole files
-    gain_forecast: float | None  # the part of the updates that rounding is expected to leave
-    gains_forecast: dict[str, float]  # the same by module
+    gain_forecast: float | None = None  # the part of the updates that rounding is expected to leave
+    gains_forecast: Mapping[str, float] = field(default_factory=dict)  # the same by module
     peak_memory: int
-    files: dict[str, int]  # weight file → its size
-    side_files: list[str]
-    left_out: list[str]
-    simulations: list[Simulation]  # as many as numbers of workers were asked for
-    notes: list[Note]
+    files: Mapping[str, int]  # weight file → its size
+    side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    simulations: tuple[Simulation, ...] = ()  # as many as numbers of workers were asked for
+    notes: tuple[Note, ...]
     cost: Cost  # of planning
 
 
+@dataclass(frozen=True, kw_only=True)
 class PlannedOutput(PlanTable):
     """What one of several merges would do."""
 
@@ -76,16 +79,6 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class TensorEdit:
-    """What an adapter would change of one tensor."""
-
-    adapter: int  # which of the plan's adapters
-    target: str
-    rule: str  # by which the weight was found in the base
-    part: str  # rows and columns, as a slice; empty for all of them
-
-
-@dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of the output."""
 
@@ -94,58 +87,28 @@ class PlannedTensor:
     at: int  # the byte of that file where it begins
     shape: tuple[int, ...]  # of the weight, which differs from the tensor's where that is packed
     source: SourceFile
-    edits: tuple[TensorEdit, ...]
+    edits: tuple[PlannedEdit, ...]
+    adapters: tuple[int, ...]  # which of the plan's each edit is of; several may have one name
 
 
-@dataclass(frozen=True, repr=False)
-class MergePlan(Result):
-    """What a merge would do. `PlanTable` says what is in the fields that `--json` prints too."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MergePlan(Result, PlanTable):
+    """What a merge would do, with more than `--json` prints. Sizes are bytes."""
 
-    base: str
     base_files: int
-    adapters: tuple[PlannedAdapter, ...]
     spans: tuple[PlannedTensor, ...]  # in the order of the output's files, and of their bytes
-    copied: int
-    bytes_read: int
-    bytes_written: int
-    bytes_read_again: int
-    peak_memory: int
-    files: Mapping[str, int]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    notes: tuple[Note, ...]
     rounding: str
-    plain: tuple[str, ...]
-    requantized: tuple[str, ...]
     packing: str  # how the base is quantised, in words; empty where it is not
     left_packed: int  # weights that stay as they are packed in the base
     decoded: Mapping[str, Sequence[str]]  # dtype → the weights that are decoded into it
-    gain_forecast: float | None = None  # None: not forecast
-    gains_forecast: Mapping[str, float] = field(default_factory=dict)
-    simulations: tuple[Simulation, ...] = ()
 
     @cached_property
     def edited(self) -> tuple[PlannedTensor, ...]:
         return tuple(span for span in self.spans if span.edits)
 
-    @property
-    def edits(self) -> list[PlannedEdit]:
-        """Every edit as `--json` prints it."""
-        return [
-            {
-                "adapter": self.adapters[edit.adapter].name,
-                "target": edit.target,
-                "rule": edit.rule,
-                "tensor": span.placed.name,
-                "part": edit.part,
-            }
-            for span in self.edited
-            for edit in span.edits
-        ]
-
     def to_dict(self) -> dict[str, Any]:
         """What `loratool merge --dry-run --json` prints; `peak_memory` is that of a merge with these settings."""
-        return {"schema": SCHEMA, **{name: plain(getattr(self, name)) for name in PlanTable.__annotations__}}
+        return {"schema": SCHEMA, **{each.name: plain(getattr(self, each.name)) for each in fields(PlanTable)}}
 
     def __str__(self) -> str:
         """What a merge would do, for people."""
@@ -186,8 +149,8 @@ def edit_lines(plan: MergePlan) -> list[str]:
     parts: dict[tuple[int, str, str, str, str], list[str]] = {}
     for span in plan.edited:
         about = f"{'×'.join(map(str, span.shape))} {span.placed.dtype}"
-        for edit in span.edits:
-            parts.setdefault((edit.adapter, edit.target, edit.rule, span.placed.name, about), []).append(edit.part)
+        for adapter, edit in zip(span.adapters, span.edits, strict=True):
+            parts.setdefault((adapter, edit.target, edit.rule, span.placed.name, about), []).append(edit.part)
     lines = by_key(
         (
             (adapter, template_of(target)[0], rule, template_of(tensor)[0], about),
