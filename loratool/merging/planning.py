@@ -73,6 +73,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     side_files = tuple(files[name] for name in sorted(files))
     check_names([PROVENANCE, *(s.name for s in shards), *files])
     notes += rounding_notes(shards, options.rounding)
+    packed = {span.packed for shard in shards for span in shard.spans if span.packed}
     naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
     return Plan(
         base=base,
@@ -85,8 +86,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
         notes=tuple(notes),
         naming=naming,
         rounding=options.rounding,
-        plain=tuple(sorted(plain)),
-        anew=tuple(sorted({span.packed for shard in shards for span in shard.spans if span.packed})),
+        plain=tuple(sorted(plain - packed)),
+        anew=tuple(sorted(packed)),
         accepts_loss=options.accept_loss,
         packed_by=f"--gguf-type {options.gguf_type}" if options.gguf_type else "--requantize",
     )

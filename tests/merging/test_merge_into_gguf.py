@@ -191,6 +191,19 @@ def test_edited_matrices_may_be_packed_as_the_package_packs_them(
     assert loratool.verify(tmp_path / "out.gguf", base=base, adapters=folder).exit_code == 0
 
 
+def test_a_plan_does_not_call_plain_what_is_packed_anew(tmp_path: Path) -> None:
+    base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.Q8_0)
+    folder = adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj"))
+    again, other, plain = (loratool.plan(base, folder, gguf_type=kind) for kind in ("q8_0", "q4_0", "f16"))
+    queries = tuple(f"blk.{layer}.attn_q.weight" for layer in range(LAYERS))
+    assert (again.requantized, again.plain) == (other.requantized, other.plain) == (queries, ())
+    assert (plain.requantized, plain.plain) == ((), queries)
+    packed = sum(kind == "Q8_0" for kind, _ in raw_of(base).values())
+    for plan in (again, other, plain):
+        assert f"stay as they are: {packed - LAYERS}" in str(plan)
+        assert ("become plain" in str(plan)) == (plan is plain)
+
+
 def test_packing_that_loses_the_update_is_refused_unless_it_is_accepted(tmp_path: Path) -> None:
     base = write_llama(tmp_path / "base.gguf", WEIGHTS, Kind.F16)
     folder = adapter(tmp_path / "adapter", factors(WEIGHTS, "q_proj", size=1e-3))
