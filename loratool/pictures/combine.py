@@ -119,7 +119,7 @@ def facts(report: CombineReport) -> Iterator[tuple[str, object]]:
     yield "error", f"{percent(totals.truncated)} by truncation to this rank, {percent(totals.stored)} by rounding"
     yield "dtype", report.dtype
     for name in report.adapters:
-        yield name, f"norm of the result {number(totals.norm_ratio[name])} × its own"
+        yield name, f"norm of the result {number(totals.norm_ratio[name])} × that of its weighted update"
     yield from ((pair, met(report, pair)) for pair in totals.cosine)
     yield from cost_rows(report.cost)
     yield from (("note", note) for note in report.notes)

@@ -58,7 +58,7 @@ MEASURED = {
     "parameters": "parameters",
     "bytes_before": "bytes of factors, before",
     "bytes": "bytes of factors",
-    "norm_ratio": "norm of the result / own norm",
+    "norm_ratio": "norm of the result / norm of the weighted update",
     "all": "in total",
     "worst_error": "‖ΔW − ΔW'‖ / ‖ΔW‖ of the worst layer",
     "energy_kept": "fraction of ‖ΔW‖² kept",

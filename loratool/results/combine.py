@@ -132,7 +132,9 @@ def share(totals: CombinedTotals, name: str) -> str:
     if totals.energy_kept[name] is None and totals.norm_ratio[name] is None:
         return "adds nothing"
     ratio = number(totals.norm_ratio[name])
-    return f"{kept(totals.energy_kept[name])} of its energy kept, norm of the result {ratio} × its own"
+    return (
+        f"{kept(totals.energy_kept[name])} of its energy kept, norm of the result {ratio} × that of its weighted update"
+    )
 
 
 def met(report: CombineReport, pair: str) -> str:

@@ -49,16 +49,15 @@ def dialect_of(source: Contents) -> str:
 
 
 def named_alike(sources: Sequence[Contents], dialect: str = "") -> list[Contents]:
-    """The same adapters, all of several in the names of one dialect: that of the first, where none is given.
+    """The same adapters, all of several in the names of one dialect; where none is given, in that of the first, or of
+    the first that is not PEFT's, which has no names for text encoders.
 
     Raises `FitError` where these are not known: no architecture has the weights of all.
     """
     dialects = [dialect_of(source) for source in sources]
-    wanted = dialect or dialects[0]
-    if (
-        len(sources) == 1 or not {*dialects, wanted} <= OF_IMAGES
-    ):  # targets of others are the names of one model in memory
-        return list(sources)
+    wanted = dialect or next((own for own in dialects if own in OF_IMAGES), dialects[0])
+    if len(sources) == 1 or wanted not in OF_IMAGES or not all(map(is_of_images, sources, dialects)):
+        return list(sources)  # targets of others are the names of one model in memory
     known = [readings(source.layers) for source in sources]
     styles = {
         (one_style(source, own), found[0].layout if found else "")
@@ -79,6 +78,11 @@ def named_alike(sources: Sequence[Contents], dialect: str = "") -> list[Contents
     found = [in_dialect(source, wanted, architecture) for source in sources]
     first = found[0].adapter
     return [replace(found[0], adapter=replace(first, notes=(*first.notes, *notes))), *found[1:]]
+
+
+def is_of_images(source: Contents, dialect: str) -> bool:
+    """Whether an adapter's dialect, or else its names, are those of image and video models."""
+    return dialect in OF_IMAGES or (dialect in LAYOUTS and bool(readings(source.layers)))
 
 
 def in_dialect(source: Contents, dialect: str, architecture: str) -> Contents:

@@ -559,6 +559,29 @@ def test_a_type_that_is_not_merged_is_not_sent_to_a_merge(tmp_path: Path) -> Non
     assert not [f.repair for f in facts.findings if "loratool merge" in f.repair]
 
 
+def test_an_image_model_s_adapter_in_peft_s_format_has_no_notes_on_servers_of_language_models(tmp_path: Path) -> None:
+    """Flux has projections called as heads of language models are, and diffusers asks for no task."""
+    module = "base_model.model.single_transformer_blocks.0.proj_out"
+    tensors = {f"{module}.lora_A.weight": normal(1, 15360, seed=1), f"{module}.lora_B.weight": normal(3072, 1, seed=2)}
+    facts: Any = loratool.inspect(
+        write(tmp_path / "adapter", tensors, r=1, target_modules=["proj_out"], task_type=None), check=True
+    )
+    assert facts.models == ("Flux", "HunyuanVideo")
+    assert facts.findings == ()
+
+
+def test_what_cannot_be_merged_is_not_sent_to_a_merge_for_a_server(tmp_path: Path) -> None:
+    """A classifier that is adapted and saved whole, in PEFT's own copies of it."""
+    tensors = sound_tensors()
+    for way in ("modules_to_save", "original_module"):
+        tensors[f"{PREFIX}score.{way}.lora_A.weight"] = normal(4, 8, seed=90)
+        tensors[f"{PREFIX}score.{way}.lora_B.weight"] = normal(2, 4, seed=91)
+    tensors[f"{PREFIX}score.weight"] = normal(2, 8, seed=92)
+    found = check(write(tmp_path / "adapter", tensors, modules_to_save=["score"]))
+    assert {"not-mergeable", "vllm-saved"} <= found.keys()
+    assert not [f.repair for f in found.values() if "loratool merge" in f.repair]
+
+
 def test_the_tasks_that_are_known_are_pefts() -> None:
     """PEFT refuses a config with any other."""
     from peft import TaskType

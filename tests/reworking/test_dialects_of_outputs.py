@@ -124,6 +124,19 @@ def test_adapters_of_two_dialects_are_combined_in_another_that_is_asked_for(firs
     close(delta(load_file(tmp_path / "comfy.safetensors"), module), wanted)
 
 
+@pytest.mark.parametrize("peft_first", [True, False])
+def test_an_image_adapter_of_peft_s_is_compared_with_one_of_another_tool(peft_first: bool, tmp_path: Path) -> None:
+    """PEFT's names have no `unet.` in front; ⟨ΔW₁, ΔW₂⟩ is that of the formula."""
+    factors = {"A": numbers(3, 4, seed=20), "B": numbers(6, 3, seed=21)}
+    module = f"base_model.model.{IN_DIFFUSERS.removeprefix('unet.')}"
+    peft = save_peft(tmp_path / "peft", {f"{module}.lora_{side}.weight": each for side, each in factors.items()}, r=3)
+    one = kohya(tmp_path / "one.safetensors")
+    report = loratool.compare([peft, one] if peft_first else [one, peft])
+    x, y = delta(load_file(one), f"lora_unet_{Q}"), factors["B"].double() @ factors["A"].double()
+    (found,) = report.totals.values()
+    assert found.cosine == pytest.approx(float((x * y).sum() / (x.norm() * y.norm())), abs=1e-6)
+
+
 def test_another_dialect_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
     source = kohya(tmp_path / "a.safetensors")
     loratool.resize(source, tmp_path / "small.safetensors", rank=1, to="diffusers")

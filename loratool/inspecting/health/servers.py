@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import WRITTEN, format_of
+from loratool.adapters.kinds import image_models, kinds_of_adapter
 from loratool.algebra.updates.additive import Add, LowRank
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
@@ -110,6 +111,9 @@ class Served:
 
     @property
     def merge(self) -> str:
+        """The command that merges it; empty where it cannot be merged."""
+        if self.adapter.unsupported:
+            return ""
         base = quoted(Path(self.fit.base.path)) if self.fit else "BASE"
         return f"loratool merge {base} {quoted(self.path)} -o OUT"
 
@@ -129,7 +133,7 @@ def innermost(update: Update) -> Update:
 def look_at_servers(adapter: Adapter, path: Path, fit: Fit | None) -> Iterator[Finding]:
     """What each server would do with it."""
     form = format_of(adapter)
-    if adapter.dialects:  # of an image model, which none of them serves
+    if adapter.dialects or image_models(kinds_of_adapter(adapter)):  # which none of them serves
         return
     if form is not WRITTEN:
         yield Finding(

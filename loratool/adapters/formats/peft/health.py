@@ -12,6 +12,7 @@ from loratool.adapters.formats.found import MISSING_PARTNER
 from loratool.adapters.formats.peft import keys, support
 from loratool.adapters.formats.peft.draft import UNGATHERED
 from loratool.adapters.formats.peft.files import AGAINST_TENSORS, CONFIG
+from loratool.adapters.kinds import image_models, kinds_of_adapter
 from loratool.adapters.patterns import match_patterns
 from loratool.algebra.updates.residual import Residual
 from loratool.errors import printable
@@ -102,7 +103,8 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
     for reason in adapter.unsupported:
         if not moved or reason != support.why_refused(start):
             yield Finding("note", "not-mergeable", reason)
-    if not adapter.config.get("task_type"):
+    is_of_images = bool(image_models(kinds_of_adapter(adapter)))  # to which diffusers adds adapters
+    if not adapter.config.get("task_type") and not is_of_images:
         yield Finding(
             "note",
             "task-not-named",
@@ -110,7 +112,7 @@ def look_at_config(adapter: Adapter, path: Path) -> Iterator[Finding]:
             "generation methods",
             f'set "task_type" in {CONFIG}, to "CAUSAL_LM" for a language model',
         )
-    elif (task := adapter.config["task_type"]) not in TASKS:
+    elif (task := adapter.config.get("task_type")) and task not in TASKS:
         yield Finding(
             "note",
             "task-unknown",
