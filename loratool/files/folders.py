@@ -62,8 +62,9 @@ def folder_and_name(place: Path) -> tuple[Path, str]:
 def record_for(place: Path) -> Path:
     """The record of a folder, or of one file, which may have its own."""
     folder, only = folder_and_name(place)
-    sidecar = sidecar_of(place)
-    return sidecar if only and sidecar.is_file() else folder / PROVENANCE
+    if only and (sidecar := sidecar_of(place)).is_file():
+        return sidecar
+    return folder / PROVENANCE
 
 
 class LeftOut(NamedTuple):

@@ -29,7 +29,7 @@ LARGEST_CONFIG = 16 << 20  # bytes of a config, or any other JSON file that is p
 LARGEST_RECORD = 64 << 20  # bytes of a `loratool.json`, which lists digests of every tensor
 LARGEST_INDEX = 256 << 20  # bytes of an index
 MOST_VALUES = 2_500_000  # arrays, objects and entries of one JSON text
-LONGEST_NUMBER = 4300  # digits, which is what Python itself reads; a number of a million would take it seconds
+LONGEST_NUMBER = 308  # digits: an integer of more may be beyond float64, and nothing that is read here counts so far
 DEEPEST = 127  # levels of arrays and objects, as in the reference parser of safetensors
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # organisation/name

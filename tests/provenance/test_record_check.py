@@ -46,6 +46,17 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COMMANDS = ("merge", "rescale", "combine", "resize", "extract")
 
 
+@pytest.mark.parametrize("command", ["inspect --check", "record", "verify"])
+@pytest.mark.parametrize("place", [".", "adapter_model.safetensors"])
+def test_the_working_folder_and_a_file_in_it_have_the_record_that_is_there(
+    command: str, place: str, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of the folder has no name, to which that of a file's own record could be added."""
+    monkeypatch.chdir(outputs / "rescale")
+    name, *options = command.split()
+    assert cli.run([name, place, *options]) == 0
+
+
 def flip_low_bit(path: Path) -> None:
     """The lowest bit of the last value: what nothing but a digest finds."""
     raw = bytearray(path.read_bytes())
