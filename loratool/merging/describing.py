@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from loratool.bases.decoded import Decoded
 from loratool.bases.edits import Edit
 from loratool.grouping import by_key
@@ -18,7 +20,10 @@ def described(plan: Plan, options: MergeOptions) -> MergePlan:
     base, files = plan.base, {shard.name: shard.layout.size for shard in plan.shards}
     packed, plain = base.weights if isinstance(base, Decoded) else {}, frozenset(plan.plain)
     adapters = zip(plan.adapters, plan.weights, strict=True)
-    spans = tuple(planned_tensor(plan, shard, span) for shard in plan.shards for span in shard.spans)
+    source = cache(SourceFile)  # one for all tensors of a file
+    spans = tuple(
+        planned_tensor(plan, shard, span, source(span.source.path)) for shard in plan.shards for span in shard.spans
+    )
     return MergePlan(
         base=base.name,
         base_files=len(base.shards),
@@ -47,14 +52,14 @@ def described(plan: Plan, options: MergeOptions) -> MergePlan:
     )
 
 
-def planned_tensor(plan: Plan, shard: ShardPlan, span: Span) -> PlannedTensor:
+def planned_tensor(plan: Plan, shard: ShardPlan, span: Span, source: SourceFile) -> PlannedTensor:
     edits = tuple(
         PlannedEdit(
             plan.adapters[edit.adapter].name, edit.target, str(edit.rule), span.placed.name, part_of(edit, span)
         )
         for edit in span.edits
     )
-    numbers, source = tuple(edit.adapter for edit in span.edits), SourceFile(span.source.path)
+    numbers = tuple(edit.adapter for edit in span.edits)
     return PlannedTensor(span.placed, shard.name, shard.place(span), span.shape, source, edits, numbers)
 
 

@@ -13,7 +13,7 @@ from loratool.notes import Note
 from loratool.results.base import SCHEMA, Cost, Result, plain
 from loratool.results.failure import ErrorData, error_data
 from loratool.results.merge import MergeReport
-from loratool.results.plan import PlannedOutput
+from loratool.results.plan import PlanTable
 from loratool.results.profile import Profile
 
 Each = TypeVar("Each", bound=Result)
@@ -59,6 +59,13 @@ class ResultsOfOutputs(Result, Generic[Each]):
             for out, each in self.reports.items()
         )
         return "\n\n".join([*made, *(f"{printable(out)}: failed: {error}" for out, error in self.errors.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedOutput(PlanTable):
+    """What one of several merges would do."""
+
+    out: str
 
 
 class FailedOutput(TypedDict):

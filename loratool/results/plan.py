@@ -64,13 +64,6 @@ class PlanTable:
     cost: Cost  # of planning
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedOutput(PlanTable):
-    """What one of several merges would do."""
-
-    out: str
-
-
 @dataclass(frozen=True)
 class SourceFile:
     """A file that a tensor is read from."""
