@@ -108,6 +108,15 @@ def test_rslora_on_experts_divides_alpha_by_the_root_of_the_rank_of_one_expert(t
     assert_same_model(tmp_path / "out", case.by_peft, case.architecture.edited, case.base)
 
 
+def test_a_router_does_not_tell_the_orientation_of_experts(tmp_path: Path) -> None:
+    """Down projections of gpt-oss are square, its router is a matrix stored (out, in)."""
+    targets = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj", "mlp.router.weight"]}
+    case = train(tmp_path, ARCHITECTURES["gpt_oss"], **targets)
+    report = loratool.merge(case.base, case.adapter, tmp_path / "out")
+    assert "expert-orientation-guessed" in {note.code for note in report.notes}
+    assert_same_model(tmp_path / "out", case.by_peft, LAYERS * 2, case.base)
+
+
 def test_patterns_name_a_parameter_by_its_own_path(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "rank_pattern": {"experts.gate_up_proj": 3, "q_proj": 2},

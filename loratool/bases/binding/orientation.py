@@ -63,7 +63,7 @@ class Orientation:
             if isinstance(update, ExpertFactors):
                 if match.open:
                     self.open_experts = True
-                else:
+                elif is_stack(update, match):
                     self.experts.setdefault(target.rpartition(".")[0], set()).add(bool(match.turned))
             elif is_matrix(update, match):
                 leaf = leaf_of(match)
@@ -254,6 +254,12 @@ def bias_shows(tensors: Mapping[str, TensorInfo], weight: str) -> bool | None:
     if own is None or bias is None or len(own.shape) != 2 or len(bias.shape) != 1 or own.shape[0] == own.shape[1]:
         return None
     return bias.shape[0] == own.shape[1] if bias.shape[0] in own.shape else None
+
+
+def is_stack(update: ExpertFactors, match: Match) -> bool:
+    """Whether a parameter has a matrix for each expert; one that is a matrix, such as a router, shows nothing of those."""
+    places = match.straight or match.turned
+    return update.experts != 1 and (len(places) > 1 or places[0].fold > 1)
 
 
 def is_matrix(update: Update, match: Match) -> bool:
