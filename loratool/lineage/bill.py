@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loratool.errors import InputError, VerificationError, escaped, printable
+from loratool.errors import VerificationError, escaped, printable
 from loratool.files.digests import Digest, is_hex, read_recorded, sha256_of
 from loratool.files.folders import folder_and_name, record_for
 from loratool.files.hub_cache import HUB_ID
@@ -69,30 +69,20 @@ def bill_of(place: Path) -> Part:
         raise VerificationError(f"{printable(place)}: is not what its record says; {record.WAY_OUT}:", problems)
     listed: Mapping[str, Digest | None] = read_recorded(table) or {place.name: None}
     folder, path = folder_and_name(place)[0], record_for(place)
-    names = [*listed, *([path.name] if path.is_file() else [])]
+    # one that is missing counts for nothing in the model, as its comparison with the record found no problem
+    names = [name for name in dict.fromkeys((*listed, path.name)) if (folder / name).is_file()]
     with ThreadPoolExecutor(cores()) as pool:
         known = {name: digest.sha256 for name, digest in listed.items() if digest and digest.sha256}
-        found = dict(zip(names, pool.map(lambda n: known.get(n) or whole(folder / n), names), strict=True))
+        found = dict(zip(names, pool.map(lambda n: known.get(n) or sha256_of(folder / n), names), strict=True))
     files = tuple(
         Content(printable(n), (folder / n).stat().st_size, found[n], tree.root, tree.header)
         if (digest := listed.get(n)) and (tree := digest.tree)
         else Content(printable(n), (folder / n).stat().st_size, found[n])
         for n in names
-        if found[n]
     )
     made = str(table.get("made_by", ""))
     part = part_of("output", {"name": os.path.basename(os.path.abspath(place)), "made": table})
     return replace(part, kind="model" if made == "loratool merge" else "adapter", files=files)
-
-
-def whole(path: Path) -> str:
-    """SHA-256 of a file; empty where it is not there, which its comparison with the record has said."""
-    try:
-        return sha256_of(path)
-    except InputError:
-        if path.exists():
-            raise
-        return ""
 
 
 def part_of(role: str, entry: Mapping[str, Any]) -> Part:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -451,3 +451,51 @@ def test_a_dtype_that_nobody_knows_is_a_damaged_file(compressed: Compressed, tmp
     expanding = partial(loratool.expand, tmp_path / "fleet", "a0", tmp_path / "out")
     with pytest.raises(loratool.InputError, match="dtype"):
         (adding if which == "shared" else expanding)()
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], None]:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        del tensors[next(each for each in tensors if each.endswith(name))]
+
+    return spoil
+
+
+def turned(tensors: dict[str, Tensor]) -> None:
+    name = next(each for each in tensors if each.endswith("/0/U"))
+    tensors[name] = tensors[name].mT.contiguous()
+
+
+def moved(tensors: dict[str, Tensor]) -> None:
+    for name in [each for each in tensors if "/0/" in each]:
+        tensors[name.replace("/0/", "/9/")] = tensors.pop(name)
+
+
+def cut(tensors: dict[str, Tensor]) -> None:
+    name = next(each for each in tensors if each.endswith("/0/M"))
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("which", "spoil", "told"),
+    [
+        ("shared", without("/0/V"), "/0: neither a matrix nor two factors"),
+        ("shared", turned, "/0: neither a matrix nor two factors"),
+        ("a0", moved, "/9: there are no such directions"),
+        ("a0", cut, "directions"),
+    ],
+)
+def test_tensors_that_do_not_belong_together_are_named(
+    compressed: Compressed, tmp_path: Path, which: str, spoil: Callable[[dict[str, Tensor]], None], told: str
+) -> None:
+    """A part that is missing, or of other shapes, in either file; the header is as it was."""
+    shutil.copytree(compressed[0], tmp_path / "fleet")
+    path = tmp_path / "fleet" / f"{which}.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    spoil(tensors)
+    save_file(tensors, path, metadata)
+    with pytest.raises(loratool.InputError) as caught:
+        loratool.expand(tmp_path / "fleet", "a0", tmp_path / "out")
+    assert all(told in problem for problem in caught.value.problems)
+    assert not (tmp_path / "out").exists()

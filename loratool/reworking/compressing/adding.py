@@ -124,8 +124,7 @@ def check(sources: Sequence[Contents], bases: Opened, folder: Path, options: Com
     for source in sources:
         for target, layer in source.layers.items():
             for cluster in bases.clusters.get(target, ()):
-                tensors = bases.file.tensors
-                shape = (tensors[f"{target}/{cluster}/U"].shape[0], tensors[f"{target}/{cluster}/V"].shape[1])
+                shape = bases.shapes[target, cluster]
                 if shape != (layer.rows, layer.columns):
                     problems.append(
                         f"{printable(target)}: {layer.rows} × {layer.columns} in {source.name}, {shape[0]} × {shape[1]} "

@@ -43,6 +43,7 @@ MARK, ABOUT, DIGEST = COMPRESSED, "about", "sha256_of_shared"
 VERSION = "1"
 OTHER = "other/"
 OWN = "own"
+WHOLE = ("UV", "BA", "M")  # which parts a cluster has; of two the product counts
 NO_DIGEST = "0" * 64  # until that of the shared file is known
 
 
@@ -70,6 +71,26 @@ class Opened:
         found = by_key((target, cluster) for target, cluster, _ in parts)
         return {target: tuple(dict.fromkeys(every)) for target, every in found.items()}
 
+    @cached_property
+    def shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(target, cluster) → (rows, columns) of what is stored, of a stack (experts, rows, columns).
+
+        Raises `InputError` where that is neither a matrix nor a product.
+        """
+        stored = (name.rsplit("/", 2) for name in self.file.tensors if not name.startswith(OTHER))
+        found, wrong = {}, []
+        for (target, cluster), parts in by_key(((target, cluster), part) for target, cluster, part in stored).items():
+            names = next((names for names in WHOLE if {*names} == {*parts}), "")
+            sizes = [self.file.tensors[f"{target}/{cluster}/{part}"].shape for part in names]
+            left, right = (sizes[0], sizes[-1]) if sizes else ((), ())
+            if len(left) in (2, 3) and (names == "M" or (*left[:-2], left[-1]) == right[:-1]):
+                found[target, cluster] = (*left[:-1], right[-1])
+            else:
+                wrong.append(f"{printable(f'{target}/{cluster}')}: neither a matrix nor two factors")
+        if wrong:
+            raise InputError(f"{printable(self.file.path)}: it is damaged:", wrong)
+        return found
+
 
 def opened(path: Path) -> Opened:
     """One of these files; raises `InputError` for any other."""
@@ -88,7 +109,9 @@ def opened(path: Path) -> Opened:
         raise InputError(f"{shown}: its metadata do not say what is in it")
     if odd := [n for n in file.tensors if not n.startswith(OTHER) and n.count("/") < 2]:
         raise InputError(f"{shown}: tensors of unknown names:", map(printable, odd))
-    return Opened(file, about)
+    found = Opened(file, about)
+    _ = found.shapes  # which are those of matrices
+    return found
 
 
 def open_shared(folder: Path) -> Opened:
@@ -118,7 +141,22 @@ def open_member(folder: Path, name: str, shared: Opened) -> Opened:
     found = opened(path)
     if found.digest != shared.digest:
         raise InputError(f"{printable(path)}: was made with another {SHARED}")
+    if wrong := [*misfits(found, shared)]:
+        raise InputError(f"{printable(path)}: it does not fit {SHARED}:", wrong)
     return found
+
+
+def misfits(member: Opened, shared: Opened) -> Iterator[str]:
+    """What an adapter's file has that is not of the shapes of the shared directions."""
+    for (target, cluster), shape in member.shapes.items():
+        where = printable(f"{target}/{cluster}")
+        if cluster == OWN:
+            if unlike := {shared.shapes[target, each] for each in shared.clusters.get(target, ())} - {shape}:
+                yield f"{where}: {' × '.join(map(str, shape))}, and the layer is {' × '.join(map(str, min(unlike)))}"
+        elif not shared.has(target, cluster, "U"):
+            yield f"{where}: there are no such directions"
+        elif {*shape} != {count := shared.file.tensors[f"{target}/{cluster}/U"].shape[1]}:
+            yield f"{where}: {' × '.join(map(str, shape))}, and there are {count} directions"
 
 
 def form_record(form: Form) -> dict[str, Any]:
