@@ -21,6 +21,7 @@ WARNINGS = frozenset(
         "fp8-cast",
         "gain-not-measurable",
         "no-common-layer",
+        "not-taken-out",
         "peft-loses-layers",
         "update-lost-in-rounding",
     }

@@ -72,7 +72,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
     files |= {index.name: index for index in plan_indexes(base, shards)}
     side_files = tuple(files[name] for name in sorted(files))
     check_names([PROVENANCE, *(s.name for s in shards), *files])
-    notes += rounding_notes(shards, options.rounding)
+    notes += rounding_notes(shards, options.rounding) + removal_notes(shards)
     packed = {span.packed for shard in shards for span in shard.spans if span.packed}
     naming = (*options.maps, options.fan_in_fan_out, *(a.packing for a in adapters))
     return Plan(
@@ -137,6 +137,15 @@ def rounding_notes(shards: Sequence[ShardPlan], rounding: str) -> list[Note]:
     others = {e.target for e in edits if isinstance(e.update, Add) or not e.update.adds_products}
     text = f"not products of two factors, so rounded to the nearest value: {listed(others)}"
     return [Note("rounded-to-nearest", text)] if others else []
+
+
+def removal_notes(shards: Sequence[ShardPlan]) -> list[Note]:
+    """A note where a negative weight is to take updates out that are other ones for the weight that they are in."""
+    edits = (edit for shard in shards for span in shard.spans for edit in span.edits)
+    kept = {edit.target for edit in edits if edit.strength < 0 and edit.update.depends_on_weight}
+    why = "a negative weight does not take out an update that depends on the weight, such as DoRA's"
+    text = f"{listed(kept)}: {why}; use the model from before the merge"
+    return [Note("not-taken-out", text)] if kept else []
 
 
 def packed_anew(base: Checkpoint, changes: OutputChanges) -> frozenset[str]:

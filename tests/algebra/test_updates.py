@@ -251,6 +251,17 @@ def test_an_update_changes_a_weight_alike_with_and_without_preparation(name: str
     torch.testing.assert_close(fitted.delta(weight), prepared.reshape(shape))
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if not name.startswith(("Replace", "Image"))])
+def test_a_change_depends_on_the_weight_where_it_is_another_one_for_another_weight(name: str) -> None:
+    given, shape = KINDS[name].make(random(5), 4, 3, 2)
+    changes = []
+    for seed in (6, 7):
+        weight, fitted = random(seed)(*shape), given.fit(shape)
+        assert fitted is not None
+        changes.append(fitted.prepared(blocks_of(weight, fitted.fold, 3)).delta(weight))
+    assert given.depends_on_weight == (not torch.allclose(changes[0], changes[1]))
+
+
 ORDERS = {"heads by halves": RowOrder(2), "parts of groups": RowOrder(2, (1, 1))}
 MATRICES = [name for name, kind in KINDS.items() if len(kind.make(random(5), 4, 4, 2)[1]) == 2]
 

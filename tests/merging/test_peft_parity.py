@@ -113,7 +113,8 @@ def test_taking_the_adapter_out_again_returns_to_the_base_within_rounding(case: 
         with pytest.raises(loratool.FitError, match=r"classifier\.weight.*cannot undo"):
             loratool.merge(merged, [case.adapter], out, weights=[-1.0])
         return
-    loratool.merge(merged, [case.adapter], out, weights=[-1.0])
+    report = loratool.merge(merged, [case.adapter], out, weights=[-1.0])
+    assert "not-taken-out" not in {note.code for note in report.notes}
     after = read_tensors(out)
     for name, before in read_tensors(case.base).items():
         assert float((after[name] - before).abs().max()) <= 1e-6 * max(1.0, float(before.abs().max())), name
@@ -190,6 +191,17 @@ def test_rank_and_alpha_patterns_are_matched_as_peft_matches_them(llama: Path, t
         return next((a for tail, a in alphas.items() if module.endswith(tail)), 6.0) / rank
 
     check(build_case(tmp_path, LLAMA, llama, **settings), tmp_path / "out", scale=scale)
+
+
+def test_dora_is_not_taken_out_again_and_that_is_said(llama: Path, tmp_path: Path) -> None:
+    """Its lengths are those of the rows of the weight that it is merged into."""
+    case = build_case(tmp_path, LLAMA, llama, use_dora=True)
+    loratool.merge(llama, [case.adapter], tmp_path / "merged")
+    report = loratool.merge(tmp_path / "merged", [case.adapter], tmp_path / "out", weights=[-1.0])
+    (note,) = (note for note in report.notes if note.code == "not-taken-out")
+    assert "layers.{0-1}.self_attn.q_proj" in note.text
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(read_tensors(tmp_path / "out")[name], read_tensors(llama)[name], atol=1e-3)
 
 
 def test_all_linear_adapts_every_linear_layer_but_the_head(llama: Path, tmp_path: Path) -> None:

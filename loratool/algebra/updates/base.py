@@ -29,6 +29,7 @@ class Update:
     fold: ClassVar[int] = 1
     looks_at_base: ClassVar[bool] = False  # `add_rows` wants the unmerged rows as well
     replaces: ClassVar[bool] = False  # puts saved values in the weight's place, so that others build on them
+    depends_on_weight: ClassVar[bool] = False  # ΔW is another one for another W, and no negative strength takes it out
     adds_products: ClassVar[bool] = (
         False  # ΔW is the sum of its `products`, which can be added exactly and rounded once
     )

@@ -20,6 +20,10 @@ class Pair(Update):
         return self.first.looks_at_base or self.second.looks_at_base
 
     @property
+    def depends_on_weight(self) -> bool:  # type: ignore[override]  # a constant for the other kinds
+        return self.first.depends_on_weight or self.second.depends_on_weight
+
+    @property
     def needs_weight(self) -> bool:
         return self.first.needs_weight or self.second.needs_weight
 
@@ -111,6 +115,8 @@ class Image(Update):
     vector: Tensor  # (columns,)
     weight: Tensor | None = None  # (rows and more, columns), once it is known
     start: int = 0  # row of `weight` that belongs to the first element
+
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ class Magnitude(Wrapped):
     norms: Tensor | None = None  # of W + ΔW by column, once prepared; as many as `magnitude`
 
     looks_at_base = True
+    depends_on_weight = True
 
     @property
     def needs_weight(self) -> bool:

@@ -26,6 +26,8 @@ class Scale(Update):
     repeat: int = 1  # columns of the matrix for one factor, once fitted
     turnable: bool = False
 
+    depends_on_weight = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         size = self.factors.shape[0]
@@ -59,6 +61,7 @@ class Modulated(Wrapped):
     """ΔW = W ⊙ P, W being the unmerged weight and P the change by `inner`, which only adds: HiRA (Huang et al., ICLR 2025)."""
 
     looks_at_base = True
+    depends_on_weight = True
 
     @property
     def turned(self) -> Modulated:
@@ -84,6 +87,8 @@ class Rotation(Update):
     blocks: Tensor  # (n, size, size)
     shared: bool = False  # one block serves for all
     of_matrix: bool = False  # a convolution is multiplied by the transposes: OneTrainer rotates its weight, not inputs
+
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,6 +130,7 @@ class RowRotation(Update):
     weight: WeightRows | None = None  # once prepared
 
     needs_weight = True
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -194,6 +200,7 @@ class InputMap(Update):
     repeat: int = 1  # columns of the matrix for one of `left`, once fitted
 
     looks_at_base = True
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -224,6 +231,8 @@ class Reflections(Update):
 
     units: Tensor  # (columns, r), of length 1
 
+    depends_on_weight = True
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (ANY, self.units.shape[0])
@@ -251,6 +260,8 @@ class BlockAffine(Update):
     """Every square block of W, in block row n, becomes itself @ (I + blocks[n]) + blocks[n]: MiSS in its `bat` form."""
 
     blocks: Tensor  # (rows / size, size, size)
+
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:

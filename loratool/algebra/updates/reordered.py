@@ -59,6 +59,10 @@ class Reordered(Wrapped):
         return self.inner.adds_products
 
     @property
+    def depends_on_weight(self) -> bool:  # type: ignore[override]
+        return self.inner.depends_on_weight
+
+    @property
     def needs_weight(self) -> bool:
         return self.inner.needs_weight
 

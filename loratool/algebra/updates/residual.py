@@ -25,6 +25,7 @@ class Residual(Wrapped):
     in_out: bool = False  # how the weight is stored
 
     needs_weight = True
+    depends_on_weight = True
 
     @property
     def turned(self) -> Residual:

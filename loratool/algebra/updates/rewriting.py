@@ -30,6 +30,7 @@ class Injection(Oriented):
     down: Tensor | None  # (r, columns)
 
     needs_weight = True
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,6 +73,7 @@ class Network(Update):
     scale: float
 
     needs_weight = True
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,6 +114,7 @@ class Pairs(Update):
     dimensions: int = 2  # of the weight; a bias is changed alike
 
     needs_weight = True
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,6 +148,7 @@ class Recomposed(Oriented):
     values: Tensor  # (n,)
 
     needs_weight = True
+    depends_on_weight = True
 
     @property
     def shape(self) -> tuple[int, ...]:
