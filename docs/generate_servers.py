@@ -18,7 +18,7 @@ HEAD = """\
 
 `loratool convert ADAPTER -o OUT --for SERVER` writes an adapter that the server reads as it was trained
 ([Converting](converting.md)). Such rules age: each row has the release that it was seen in, and when. A newer release is
-taken to be like the newest one in the table.
+assumed to be like the newest one in the table.
 """
 
 

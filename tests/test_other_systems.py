@@ -98,7 +98,7 @@ SWAPS = (
     "folders cannot be swapped in one step on this system; while an output was being replaced, it did not exist for a "
     "moment"
 )
-MEMORY = "this system does not report process memory; peak memory is given as 0"
+MEMORY = "this system does not report process memory; peak memory is reported as 0"
 FOLDERS = "folders cannot be synced on this system; a power failure right after the end may undo the last rename"
 LOCKS = "no file locks on this system; two runs may write the same output at once"
 SPACE = "this system does not report free disk space, so it is not checked whether the output fits"

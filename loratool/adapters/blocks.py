@@ -69,7 +69,7 @@ class BlockWeights:
         shown = ", ".join(runs(there))
         if idle := [word for word, blocks in self.spelled.items() if known.isdisjoint(blocks)]:
             raise UsageError(
-                f"{FLAG}: no adapted weight lies in {', '.join(map(printable, idle))}; they are in {shown}"
+                f"{FLAG}: the adapter changes nothing in {', '.join(map(printable, idle))}; it changes {shown}"
             )
         own = {block for blocks in self.spelled.values() for block in blocks}
         covered = {
@@ -82,7 +82,9 @@ class BlockWeights:
                 f"lists come from multiply these by 0: add {','.join(f'{block}=0' for block in left)}, or other factors"
             )
         if self.factors and all(self.named(block) is None for block in there):
-            raise UsageError(f"{FLAG}: no adapted weight lies in {', '.join([*self.factors][:6])}; they are in {shown}")
+            raise UsageError(
+                f"{FLAG}: the adapter changes nothing in {', '.join([*self.factors][:6])}; it changes {shown}"
+            )
 
 
 def runs(blocks: Iterable[str]) -> list[str]:
@@ -133,5 +135,5 @@ def blocks_named(name: str, word: str) -> list[str]:
     elif match := BLOCK.fullmatch(name):
         return [f"{match['kind']}{int(match['number']):02d}" if match["number"] else match["kind"]]
     raise UsageError(
-        f"{FLAG}: {printable(repr(word))} names no block; they are {BASE}, {CLIP}, {T5}, {MID} and {', '.join(KINDS)} with numbers"
+        f"{FLAG}: {printable(repr(word))} is not a block; blocks are {BASE}, {CLIP}, {T5}, {MID} and {', '.join(KINDS)} with numbers"
     )

@@ -327,7 +327,7 @@ def why_not(update: Update, verb: str) -> str:
     if isinstance(inner, Residual):
         return (
             "training began by subtracting a part from the base (PiSSA, OLoRA or KaSA), so the adapter's change is "
-            f"its factors minus that part, which takes the base to compute; {WAY_OUT}"
+            f"its factors minus that part, which needs the base to compute; {WAY_OUT}"
         )
     return f"its update ({type(inner).__name__}) is not a product of two factors and cannot be {verb.removesuffix('e')}ed; {WAY_OUT}"
 

@@ -217,4 +217,6 @@ def module_files(folder: Path) -> dict[str, Path]:
 
 def without_config(path: Path) -> InputError:
     """The error for weights whose config is not where it should be."""
-    return InputError(f"{printable(path)} is missing, and with it the rank and alpha; copy it from the training output")
+    return InputError(
+        f"{printable(path)} is missing, so the rank and alpha are unknown; copy it from the training output"
+    )

@@ -33,7 +33,7 @@ def why_not(base: Checkpoint, name: str) -> str:
     if row.shifted:
         return "a GGUF file stores it with 1 added to it"
     if any(found.name.endswith(stack) for stack in STACKS.values()):
-        return "it holds all experts of a layer, which transformers holds otherwise"
+        return "it holds all experts of a layer, which transformers stores differently"
     if row.order is not None and not base.is_ordered(there):
         return "a GGUF file stores its rows in another order"
     return ""

@@ -87,9 +87,9 @@ def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
     ]
     if packed:
         raise InputError(
-            f"{printable(path)}: quantised in a way that is not read ({printable(packed[0])} is "
-            f"{held[packed[0]].dtype}), so the stored shapes are not those of the weights; pass the model before "
-            "quantisation, or its config.json"
+            f"{printable(path)}: quantised in a format that loratool does not read ({printable(packed[0])} is "
+            f"{held[packed[0]].dtype}), so the stored shapes are not those of the weights; pass the unquantised model, "
+            "or its config.json"
         )
     tensors = {name: t for name, t in held.items() if t.dtype in FLOAT_NAMES and not is_buffer(name, t.shape)}
     shapes = {name: info.shape for name, info in tensors.items()}

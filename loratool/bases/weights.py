@@ -238,7 +238,7 @@ class Slice(OfAnother):
 
 @dataclass(frozen=True)
 class Filled(OfAnother):
-    """A weight that is filled up with zeros to a larger shape, for more inputs or outputs."""
+    """A weight that is padded with zeros to a larger shape, for more inputs or outputs."""
 
     shape: tuple[int, ...]
 

@@ -39,15 +39,13 @@ completion = library_command(
     click.argument("shell", type=click.Choice([*INSTALLED]), metavar="bash|zsh|fish"),
     help="""Print a script that completes commands, options, dialects, servers and target modules.
 
-    Write one of these into your shell's start-up file; for fish, type it once:
+    Add the line for bash or zsh to your shell's start-up file; for fish, type the last line once.
 
     \b
-    bash: eval "$(loratool completion bash)"
-    zsh:  eval "$(loratool completion zsh)"
-    fish: loratool completion fish > ~/.config/fish/completions/loratool.fish
-
-    \b
-    Example: loratool completion bash
+    Examples:
+      eval "$(loratool completion bash)"
+      eval "$(loratool completion zsh)"
+      loratool completion fish > ~/.config/fish/completions/loratool.fish
     """,
     name="completion",
 )

@@ -12,10 +12,10 @@ compress = library_command(
     CompressOptions,
     click.argument("adapters", type=OPERAND, nargs=-1, required=True, metavar="DIR|ADAPTER..."),
     click.option("-o", "--output", "out", type=PATH, cls=Output, metavar="OUT", help="Output folder."),
-    help="""Compress many adapters of one base together: they share directions of each module.
+    help="""Compress many adapters of one base by sharing directions in each module.
 
-    DIR is a folder of adapters. OUT gets shared.safetensors and a small file for each adapter, of which `loratool
-    expand` makes a plain adapter again. Where sharing does not pay, adapters are truncated instead.
+    DIR is a folder of adapters. OUT gets shared.safetensors and a small file for each adapter, from which `loratool
+    expand` makes an ordinary adapter. Where sharing does not pay, adapters are truncated instead.
 
     \b
     Examples:

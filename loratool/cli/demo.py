@@ -29,7 +29,7 @@ class DemoOptions(Options):
 def demo(folder: Path, options: DemoOptions, screen: Screen) -> None:
     """Build a small base and an adapter, merge them, and check the result against the formula.
 
-    With --learn, a lesson is played on them instead: what is trained, ΔW by hand, which rank, α, merging and
+    With --learn, they are used for a lesson instead: what is trained, ΔW by hand, which rank, α, merging and
     unmerging. All files stay in DIR.
 
     \b

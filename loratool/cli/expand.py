@@ -12,7 +12,7 @@ expand = library_command(
     click.argument("shared", type=OPERAND, metavar="FLEET"),
     click.argument("name", metavar="NAME"),
     OUT,
-    help="""Write one of the adapters that `loratool compress` put into FLEET as a plain adapter.
+    help="""Write one of the adapters that `loratool compress` put into FLEET as an ordinary adapter.
 
     \b
     Example: loratool expand ./fleet style -o ./style

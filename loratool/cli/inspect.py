@@ -33,12 +33,12 @@ class InspectWords(InspectOptions, PartialWords):
 
 @click.command()
 @click.argument("paths", type=OPERAND, nargs=-1, metavar="PATH...")
-@click.option("--from-file", type=PATH, metavar="LIST", help="Also the paths in a file, one a line; - is stdin.")
+@click.option("--from-file", type=PATH, metavar="LIST", help="Also the paths in a file, one per line; - is stdin.")
 @click_options(InspectWords)
 @with_pictures(InspectOptions)
 @click.option("--csv", "as_csv", is_flag=True, help="Of several adapters, print the table as CSV.")
 @click.option(
-    "--jsonl", "as_lines", is_flag=True, help="Of several adapters, print one JSON object a line, as they are read."
+    "--jsonl", "as_lines", is_flag=True, help="Of several adapters, print one JSON object per line, as they are read."
 )
 @output_options
 def inspect(

@@ -27,7 +27,7 @@ Llama-2-7B from a table of known models and for the base in this folder:"""
 TRAINED_AFTER = """\
 To train every weight, AdamW needs 12 bytes for each parameter: 2 for the weight, 2
 for its gradient and 8 for two moments. For 7 billion parameters that is the 84 GB
-that one often reads. The model has 6.74 billion, which makes 80.86 GB. With LoRA,
+that is often quoted. The model has 6.74 billion: 80.86 GB. With LoRA,
 almost all that is left is the frozen base."""
 BY_HAND = """\
 {folder}/matrix is a model with a single weight of 6 × 4, and {folder}/matrix-adapter
@@ -41,9 +41,9 @@ SPECTRUM_AFTER = """\
 Three directions hold 99 % of the energy: 0.8² + 0.6² + 0.3² is 99.1 % of the sum.
 The remaining rank was not used. The error is √(1 − 0.991) = 9.5 % of ‖ΔW‖."""
 ALPHA = """\
-ΔW = s·BA, so α is a strength: half of α makes half of the change. The strength of a
-trained adapter can be changed by another α, or by -w when it is merged. Both make
-the same model, as verify proves:"""
+ΔW = s·BA, so α is a strength: half the α means half the change. The strength of a
+trained adapter can be changed with another α, or with -w when it is merged. Both
+result in the same model, as verify proves:"""
 MERGE = """\
 W₀ + ΔW has the shape of W₀. After merging there is one matrix again:"""
 MERGE_AFTER = """\
@@ -127,7 +127,7 @@ def first_scenes(home: Path) -> list[Scene]:
             lambda: f"The file has W₀ + ΔW, as by hand:\n\n{work.merged_matrix(home)}",
         ),
         Scene(
-            "the rank, by spectrum",
+            "the rank, from the spectrum",
             SPECTRUM.format(folder=home),
             [
                 ("inspect", f"{home}/adapter", "--values"),
@@ -153,7 +153,7 @@ def last_scenes(home: Path, after_merge: Callable[[], str], after_unmerge: Calla
         ),
         Scene("merging", MERGE, [("merge", base, adapter, "-o", f"{home}/merged")], after_merge),
         Scene(
-            "unmerging, and how near it comes",
+            "unmerging, and how close it comes",
             UNMERGE,
             [("merge", f"{home}/merged", adapter, "-w", "-1", "-o", f"{home}/unmerged")],
             after_unmerge,

@@ -10,10 +10,10 @@ run = library_command(
     function,
     ManifestOptions,
     click.argument("manifest", type=PATH, metavar="FILE"),
-    help="""Do the steps of a manifest, as far as their outputs are not up to date.
+    help="""Run the steps of a manifest whose outputs are not up to date.
 
     FILE is YAML, or - for stdin: a list of `steps`, each a command with the keywords of the library. Paths start from
-    the folder of FILE; with -, from the working folder. A step is done again only if its options, the digests of its inputs or its output have changed; after an
+    the folder of FILE; with -, from the working folder. A step runs again only if its options, the digests of its inputs or its output have changed; after an
     interruption, run the same command again to continue.
 
     \b

@@ -59,8 +59,8 @@ class MergeWords(MergeAndPushOptions):
     )
     dry_run: bool = option(help="Print the plan; write nothing.", default=False, kind=FLAG)
     abort: bool = option(
-        help="Remove what an unfinished merge in parts, or any unfinished output in a store, left of OUT, and nothing else; "
-        "no BASE is needed.",
+        help="Remove what an unfinished merge in parts, or any unfinished output in a store, left behind; no BASE is "
+        "needed.",
         default=False,
         kind=FLAG,
     )
@@ -76,7 +76,7 @@ class MergeWords(MergeAndPushOptions):
     type=PATH,
     cls=Output,
     metavar="OUT",
-    help="Output folder, or s3://bucket/prefix; a file for a BASE of one file.",
+    help="Output folder, or s3://bucket/prefix; a file if BASE is one file.",
 )
 @click.option(
     "--base",
@@ -89,7 +89,7 @@ class MergeWords(MergeAndPushOptions):
     "--also",
     multiple=True,
     metavar="OUT=ADAPTER",
-    help="Also write the merge of BASE and ADAPTER as another output, at the same reading of BASE; may be repeated. "
+    help="Also write the merge of BASE and ADAPTER as another output, reading BASE once for all; may be repeated. "
     "The ADAPTERs of one OUT are merged together.",
 )
 @click_options(MergeWords)

@@ -39,7 +39,7 @@ NAMES = {
     "expand": "{name}",
     "rebase": "{adapter}-rebased",
 }
-EMPTY = "it is empty; is a variable of the shell not set?"
+EMPTY = "it is empty; is a shell variable unset?"
 MERGED = re.compile(rb'\{\s*"made_by": "loratool merge"')  # how the record of a merge begins
 MOST_NAMED = 3  # operands that such a name is made of
 

@@ -37,7 +37,7 @@ OUT = click.option(
     cls=Output,
     required=True,
     metavar="OUT",
-    help="Output folder; a file for an adapter of one file.",
+    help="Output folder, or a file for an adapter that is one file.",
 )
 
 

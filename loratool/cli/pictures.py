@@ -50,7 +50,7 @@ class Pictures:
         if self.html is not None:
             write_page(results, self.html, overwrite=self.overwrite)
         if self.svg is not None and not write_svgs(results, self.svg, overwrite=self.overwrite):
-            sentence = "nothing was written, as there are no figures of this"
+            sentence = "nothing was written, because there are no figures for this"
             click.echo(f"note: --svg {printable(self.svg)}: {sentence}", err=True)
 
 
@@ -61,5 +61,5 @@ def apart(flag: str, path: Path, out: Path | None) -> None:
     real, folder = os.path.realpath(path), os.path.realpath(out)
     if real == folder or real.startswith(os.path.join(folder, "")):
         raise UsageError(
-            f"{flag} {printable(path)} is inside OUT, the folder {printable(out)}; choose a place outside of it"
+            f"{flag} {printable(path)} is inside OUT, the folder {printable(out)}; choose a path outside it"
         )

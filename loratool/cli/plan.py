@@ -13,12 +13,12 @@ plan = library_command(
     click.argument("base", type=A_MODEL),
     click.argument("adapters", type=AN_ADAPTER, nargs=-1, metavar="ADAPTER..."),
     click.option(
-        "-o", "--output", "out", type=PATH, cls=Output, metavar="OUT", help="Output of the merge, if it is known yet."
+        "-o", "--output", "out", type=PATH, cls=Output, metavar="OUT", help="Output of the merge, if already known."
     ),
     help="""Show what a merge would do, without doing it.
 
-    The options are those of merge. Of a BASE on the Hub only headers are read. With --simulate, the plan also shows how
-    long the merge takes with some numbers of workers (merge --part I/N), what limits it and what it moves.
+    The options are those of merge. Only headers of a BASE on the Hub are read. With --simulate, the plan also shows
+    how long the merge takes with given numbers of workers (merge --part I/N), what limits it and what it moves.
 
     \b
     Examples:

@@ -9,7 +9,7 @@ rebase = library_command(
     RebaseOptions,
     ADAPTER,
     OUT,
-    help="""Carry an adapter from the base that it was trained on to a sibling of it, such as a newer release.
+    help="""Transfer an adapter from the base that it was trained on to a sibling, such as a newer release.
 
     Both bases are compared where the adapter changes them. What the new one already holds of the update is taken off
     it. Limits come from toy models: test the adapter on its new base.

@@ -12,8 +12,8 @@ record = library_command(
     click.argument("out", type=PATH),
     help="""Print what an output was made of, as a bill of materials.
 
-    OUT is a folder that loratool made. Its files are compared with loratool.json first, and get the SHA-256 of all
-    their bytes. SPDX and CycloneDX take the extra package: pip install "loratool[bom]".
+    OUT is a folder that loratool made. Its files are first compared with loratool.json and hashed with SHA-256.
+    SPDX and CycloneDX need an extra package: pip install "loratool[bom]".
 
     \b
     Examples:

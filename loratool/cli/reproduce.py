@@ -13,8 +13,8 @@ reproduce = library_command(
     OUT,
     help="""Repeat the run that made an output, and compare all bytes.
 
-    MADE is what loratool made. Its inputs are looked for by name in this folder and next to MADE, on the Hub, and by
-    their digests in each FOLDER of --from; those with other digests than loratool.json has are refused. Exit code 0
+    MADE is an output of loratool. Its inputs are looked for by name in this folder and next to MADE, on the Hub, and by
+    their digests in each FOLDER of --from; inputs whose digests differ from loratool.json are refused. Exit code 0
     means that all bytes are the same, 5 that some differ.
 
     \b

@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping
 import click
 
 OPERANDS = """\
-BASE is a model, ADAPTER what training saved. Each is one of
+BASE is a model, ADAPTER is what training saved. Each is one of
   ./folder                       as transformers, diffusers or PEFT save it
   ./file.safetensors, ./m.gguf   one file
-  org/name[@revision][:folder]   a repository on the Hub, hf://org/name too
+  org/name[@revision][:folder]   a repository on the Hub; also hf://org/name
   s3://bucket/prefix             in an object store (docs/object-stores.md)
   auto                           for BASE: the one that the adapter names
 
-What exists here wins over the others. `~` and patterns such as adapters/* are
-expanded. Swapped operands, a folder too high or too low, a run folder with one
-checkpoint and a file where its folder is due are recognised, and a note says
-what was read. Where several things can be meant, the error ends with the
-command for the likeliest.
+A local path takes precedence. `~` and patterns such as adapters/* are expanded.
+Swapped operands, a folder too high or too low, a run folder with one
+checkpoint and a file instead of its folder are recognised, and a note says what
+was read. If an operand is ambiguous, the error ends with the likeliest command.
 
   loratool merge ./base ./my-adapter -o ./merged
   loratool merge me/my-adapter -o ./merged
@@ -26,7 +25,7 @@ command for the likeliest.
 
 DIALECTS = """\
 A dialect is how a tool names an adapter's tensors and records its strength.
-Every command reads all of them; `inspect` says which one a file is in.
+Every command reads all of them; `inspect` shows which one a file uses.
 
 `convert` writes another one, reads it back and compares the update of every
 layer. It writes:{dialects}
@@ -37,12 +36,12 @@ layer. It writes:{dialects}
 QUANTISED = """\
 A base may be stored in bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8, MXFP4,
 NVFP4, HQQ, torchao, quanto or GGUF. By default the weights that an adapter
-changes become plain, and everything else stays as it is, bit for bit.
+changes become plain, and everything else is copied bit for bit.
 
   --dequantize    write every weight plain
   --requantize    put changed weights back into the base's format; the report
-                  says how much of the update is left, and too little is refused
-  --accept-loss   write it even then
+                  says how much of the update is left; too little is refused
+  --accept-loss   write it anyway
 
   loratool inspect ./base-4bit
   loratool merge ./base-4bit ./my-adapter -o ./merged --dry-run"""
@@ -50,7 +49,7 @@ changes become plain, and everything else stays as it is, bit for bit.
 MEMORY = """\
 A merge reads and writes a few rows at a time, so its memory does not grow with
 the model. It is about the number of workers times a block of rows, and what
-torch itself takes. `--dry-run` says how much that is.
+torch itself takes. `--dry-run` shows how much that is.
 
   --max-memory SIZE   5GB, 400MB or 5GiB; fewer workers and smaller blocks
   --workers N         threads
@@ -78,9 +77,9 @@ EXIT_CODES = """\
   3    an input is malformed or not supported
   4    the adapter does not fit the base, or more would be lost than allowed
   5    verification failed
-  6    the disk or the file system refused
-  7    the Hub or a store refused, or is out of reach
-  130  interrupted; 143 terminated; 141 nobody reads the output
+  6    a disk or file-system error
+  7    the Hub or a store refused, or is unreachable
+  130  interrupted; 143 terminated; 141 the reader closed the output
 
 Errors go to stderr, all problems of an input at once, and end with the command
 to type next.
@@ -111,8 +110,8 @@ is an object too: "error" with its code, exit_code, message, problems and hint.
 prints the JSON Schema of what `inspect --json` prints; every command has one."""
 
 SERVERS = """\
-Servers take less than adapters can hold. `convert --for` chooses the dialect
-and bakes in what a server cannot express: the scale, one rank for all layers,
+Servers support less than adapters can express. `convert --for` chooses the
+dialect and bakes in what a server does not support: the scale, several ranks,
 DoRA. It knows:{servers}
 
 Or merge: a merged model is a plain model, which every server loads and which
@@ -124,7 +123,7 @@ is as fast as its base.
 LEARNING = """\
 LoRA trains W' = W + (alpha/r)·B·A, with B (out, r) and A (r, in) instead of W.
 
-  loratool demo                         a base and an adapter, made and merged
+  loratool demo                         makes and merges a base and an adapter
   loratool demo ./lesson --learn        six steps on files, explained
   loratool estimate ./base --rank 8 --target q_proj,v_proj
                                         parameters and memory before training
@@ -132,7 +131,7 @@ LoRA trains W' = W + (alpha/r)·B·A, with B (out, r) and A (r, in) instead of W
                                         how much rank an adapter really uses
   loratool rescale ./my-adapter -o ./weaker --scale 0.5
   loratool merge ./merged ./my-adapter -w -1 -o ./base-again
-                                        a merge taken back
+                                        undoes a merge
 
 The page docs/what-lora-is.md has the mathematics, and a layer to try."""
 
@@ -164,7 +163,7 @@ TOPICS: Mapping[str, tuple[str, str | Callable[[], str]]] = {
     "exit-codes": ("for scripts", EXIT_CODES),
     "hub": ("repositories, tokens and the cache", HUB),
     "json": ("results for programs", JSON),
-    "servers": ("what vLLM, SGLang and others take", known_servers),
+    "servers": ("what vLLM, SGLang and others accept", known_servers),
     "learning": ("what LoRA is, shown on files", LEARNING),
 }
 

@@ -24,10 +24,10 @@ verify = library_command(
         metavar="ADAPTER",
         help="An adapter that was merged into it; may be repeated.",
     ),
-    help="""Prove a merged model, whoever made it, and explain what is wrong.
+    help="""Verify a merged model, whichever tool made it, and explain what is wrong.
 
     With MERGED alone, every file is compared with its loratool.json. With BASE and ADAPTER, every tensor is compared
-    with the formula, in ulp; nothing is written. Exit code 0 means proven, 5 that the model is something else.
+    with the formula, in ulp; nothing is written. Exit code 0 means proven, 5 that the model differs.
 
     \b
     Examples:

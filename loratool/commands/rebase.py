@@ -27,7 +27,7 @@ def rebase(
     push_progress: Progress | None = None,
     **keywords: Unpack[RebaseKeywords],
 ) -> RebaseReport:
-    """Carry an adapter from the base that it was trained on to another base of the same shapes.
+    """Transfer an adapter from the base that it was trained on to another base of the same shapes.
 
     Where the weights that it changes are equal, it stays as it is. Else its update is multiplied by 1 − c, where c =
     ⟨ΔW, W₂ − W₁⟩ / ‖ΔW‖² is the part of it that the new base holds already, if that is more than chance. Its tensors are

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def run(
     manifest: PathLike, *, progress: Callable[[StepReport], None] | None = None, **keywords: Unpack[ManifestKeywords]
 ) -> RunReport:
-    """Do the steps of a manifest, a YAML file, as far as their outputs are not what they would be.
+    """Run the steps of a manifest, a YAML file, whose outputs are not up to date.
 
     A step is up to date if its output has the digests of its record, and the record has the options of the step and the
     digests of its inputs. After an interruption, the same call continues.

@@ -27,7 +27,7 @@ def verify(
     progress: Progress | None = None,
     **keywords: Unpack[VerifyKeywords],
 ) -> Verification:
-    """Prove a merged model, whoever made it.
+    """Verify a merged model, whichever tool made it.
 
     Without `base` and `adapters`, every file of `merged` is compared with the digests in its `loratool.json`. With
     them, tensors that no adapter changes must be the base's byte for byte, and all others what the formula

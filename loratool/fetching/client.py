@@ -159,7 +159,8 @@ def unreachable(error: BaseException) -> str:
         "xet" in frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)
     ):  # the client's `_upload_xet_files`
         return (
-            f"{endpoint()} does not take files through Xet ({type(error).__name__}: {told(error)}); check the network and "
+            f"{endpoint()} does not accept uploads through Xet ({type(error).__name__}: {told(error)}); check the "
+            "network and "
             "try again, or set HF_HUB_DISABLE_XET=1 to send them without it"
         )
     return (

@@ -155,7 +155,7 @@ def spelled_here(word: str) -> tuple[str, str]:
     if turned != home and os.path.lexists(turned):
         return turned, f"read as {printable(turned)}"
     if not on_the_hub(word) and os.path.isfile(f"{home}.safetensors"):
-        return f"{home}.safetensors", "the file with the ending .safetensors is read"
+        return f"{home}.safetensors", "the file that ends in .safetensors is read"
     return word, ""
 
 
@@ -172,7 +172,7 @@ def nearby(path: Path, role: Role) -> Iterator[tuple[Path, str]]:
         return
     above = Path(os.path.abspath(path)).parent
     if not inside and is_bare(path) and has_weights(above) and is_described(above) and fits(above, role):
-        yield above, f"holds no weights; the {kind_at(above)} that it is a subfolder of is read"
+        yield above, f"holds no weights; the {kind_at(above)} in the parent folder is read"
 
 
 def kind_of_its_own(path: Path, role: Role) -> bool:
@@ -216,9 +216,9 @@ def step_of(folder: Path) -> int:
 def namesakes(operand: Operand) -> list[Note]:
     """That a name on the Hub is that of a folder here, too, which is not read, or of something in a folder that lacks it."""
     if (folder := same_name(operand)) is not None:
-        why = f"the folder ./{printable(folder)} here is not used"
+        why = f"the local folder ./{printable(folder)} is not used"
     elif (folder := parent_here(operand)) is not None:
-        why = f"the folder ./{printable(folder)} here does not contain it"
+        why = f"it is not in the local folder ./{printable(folder)}"
     else:
         return []
     return [Note("operand-on-hub", f"{printable(operand.word)} is read from the Hub; {why}")]

@@ -91,7 +91,7 @@ def taken_apart(path: Path, names: Sequence[str]) -> str:
         f"[save_file({{k: d.pop(k)}}, {stem + '-'!r} + str(i) + '.safetensors') for i, k in enumerate(names)]; "
         f"save_file(d, {stem + '-lora.safetensors'!r}, {{k: v for k, v in (m or {{}}).items() if k not in names}})"
     )
-    return f'save them apart in its folder with: python -c "{printable_code(code)}"'
+    return f'save them separately in its folder with: python -c "{printable_code(code)}"'
 
 
 def unpacking(path: Path) -> str:
@@ -124,7 +124,8 @@ def refuse_compressed(path: Path) -> None:
         return
     name = path.stem if path.stem in names else names[0]
     raise InputError(
-        f"{printable(path)}: contains compressed adapters ({some(names)}); `loratool expand` makes one plain again",
+        f"{printable(path)}: contains compressed adapters ({some(names)}); `loratool expand` writes one as an "
+        "ordinary adapter",
         hint=shell_line(["loratool", "expand", os.fspath(folder), name, "-o", f"./{name}"]),
     )
 

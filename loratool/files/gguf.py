@@ -339,7 +339,7 @@ class Reader:
         elif (shape[-1] if shape else 1) % TYPES[dtype].values:
             why = f"has rows of {shape[-1] if shape else 1} values, not a multiple of a block of {dtype}"
         elif start % alignment:
-            why = f"begins at byte {start}, which is no multiple of {alignment}"
+            why = f"begins at byte {start}, not a multiple of {alignment}"
         else:
             stop = start + bytes_of(dtype, shape)
             if stop > self.size:

@@ -229,7 +229,7 @@ def check_stage(home: Path) -> Journal | None:
 
 def already_there(out: Path, shown: str) -> UsageError:
     """The refusal of an output that is there, which says so where it is that of a run which ended while it cleared up."""
-    ended = ": an earlier run completed it, and was ended just after" if is_published(out) else ""
+    ended = ": an earlier run completed it, and was stopped right after" if is_published(out) else ""
     return UsageError(f"{shown} already exists{ended}; pass --overwrite to replace it", hint="--overwrite")
 
 

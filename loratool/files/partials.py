@@ -99,8 +99,8 @@ class Partials:
         found = [self.read(unit) for unit in range(len(self.costs))]
         if missing := [unit for unit, each in enumerate(found) if each is None]:
             raise VerificationError(
-                f"{printable(self.folder)}: {len(missing)} of {len(found)} partial results are missing or damaged; run the "
-                "workers that are missing, or all that is left with --part 1/1"
+                f"{printable(self.folder)}: {len(missing)} of {len(found)} partial results are missing or damaged; run "
+                "the missing workers, or --part 1/1 for all that is left"
             )
         return [each for each in found if each is not None]
 

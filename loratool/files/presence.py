@@ -170,7 +170,7 @@ def refuse_if_alive(folder: Path, path: Path | None) -> None:
         for worker in workers_in(folder):
             if worker.file == name and worker.alive:
                 raise UsageError(
-                    f"another --finish is at work on this output ({printable(str(worker))}, last heard of "
+                    f"another --finish is running on this output ({printable(str(worker))}, last heard from "
                     f"{worker.seconds:.0f} s ago); if it was killed, run this one again in {SILENT:.0f} s"
                 )
 

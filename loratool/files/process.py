@@ -96,7 +96,7 @@ def peak_memory() -> int:
                 return int(line.split()[1]) * 1024
     if resource is not None:
         return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * MAXRSS_UNIT
-    system.do_without("this system does not report process memory; peak memory is given as 0")
+    system.do_without("this system does not report process memory; peak memory is reported as 0")
     return 0
 
 

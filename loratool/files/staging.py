@@ -352,7 +352,8 @@ def refuse_parts(home: Path) -> None:
     found = check_stage(home)
     if found is not None and found.parts is not None:
         raise UsageError(
-            f"{printable(home)}: contains a merge in parts, perhaps with workers writing it; complete it with --finish, or "
+            f"{printable(home)}: contains a merge in parts, which workers may still be writing; complete it with "
+            "--finish, or "
             "remove it with --abort",
             hint="--finish",
         )

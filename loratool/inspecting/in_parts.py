@@ -63,7 +63,7 @@ def inspect_part(
         inspect(path, with_values(options), None, None, measured)
     except MeasuredError:
         return reports[0]
-    raise UsageError(f"{printable(path)}: not an adapter, whose values --part measures")
+    raise UsageError(f"{printable(path)}: not an adapter; --part measures only adapters")
 
 
 def finish_inspect(path: PathLike, options: InspectOptions, into: PathLike) -> OneFacts:
@@ -84,7 +84,7 @@ def finish_inspect(path: PathLike, options: InspectOptions, into: PathLike) -> O
 def with_values(options: InspectOptions) -> InspectOptions:
     """The options, which must ask for values, and for one adapter."""
     if not options.values:
-        raise UsageError("--part and --finish need --values, which is what takes time")
+        raise UsageError("--part and --finish need --values")
     return options
 
 

@@ -109,7 +109,7 @@ def look_at(
     shown = Path(path)
     if not is_adapter(location):
         if options.near is not None:
-            raise InputError(f"{printable(shown)}: not an adapter, which --near is for")
+            raise InputError(f"{printable(shown)}: not an adapter, so --near does not apply")
         if names := compressed_in(location):
             return look_at_compressed(location, shown, names, options)
         return look_at_checkpoint(location, shown, options)
@@ -158,7 +158,8 @@ def look_at_compressed(location: Path, path: Path, names: Sequence[str], options
     if isinstance(facts, UnreadableFacts):
         return facts
     text = (
-        f"{len(names)} adapters are compressed together: {in_one_line(names)}; `loratool expand` makes one plain again"
+        f"{len(names)} adapters are compressed together: {in_one_line(names)}; `loratool expand` writes one as an "
+        "ordinary adapter"
     )
     return replace(facts, notes=(Note("compressed-adapters", text),))
 

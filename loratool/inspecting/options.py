@@ -36,11 +36,11 @@ class InspectOptions(NamingOptions, OrientationOption, ReadingOptions, DeviceOpt
     )
     top: int = option(help="How many of the nearest to list.", default=10, kind=Number(whole=True, low=1))
     where: str | None = option(
-        help='Of several adapters, list those that meet conditions, such as "rank>16 and base~llama".',
+        help='Of several adapters, list only those that meet conditions, such as "rank>16 and base~llama".',
         metavar="CONDITIONS",
     )
     sort: str | None = option(
-        help="Of several adapters, sort by these fields, separated by commas; - before one has the largest first.",
+        help="Sort several adapters by these fields, separated by commas; - before a field puts the largest first.",
         metavar="FIELD",
     )
 

@@ -70,7 +70,7 @@ def facts_of(base: Decoded) -> PackingFacts:
 def not_read(kinds: Iterable[str]) -> str:
     """Why weights that no codec decodes cannot be edited."""
     names = " or ".join(dict.fromkeys(kinds))
-    return f"weights packed with {names} are not read; pass the model before quantisation, or edit plain modules only"
+    return f"weights packed with {names} are not read; pass the unquantised model, or edit plain modules only"
 
 
 def scheme_facts(base: Decoded, scheme: str, names: Sequence[str]) -> SchemeFacts:

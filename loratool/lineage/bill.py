@@ -66,7 +66,7 @@ def bill_of(place: Path) -> Part:
     """
     table = record_at(place)
     if problems := record.compare(place).problems:
-        raise VerificationError(f"{printable(place)}: is not what its record says; {record.WAY_OUT}:", problems)
+        raise VerificationError(f"{printable(place)}: differs from its record; {record.WAY_OUT}:", problems)
     listed: Mapping[str, Digest | None] = read_recorded(table) or {place.name: None}
     folder, path = folder_and_name(place)[0], record_for(place)
     # one that is missing counts for nothing in the model, as its comparison with the record found no problem

@@ -18,6 +18,7 @@ from loratool.lineage.makers import Maker, Makers
 from loratool.options.described import JsonFile, Options, PathKind, described_by, keyword_near, made_of, nearest
 from loratool.stores.names import is_in_store, parse_store
 
+
 LARGEST = 1 << 20  # bytes of a manifest
 OURS = ("overwrite", "dry_run")  # what `run` decides itself
 HELP = "loratool run --help"  # the hint where a manifest is not understood
@@ -55,7 +56,9 @@ def read_manifest(path: Path, makers: Makers) -> list[Step]:
         raise InputError(f"{shown}: a manifest must be a local file; its steps may name s3:// addresses")
     table = entries(parsed(path), shown)
     if unknown := sorted(table.keys() - {"steps"}):
-        raise InputError(f"{shown}: has unknown keys: {', '.join(map(printable, unknown))}; only steps is known")
+        raise InputError(
+            f"{shown}: unknown keys: {', '.join(map(printable, unknown))}; the only key is steps", hint=HELP
+        )
     if "steps" not in table or not isinstance(table["steps"], yaml.SequenceNode) or not table["steps"].value:
         raise InputError(f"{shown}: steps must be a list of commands with their keywords")
     steps: list[Step] = []
@@ -85,7 +88,7 @@ def parsed(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(
-            f"{shown}{line}: is not YAML ({printable(getattr(error, 'problem', '') or 'malformed')})"
+            f"{shown}{line}: not valid YAML ({printable(getattr(error, 'problem', '') or 'malformed')})", hint=HELP
         ) from None
     if root is None:
         raise InputError(f"{shown}: is empty")

@@ -23,7 +23,7 @@ class RecordOptions(Options):
     """Of `record`."""
 
     format: str = option(
-        help="spdx is SPDX 3.0 with the AI profile, cyclonedx an ML-BOM of CycloneDX 1.6, json our own.",
+        help="spdx is SPDX 3.0 with the AI profile, cyclonedx an ML-BOM of CycloneDX 1.6, json loratool's own.",
         default="json",
         kind=Choice(lambda: FORMATS),
     )

@@ -156,7 +156,7 @@ def compared(place: Path, target: Path, table: Mapping[str, Any]) -> Iterator[Di
     """What differs between an output and the new one, whose record is `table` of the first."""
     single = place.is_file()
     for problem in records.compare(place).problems:
-        yield Difference(printable(place), f"is no longer what its record says: {problem}")
+        yield Difference(printable(place), f"no longer matches its record: {problem}")
     listed = read_recorded(table)
     for name, digest in sorted(listed.items()):
         path = target if single else target / name

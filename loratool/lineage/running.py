@@ -30,7 +30,7 @@ class ManifestOptions(Options):
     """Of `run`."""
 
     dry_run: bool = option(
-        help="Show which steps would be done, and why; write nothing.", default=False, kind=FLAG, recorded=False
+        help="Show which steps would run, and why; write nothing.", default=False, kind=FLAG, recorded=False
     )
 
 

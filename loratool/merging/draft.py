@@ -63,7 +63,7 @@ class Draft:
     notes: list[Note]
     edits: dict[str, list[Edit]] = field(default_factory=dict)  # tensor → its edits
     saved: Saved = field(default_factory=dict)  # tensor → adapter → what that adapter puts in its place to begin from
-    widened: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → its shape, once filled up with zeros
+    widened: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor → its shape, once padded with zeros
     problems: list[str] = field(default_factory=list)
     unsupported: list[str] = field(default_factory=list)
     factors: Factors = field(default_factory=lambda: Factors({}))  # of the weight, by component and block
@@ -77,7 +77,7 @@ class Draft:
         for tensor, shape in trained.widened.items() if weight else ():
             if self.widened.setdefault(tensor, shape) != shape:
                 self.problems.append(
-                    f"{adapter.name}: {printable(tensor)}: several adapters fill it up to other shapes"
+                    f"{adapter.name}: {printable(tensor)}: several adapters pad it to different shapes"
                 )
         for target, places in bound.places.items():
             whole = whole_of(places, self.unedited)
@@ -121,7 +121,7 @@ class Draft:
                 if kind
                 else (f"is stored as {info.dtype}; only {', '.join(FLOAT_NAMES)} weights can be edited")
             )
-            self.unsupported.append(f"{tensor} {found}; pass the model before quantisation as BASE")
+            self.unsupported.append(f"{tensor} {found}; pass the unquantised model as BASE")
         if images_in(place.update):
             return f"depends on the weight of the same layer, but the base has no matching plain weight for {tensor}"
         if weight < 0 and (place.update.replaces or place.tensor in trained.saved):
@@ -271,9 +271,7 @@ class Draft:
             if any(e.update.shape[1:] != shape[1:] for e in self.edits.get(tensor, ())) or tensor in saved:
                 self.problems.append(f"{printable(tensor)}: one adapter fills it up to {list(shape)}, others do not")
             found[tensor] = Origin(Filled(self.unedited(tensor), shape), tensor, info.dtype)
-            text = (
-                f"{printable(tensor)}: filled up with zeros from {list(info.shape)} to {list(shape)}, as it was trained"
-            )
+            text = f"{printable(tensor)}: padded with zeros from {list(info.shape)} to {list(shape)}, as it was trained"
             self.notes.append(Note("tensor-widened", text))
         return found
 

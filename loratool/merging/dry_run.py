@@ -37,7 +37,7 @@ def dry_run(
     simulated = options if isinstance(options, DryRunOptions) else DryRunOptions()
     rates = Rates.of(simulated)
     if rates != Rates() and not simulated.simulate:
-        raise UsageError("rates and --object-store are for a simulation, and need --simulate", hint="--simulate 1,8,64")
+        raise UsageError("--bandwidth and the other options of a simulation need --simulate", hint="--simulate 1,8,64")
     with ExitStack() as stack:
         stored = checked_place(out) if out is not None and is_in_store(out) else None
         if out is None or stored is not None:

@@ -161,7 +161,7 @@ def gain_notes(plan: Plan, gains: Gains) -> Iterator[Note]:
         least, most = min(gains.hidden.values()), max(gains.hidden.values())
         times = f"{most:.2g}" if f"{least:.2g}" == f"{most:.2g}" else f"{least:.2g} to {most:.2g}"
         text = (
-            f"what rounding keeps of the update is not measurable in {len(gains.hidden)} of {every} modules: "
+            f"how much of the update survives rounding is not measurable in {len(gains.hidden)} of {every} modules: "
             f"{listed(gains.hidden)}; the update is {times} times smaller than the steps of its format; {way} to keep it"
         )
         yield Note("gain-not-measurable", text)

@@ -82,7 +82,7 @@ class InMemoryOptions(ChangeOptions, RunOptions):
         kind=DeviceKind(several=False),
     )
     changed_only: bool = option(
-        help="Give only the tensors that the adapters change, replace or add.", default=False, kind=FLAG
+        help="Yield only the tensors that the adapters change, replace or add.", default=False, kind=FLAG
     )
 
 

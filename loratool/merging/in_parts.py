@@ -247,8 +247,8 @@ def complete(merge: PartedMerge, check: Check, progress: Progress | None) -> Map
     records = output.records()
     if missing := [part.name for part in parts if part.name not in records]:
         raise IncompleteError(
-            f"{printable(output.out)}: not published: {len(missing)} of {len(parts)} parts are not made; run the "
-            "workers that are missing, or all that is left with --part 1/1; see --status:",
+            f"{printable(output.out)}: not published: {len(missing)} of {len(parts)} parts are missing; run the "
+            "missing workers, or --part 1/1 for all that is left; see --status:",
             missing,
         )
     refuse_strays(merge)

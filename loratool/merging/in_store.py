@@ -90,7 +90,7 @@ def complete_already(merge: PartedMerge) -> MergeReport:
     assert isinstance(bucket, Bucket)
     bucket.clear()
     recorded = read_recorded(read_record(bucket.path(PROVENANCE)))
-    text = "another run had completed this output; only what its making left was removed"
+    text = "another run had completed this output; only leftovers were removed"
     return MergeReport(
         out=bucket.out,
         edited=len(plan.edited),

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from loratool.merging.plan import Plan
 
-NOTHING = "because every weight rounds back to its old value; the updates are zero or smaller than its steps"
+NOTHING = "because every weight rounds back to its old value; the updates are zero or too small for the dtype"
 
 
 def merge(

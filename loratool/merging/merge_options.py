@@ -43,7 +43,7 @@ class ProofOptions(Options):
     """Of a merge: what is known of its output for sure."""
 
     sha256: bool = option(
-        help="Also record the SHA-256 of each whole weight file, which takes one more reading of it.",
+        help="Also record the SHA-256 of each whole weight file, which reads it once more.",
         default=False,
         kind=FLAG,
     )
@@ -54,7 +54,7 @@ class ProofOptions(Options):
         kind=Choice(lambda: ("new", "full")),
     )
     verify: bool = option(
-        help="Read every file of the output again before it gets its name, and compare it with its digest.",
+        help="Read every file of the output again before publishing it, and compare it with its digest.",
         default=False,
         kind=FLAG,
         recorded=False,
@@ -71,12 +71,13 @@ class ClusterOptions(Options):
     """Of a merge by the tasks of a cluster."""
 
     num_cpus: int | None = option(
-        help="With --workers ray: cores of a task [default: 4, or those of the smallest node; with GPUs those of a node divided by its GPUs, at most 12 for each].",
+        help="With --workers ray: cores per task [default: 4, or those of the smallest node; with GPUs a node's "
+        "cores divided by its GPUs, at most 12 each].",
         kind=Number(whole=True, low=1, high=1024),
         recorded=False,
     )
     num_gpus: int | None = option(
-        help="With --workers ray: GPUs of a task [default: one where the cluster has any, none with --device cpu].",
+        help="With --workers ray: GPUs per task [default: one if the cluster has any, none with --device cpu].",
         kind=Number(whole=True, low=0, high=64),
         recorded=False,
     )

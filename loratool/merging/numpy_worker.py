@@ -100,8 +100,8 @@ class NumpyWorker:
         if (needed := resident_memory() + runtime_memory()) > limit:
             least = -(-needed // 10**6)
             raise UsageError(
-                f"--max-memory: {limit / 10**6:g} MB is too little; {printable(span.placed.name)} has values that only "
-                f"torch can compute, which takes at least {least} MB",
+                f"--max-memory: {limit / 10**6:g} MB is too little; {printable(span.placed.name)} has values that "
+                f"only torch can compute, which needs at least {least} MB",
                 hint=f"--max-memory {least}MB",
             )
 

@@ -135,7 +135,7 @@ class Tasks:
         self.wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
         self.room = sum(map(self.room_on, nodes))
         if not self.room:
-            raise UsageError(f"no node of the cluster has the {cpus} CPUs and {gpus} GPUs that a task is to get")
+            raise UsageError(f"no node of the cluster has the {cpus} CPUs and {gpus} GPUs that a task needs")
         # a process that has prepared its GPU is there for the next task, too: Ray would start another one for each
         self.limits = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES, "max_calls": 0}
         workers, device = (cpus, "cuda") if gpus else (cpus + WAITING_WORKERS, "cpu")

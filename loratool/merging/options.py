@@ -69,8 +69,8 @@ class ChangeOptions(BlockOption, NamingOptions, OrientationOption, ReadingOption
         kind=Choice(lambda: ROUNDINGS),
     )
     dequantize: bool = option(
-        help="Write all of a quantised BASE as plain weights, not only those that an adapter changes; with no ADAPTER "
-        "too.",
+        help="Write all of a quantised BASE as plain weights, not only those that an adapter changes; also without "
+        "an ADAPTER.",
         default=False,
         kind=FLAG,
     )

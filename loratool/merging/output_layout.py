@@ -130,7 +130,7 @@ class OutputChanges:
     """In what the output's tensors and its config differ from those of the base."""
 
     edits: Mapping[str, tuple[Edit, ...]]  # tensor of the output → its edits, replacements first
-    moved: Mapping[str, Origin]  # tensors that begin as what an adapter saved, or filled up with zeros
+    moved: Mapping[str, Origin]  # tensors that begin as what an adapter saved, or padded with zeros
     added: Sequence[Origin]  # tensors that the base has not, which go to the end of its last file
     config: Sequence[ConfigEdit]
     plain: Collection[str] = ()  # packed weights that are not packed any more

@@ -94,7 +94,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: PlanOptio
 
 
 def check_options(base: Checkpoint, options: PlanOptions) -> None:
-    """Raise `UsageError` for options that BASE has no use for, as it is stored, or that exclude each other."""
+    """Raise `UsageError` for options that BASE has no use for, as it is stored, or that are mutually exclusive."""
     kind, gguf, rounds = options.gguf_type, base.is_gguf, options.rounding != "nearest"
     quantised = isinstance(base, Decoded)
     refused = {
@@ -105,7 +105,7 @@ def check_options(base: Checkpoint, options: PlanOptions) -> None:
         f"{base.name}: --shard-size is not for a GGUF BASE; use llama-gguf-split on the output": (
             gguf and options.shard_size is not None
         ),
-        "--gguf-type and --requantize exclude each other": kind and options.requantize,
+        "--gguf-type and --requantize are mutually exclusive": kind and options.requantize,
         f"--gguf-type {kind} rounds to the nearest packed value, so --rounding cannot be used with it": (
             kind and kind not in GGUF_FLOATS and rounds
         ),
@@ -115,7 +115,7 @@ def check_options(base: Checkpoint, options: PlanOptions) -> None:
         f"{base.name}: --requantize is for a quantised BASE, and this one is not quantised": (
             options.requantize and not quantised
         ),
-        "--requantize and --dequantize exclude each other": options.requantize and options.dequantize,
+        "--requantize and --dequantize are mutually exclusive": options.requantize and options.dequantize,
         "--requantize rounds to the nearest packed value, so --rounding cannot be used with it": (
             options.requantize and rounds
         ),

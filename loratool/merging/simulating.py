@@ -56,7 +56,7 @@ class SimulationOptions(Options):
         help="With --simulate: bytes a second of edited weights that a worker computes [default: 500MB].", kind=SIZE
     )
     copy_rate: int | None = option(
-        help="With --simulate: bytes a second that a worker copies and makes digests of [default: 2GB].", kind=SIZE
+        help="With --simulate: bytes a second that a worker copies and hashes [default: 2GB].", kind=SIZE
     )
     startup: float = option(
         help="With --simulate: seconds until a worker has started and read the headers.",

@@ -17,17 +17,15 @@ MOST_COLUMNS = 8  # adapters that get a column of their own
 MOST_MAPS, MOST_MODULES = 3, 500  # of those, that get a map, and modules up to which there is room for it
 
 
-LEAST = Measure[CombinedLayer](
-    "least kept", "energy of the adapter of which the layer keeps least", lambda each: each.least_kept
-)
+LEAST = Measure[CombinedLayer]("least kept", "energy kept of the adapter that loses most", lambda each: each.least_kept)
 MEASURES = (
     Measure[CombinedLayer]("rank", "", lambda each: each.rank),
     Measure[CombinedLayer]("‖ΔW‖", "Frobenius norm of the result", lambda each: each.norm),
-    Measure[CombinedLayer]("truncated", "relative error of the cut to this rank", lambda each: each.truncated),
+    Measure[CombinedLayer]("truncated", "relative error of the truncation to this rank", lambda each: each.truncated),
     Measure[CombinedLayer]("stored", "relative error of rounding", lambda each: each.stored),
     Measure[CombinedLayer]("error", "both together", lambda each: each.error),
     LEAST,
-    Measure[CombinedLayer]("cosine", "of the two adapters that are least unrelated", lambda each: each.widest_cosine),
+    Measure[CombinedLayer]("cosine", "of the two most related adapters", lambda each: each.widest_cosine),
 )  # fmt: skip
 
 
@@ -64,7 +62,7 @@ def blocks(report: CombineReport) -> Iterator[Block]:
         own = [kept_of(name) for name in report.adapters[:MOST_COLUMNS]]
         shares = [share for layer in report.modules.values() if (share := layer.least_kept) is not None]
         bounds = (min(shares, default=0.0), 1.0)
-        about = "Of the adapter of which a layer keeps least, the part of its ‖ΔW‖² that the layer keeps."
+        about = "The part of ‖ΔW‖² that a layer keeps of the adapter that loses most."
         maps = [Map("energy", "Least energy kept by layer and module", about, LEAST, bounds)]
         if len(own) <= MOST_MAPS and len(report.modules) <= MOST_MODULES:
             maps += [
@@ -100,7 +98,7 @@ def cosines(report: CombineReport) -> HeatMap:
     )
     return HeatMap(
         name="cosine",
-        title="Cosine of every two adapters",
+        title="Cosine of each pair of adapters",
         about="⟨ΔWᵢ, ΔWⱼ⟩ / (‖ΔWᵢ‖ ‖ΔWⱼ‖), all layers together.",
         rows=names,
         columns=names,

@@ -163,7 +163,7 @@ def spectra(report: CompareReport, linked: bool) -> list[Lines]:
         Lines(
             name="energy",
             title="Energy: the part of ‖ΔW‖² that a rank keeps",
-            about="If every module of the adapter is cut to the same rank. Broken lines are 90, 95 and 99 %.",
+            about="If every module of the adapter is truncated to the same rank. Broken lines are 90, 95 and 99 %.",
             x=Axis("rank", 0, ranks, counting("", ranks).ticks),
             y=linear("% of ‖ΔW‖²", 0, 100),
             lines=tuple(Line(name, thinned(points, most), entries[name]) for name, points in energies.items()),
@@ -247,7 +247,7 @@ def facts(report: CompareReport) -> Iterator[tuple[str, object]]:
     found = report.forecast
     rank = "the adapters' largest rank" if found.rank is None else f"rank {found.rank}"
     yield "sum", f"at {rank} would keep {kept(found.sum_kept)} of its own energy"
-    yield "interference", f"{number(found.interference)} of all together (0: no direction is shared)"
+    yield "interference", f"{number(found.interference)} for all together (0: no direction is shared)"
     for name, targets in report.alone.items():
         more = f" and {len(targets) - MOST_ALONE} more" if len(targets) > MOST_ALONE else ""
         yield "alone", f"{name}: {', '.join(targets[:MOST_ALONE])}{more}"

@@ -73,7 +73,7 @@ def tensors(report: ExtractReport) -> Bars:
         "identical": report.identical,
     }
     bars = [Bar(name, (float(count),), f"{count:,}") for name, count in found.items() if count]
-    about = "What became of each: extracted as factors, saved whole, too small a difference to be more than rounding, "
+    about = "What happened to each: extracted as factors, saved whole, a difference no larger than rounding, "
     return Bars(name="tensors", title="Tensors", about=about + "or not in the adapter.", bars=tuple(bars))
 
 

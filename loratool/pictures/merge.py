@@ -56,7 +56,9 @@ def beginning(report: MergeReport | StreamReport) -> Iterator[Block]:
     layers = layers_of(measures)
     if measures:
         maps = [layers.heat_map(map_of(what, values)) for what, values in measures.items()]
-        yield Group("Layers and modules", "How much every weight changed, and what rounding left of the update.", maps)
+        yield Group(
+            "Layers and modules", "How much every weight changed, and how much of the update survived rounding.", maps
+        )
     yield what_became(report)
     if report.adapters:
         yield adapters_table(report.adapters)
@@ -87,7 +89,7 @@ MAPS = {  # measure → name of the figure, its title, and what it shows
     GAIN: (
         "gain",
         "Gain: the part of the update that rounding leaves",
-        "⟨W' − W, ΔW⟩ / ‖ΔW‖² on sampled rows: 1 where the update comes through whole, 0 where rounding takes it away.",
+        "⟨W' − W, ΔW⟩ / ‖ΔW‖² on sampled rows: 1 where the whole update survives, 0 where rounding removes it.",
     ),
     ADDED: (
         "error-added",
@@ -117,7 +119,7 @@ def what_became(report: MergeReport | StreamReport) -> Group:
     figure = Bars(
         name="tensors",
         title="Tensors of the output",
-        about="How many tensors of the output the adapters changed, and what became of the others.",
+        about="How many tensors of the output the adapters changed, and what happened to the others.",
         bars=bars,
     )
     return Group("Tensors of the output", "", [figure])

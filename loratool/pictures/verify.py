@@ -79,8 +79,8 @@ def tensor_blocks(tensors: Mapping[str, TensorProof], adapters: Sequence[str]) -
     numbers = {name: float(at) for at, (name, _) in enumerate(states)}
     states_map = HeatMap(
         name="states",
-        title="What every tensor is",
-        about="Identical to the base, proven to be what the formula gives, or something else.",
+        title="Status of every tensor",
+        about="Identical to the base, proven, or neither.",
         rows=layers.places.rows,
         columns=layers.places.columns,
         cells=layers.places.cells({n: numbers[proof.status] for n, proof in tensors.items()}, layers.entries, worst),

@@ -38,7 +38,7 @@ CLASS = re.compile(r"[A-Za-z_]\w{0,100}", re.ASCII)
 HERE = '"."  # this folder, or the repository\'s id'  # in a snippet, until it is known where it goes
 DONE = {
     "merge": "{base} with {adapters} merged into its weights.",
-    "dequantise": "{base} with its quantised weights written as plain ones.",
+    "dequantise": "A dequantised copy of {base}.",
     "rescale": "A rescaled copy of {adapter}.",
     "combine": "A combination of {adapters}.",
     "resize": "A copy of {adapter} with different ranks.",

@@ -38,13 +38,13 @@ def picture_of(root: Path) -> bytes:
 
     try:
         if takes_long(inspect(root, InspectOptions())):
-            raise NoPictureError("the adapter is so large that measuring it would take long")
+            raise NoPictureError("the adapter is so large that measuring it would take too long")
         facts = inspect(root, InspectOptions(values=True, device="cpu"))
     except LoratoolError as error:
         raise NoPictureError(error.message) from None
     measured = facts.values.modules if isinstance(facts, AdapterFacts) and facts.values else ()
     if not any(module.norm for module in measured):
-        raise NoPictureError("no update of its kind, or none but zero, is measured")
+        raise NoPictureError("its updates are zero, or of a kind that is not measured")
     return svg_file(spectrum_by_kind(measured)).encode(errors="backslashreplace")
 
 

@@ -135,7 +135,7 @@ def check_alone(repo: str, selection: Selection, there: Collection[str]) -> Iter
         raise next_to_adapter(repo)
     weights = [name for name in set(there) - sent if name.endswith(".safetensors") and not folder_of(name)]
     if selection.kind == "adapter" and PEFT_CONFIG in sent and weights and "config.json" in there:
-        yield Note("model-in-repo", f"{repo} contains a model, too: transformers puts this adapter on top of it")
+        yield Note("model-in-repo", f"{repo} also contains a model; transformers would load this adapter on top of it")
 
 
 def check_no_adapter(repo: str) -> None:

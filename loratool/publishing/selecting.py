@@ -167,7 +167,7 @@ def select(
         notes.append(
             Note(
                 "local-base-path",
-                f"{format_at(root).config_name} names the base by a local folder, which everyone can read but nobody "
+                f"{format_at(root).config_name} names the base by a local folder, which everyone can see but nobody "
                 f"can load: {printable(base)}; replace it with the base's Hub id",
             )
         )
@@ -178,7 +178,7 @@ def select(
 def card_for(root: Path, place: str, generate: bool, notes: list[Note]) -> bytes | None:
     """The card that is uploaded in place of the one in the folder; None where that one is."""
     if generate:
-        source = f"generated from {PROVENANCE}" if (root / PROVENANCE).is_file() else "made"
+        source = f"generated from {PROVENANCE}" if (root / PROVENANCE).is_file() else "generated"
         notes.append(Note("card-made", f"{CARD} is {source}"))
         return card_of(root, place, subject_at(root))
     if there := addressed(root / CARD, place):
@@ -200,7 +200,7 @@ def with_picture(card: bytes, picture: Callable[[], bytes], notes: list[Note]) -
     try:
         drawn = picture()
     except NoPictureError as reason:
-        notes.append(Note("no-picture", f"{CARD} has no picture of the singular values: {reason}"))
+        notes.append(Note("no-picture", f"{CARD} has no figure of the singular values: {reason}"))
         return
     notes.append(Note("picture-made", f"{PICTURE} is generated from the adapter's values, and {CARD} shows it"))
     yield Upload(CARD, content=illustrated(card))
@@ -348,6 +348,7 @@ def check_secrets(shown: str, uploads: Iterable[Upload], allowed: Sequence[str])
             f"{shown}: files contain what looks like a secret; remove it, leave the file out with --exclude FILE, or "
             "pass --allow-secret FILE if it is not a secret:",
             problems,
+            hint=f"loratool push {shell_word(shown)} REPO --exclude FILE",
         )
     return notes
 

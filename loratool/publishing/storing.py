@@ -126,7 +126,7 @@ def upload(folder: Path, place: StorePath, replaces: tuple[str, ...], command: s
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if PROVENANCE not in files:
         raise InputError(
-            f"{place}: this output has no {PROVENANCE}, so it cannot be put into a store; name a local OUT"
+            f"{place}: this output has no {PROVENANCE}, so it cannot be put into a store; choose a local OUT"
         )
     content = hashlib.sha256(
         "".join(f"{name} {sha256_of(path)}\n" for name, path in files.items()).encode()
@@ -172,5 +172,5 @@ def send_piece(path: Path, place: StorePath, upload_id: str, piece: int, start: 
         content = mmap.mmap(-1, min(piece, path.stat().st_size - start))
         stream.seek(start)
         if stream.readinto(content) < len(content):
-            raise StoreError(f"{place}: the file was cut while it was being sent; run the command again")
+            raise StoreError(f"{place}: the file was truncated while it was being sent; run the command again")
         return uploads.send(place, upload_id, start // piece + 1, content)

@@ -30,7 +30,7 @@ class AbortReport(Result):
             [
                 ("output", out.replace("s3:/", "s3://", 1)),
                 ("begun by", self.command) if in_store else ("removed", f"{out}.partial"),
-                *row_if(self.completed, "complete", "only what its making left was removed"),
+                *row_if(self.completed, "complete", "only leftovers were removed"),
                 *row_if(in_store and not self.completed, "removed", removed),
                 *(("note", note) for note in self.notes),
             ]

@@ -56,7 +56,7 @@ class CombinedLayer:
 
     @property
     def widest_cosine(self) -> float | None:
-        """That of the two adapters that are least unrelated."""
+        """That of the two most related adapters."""
         cosines = [meeting.cosine for meeting in self.meetings.values() if meeting.cosine is not None]
         return max(cosines, key=abs, default=None)
 

@@ -121,17 +121,20 @@ class CompareReport(Result):
         """The pairs worth knowing about, and the forecast."""
         found = self.forecast
         told = [f"{pair.pair}: {REASONS[pair.why]} {pair.value:.3f}" for pair in self.notable]
-        pairs = shortened(told or ["none is alike, opposed, or shares directions"], 8)
+        pairs = shortened(told or ["no two are alike, opposed, or share directions"], 8)
         rank = "the adapters' rank" if found.rank is None else f"rank {found.rank}"
         least = sorted((value, name) for name, value in found.energy_kept.items() if value is not None)
         rows: list[tuple[str, object]] = [
             *(("pair", line) for line in pairs if len(self.adapters) > 2),
-            ("interference", f"{number(found.interference)} of all together (0: no direction is shared)"),
+            ("interference", f"{number(found.interference)} for all together (0: no direction is shared)"),
             ("sum", f"at {rank} would keep {kept(found.sum_kept)} of its own energy"),
             *(("keeps", f"{kept(value)} of {name}") for value, name in least[:LEAST_KEPT]),
         ]
         if len(least) > LEAST_KEPT:
-            rows[-1] = ("keeps", f"more of the other {len(least) - LEAST_KEPT + 1}, up to {kept(least[-1][0])}")
+            rows[-1] = (
+                "keeps",
+                f"as much or more of the {len(least) - LEAST_KEPT + 1} others, up to {kept(least[-1][0])}",
+            )
         return aligned(rows)
 
 

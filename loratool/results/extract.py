@@ -62,7 +62,10 @@ class ExtractReport(Written):
             ("rule", self.rule),
             ("rank", spread(counts(layer.rank for layer in self.modules.values()))),
             ("factors", f"{totals.parameters:,} parameters, {size(totals.bytes)}, {self.dtype}"),
-            ("error", f"{percent(totals.achieved)} of ‖M‖ as stored, {percent(totals.predicted)} by truncation"),
+            (
+                "error",
+                f"{percent(totals.achieved)} of the difference M as stored, {percent(totals.predicted)} by truncation",
+            ),
             ("tensors", f"{self.identical} identical" + (f", {self.excluded} excluded" if self.excluded else "")),
             *(("saved whole", line) for line in shortened([*map(printable, self.saved)], MOST_LAYERS)),
             *(("noise only", line) for line in shortened([*map(printable, self.noise)], MOST_LAYERS)),

@@ -113,5 +113,5 @@ def error_rows(error: float, errors: Mapping[str, float]) -> list[tuple[str, obj
 def effect_line(effect: AdapterEffect) -> str:
     """What an adapter did, in a line."""
     changed = effect.modules - len(effect.unchanged)
-    some = f"{changed} of {effect.modules}" if effect.unchanged else f"{effect.modules}"
-    return f"{effect.name}: {some} modules changed, weight {effect.weight:g}"
+    some = f"{changed} of " if effect.unchanged else ""
+    return f"{effect.name}: {some}{plural(effect.modules, 'module')} changed, weight {effect.weight:g}"

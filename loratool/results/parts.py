@@ -101,7 +101,7 @@ class PartsStatus(Result):
 def running_line(each: Running) -> str:
     """One worker, for people."""
     parts = ", ".join(each.parts[:MOST_NAMED]) + (", …" if len(each.parts) > MOST_NAMED else "")
-    heard = f"last heard of {each.seconds:.0f} s ago" + ("" if each.alive else ", seems to be dead")
+    heard = f"last heard from {each.seconds:.0f} s ago" + ("" if each.alive else ", seems to be dead")
     return f"{printable(each.worker)}: {printable(each.share)}, {heard}" + (f": {printable(parts)}" if parts else "")
 
 

@@ -50,7 +50,7 @@ class RebaseReport(Written):
         """What `rebase` did, the modules that differ most first."""
         total = self.total
         equal = sum(module.equal for module in self.modules.values())
-        factor = "copied as it is" if total.factor == 1 else f"multiplied by 1 − c = {total.factor:.4g}"
+        factor = "copied unchanged" if total.factor == 1 else f"multiplied by 1 − c = {total.factor:.4g}"
         rows: list[tuple[str, object]] = [
             ("rebased into" if self.written else "would write", printable(self.out)),
             ("from", lines_of(self.bases[0])),
@@ -59,7 +59,7 @@ class RebaseReport(Written):
             ("modules", f"{len(self.modules)}, {equal} of them with equal weights"),
             ("bases", f"‖D‖/‖W‖ {figure(total.relative)}, ‖D‖/‖ΔW‖ {figure(total.over_update)}"),
             ("cosine", "–" if total.cosine is None else f"{total.cosine:.6f}"),
-            ("c", f"{figure(total.c)} of ΔW is in the new base already (z = {figure(total.z)})"),
+            ("c", f"{figure(total.c)} of ΔW is already in the new base (z = {figure(total.z)})"),
             *cost_rows(self.cost),
             *(("note", note) for note in self.notes),
         ]

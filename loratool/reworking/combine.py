@@ -111,8 +111,8 @@ def refuse(
             )
     if whole := [f"{source.name}: {printable(target)}" for source in sources for target in source.changes]:
         raise FitError(
-            "changes that are stored in full (diff, diff_b, w_norm, b_norm) are no products, and combine takes only "
-            "those; run `loratool merge` on the adapters instead:",
+            "changes that are stored in full (diff, diff_b, w_norm, b_norm) are not products, and combine supports "
+            "only those; run `loratool merge` on the adapters instead:",
             whole,
         )
     if combination.method == "model_stock" and weighted:

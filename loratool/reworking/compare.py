@@ -51,12 +51,12 @@ class CompareOptions(ReadingOptions, DeviceOption, ModelOption):
     """Of `compare`."""
 
     pairs: bool = option(
-        help=f"Show every pair, layer by layer, also of more than {FEW} adapters, where a matrix is shown otherwise.",
+        help=f"Show every pair layer by layer, even of more than {FEW} adapters, where a matrix is shown otherwise.",
         default=False,
         kind=FLAG,
     )
     rank: int | None = option(
-        help="Rank of the sum that is forecast [default: of each layer the adapters' largest].",
+        help="Rank of the forecast sum [default: the adapters' largest in each layer].",
         kind=Number(whole=True, low=1),
     )
 

@@ -30,8 +30,8 @@ class DialectOption(Options):
     """Of a command that makes adapters of adapters."""
 
     to: str | None = option(
-        help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter; for `extract` diffusers' "
-        "of a pipeline, llama.cpp's of a GGUF model, else PEFT's].",
+        help="Dialect of OUT, as for `loratool convert` [default: that of the first adapter; for `extract`, "
+        "diffusers' for a pipeline, llama.cpp's for a GGUF model, else PEFT's].",
         kind=Choice(lambda: tuple(DIALECTS)),
     )
 
@@ -111,7 +111,7 @@ def manner_of(source: Contents, asked: str | None, config: Mapping[str, Any]) ->
                 return manner
             text = f"the output is in the dialect {dialect}, as {own} is read and not written"
             return replace(manner, notes=(Note("layout-changed", text),))
-        why = "which takes the model to write (pass --base)"
+        why = "which needs the model to write (pass --base)"
     text = f"the output is in PEFT's layout; {source.name} is in that of {own}, {why}"
     return replace(plain, notes=(Note("layout-changed", text),))
 

@@ -122,7 +122,7 @@ def renamed(source: Contents, targets: Mapping[str, Target], beside: Mapping[str
     layers = {name: as_layer(name, target, source.layers) for name, target in targets.items()}
     moved = {target.sources[0]: name for name, target in targets.items() if target.is_whole(source.layers)}
     if torn := [t for t, layer in source.layers.items() if t not in moved and layer.magnitude]:
-        raise FitError("DoRA of layers that this dialect divides otherwise cannot be written:", map(printable, torn))
+        raise FitError("DoRA of layers that this dialect splits differently cannot be written:", map(printable, torn))
     biases = {}
     for target, bias in source.biases.items():
         weight = f"{target.removesuffix('bias')}weight"

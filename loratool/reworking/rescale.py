@@ -208,7 +208,7 @@ def by_name(factors: Mapping[str, float], blocks: BlockWeights, layers: Mapping[
         raise UsageError(f"--match: {error}") from None
     if idle := [pattern for pattern in factors if not any(pattern in found for found in matching.values())]:
         raise UsageError(
-            f"--match: no adapted module matches {', '.join(map(printable, idle))}; an adapted module is "
+            f"--match: no adapted module matches {', '.join(map(printable, idle))}; adapted modules are named like "
             f"{printable(next(iter(modules.values())))}"
         )
     return {

@@ -197,7 +197,7 @@ def told(place: StorePath, error: Exception) -> Exception:
             return StoreError(
                 f"{place}: {endpoint} is unreachable; check AWS_ENDPOINT_URL and the network, then try again"
             )
-        return StoreError(f"{place}: {endpoint} did not answer as it should ({printable(reason)}); try again later")
+        return StoreError(f"{place}: {endpoint} gave an unexpected answer ({printable(reason)}); try again later")
     if "BotoCoreError" in kinds:
         return StoreError(f"{place}: boto3 cannot make this request ({type(error).__name__}); check AWS_*")
     return error
@@ -223,7 +223,8 @@ def refusal(code: str, status: int, endpoint: str) -> str:
         ),
         (
             status == 403,
-            f"the credentials do not allow this ({named}); use some that may read, or for OUT write and list, here",
+            f"the credentials do not allow this ({named}); use some that may read here, and for OUT also write and "
+            "list",
         ),
         (
             code in PASSING or status in PASSING_STATUS,

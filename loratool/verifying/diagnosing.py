@@ -88,18 +88,19 @@ def diagnose_edited(
         text = f"off by up to {farthest:.3g} {unit} in {count} single element{'s' * (count != 1)}; all others are the formula's"
         yield of_modules("elements-differ", text, odd, {"elements": count, "ulp": farthest})
     if twice := [name for name, each in found.items() if each.rounding == TWICE and not each.packed]:
-        text = "the update was rounded before it was added, as with factors of 16 bits"
+        text = "the update was rounded before it was added, as with 16-bit factors"
         yield of_modules("rounded-twice", text, twice, passes=True)
     if before := [name for name, each in found.items() if each.rounding == RESIDUAL]:
         text = (
-            "W without the part that the adapter's initialisation took from it was rounded to "
+            "W without the part that the adapter's initialisation subtracted was rounded to "
             f"{plan_dtype(plan, before[0])} before the trained update was added, as PEFT does"
         )
         yield of_modules("residual-rounded", text, before, passes=True)
     if parts := [name for name, each in found.items() if each.kind == PART]:
         most = max(found[name].residual for name in parts)
         text = (
-            f"the part that the adapter's initialisation took from W differs by up to {100 * most:.2g} % of its size, and "
+            f"the part that the adapter's initialisation subtracted from W differs by up to {100 * most:.2g} % of its "
+            "size, and "
             f"nothing else does: PEFT rounds its factors to {plan_dtype(plan, parts[0])} in the adapter that it converts to "
             "LoRA, so pass the adapter that was merged, converted or not"
         )
@@ -114,7 +115,8 @@ def diagnose_edited(
     if single := [name for name, each in found.items() if each.kind == SINGLE]:
         farthest = max(distances[name].ulp for name in single)
         text = (
-            f"off by no more than float32 takes from an update, but {farthest:.3g} ulp of float64; probably the update was "
+            f"off by no more than float32 arithmetic explains, but {farthest:.3g} ulp of float64; probably the update "
+            "was "
             "computed in float32"
         )
         yield of_modules("computed-in-float32", text, single, {"ulp": farthest})
@@ -148,9 +150,7 @@ def diagnose_quantised(
         )
         yield of_modules("quantised-unproven", text, unknown)
     if before := [name for name in odd if not distances[name].beyond and name not in failed]:
-        text = (
-            f"quantised ({schemes}) after they were rounded to 16 bits, so that the nearest values to those were taken"
-        )
+        text = f"quantised ({schemes}) from values that were first rounded to 16 bits"
         yield of_modules("rounded-before-packing", text, before, passes=True)
     if far := [name for name in odd if is_of_another_packer(name, found, changed) and name not in pairing.unpackable]:
         count = sum(distances[name].beyond for name in far)
@@ -295,7 +295,7 @@ def of_factor(
     if whole and not words and len(every) == len(strengths) == 1:  # then all of it may have had another weight
         why = f"; if it was merged with a weight of {factor * strengths.pop():.4g}, pass that with -w"
     of = (
-        "update that was trained, and once the part that its initialisation took from W"
+        "update that was trained, and once the part that its initialisation subtracted from W"
         if parts[0].trained
         else "update"
     )

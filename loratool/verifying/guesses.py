@@ -47,16 +47,15 @@ def guesses(span: Span, plan: Plan) -> Iterator[Guess]:
         yield Guess(TRANSPOSED, "the update was added transposed", turned)
     if trained := all_turned(span.edits, trained_alone):
         words = (
-            "the trained update was added, but the part that the adapter's initialisation took from the base was not "
-            "subtracted; that is right if BASE is the residual model, for which init_lora_weights has to be true in "
-            "adapter_config.json"
+            "the trained update was added, but the initialisation's part was not subtracted from the base; that is right "
+            "if BASE is the residual model, for which init_lora_weights has to be true in adapter_config.json"
         )
         yield Guess(NOT_TAKEN, words, trained)
     if taken := all_turned(span.edits, part_alone):
-        words = "the part that the adapter's initialisation took from the base was subtracted, but no trained update was added"
+        words = "the initialisation's part was subtracted from the base, but no trained update was added"
         yield Guess(NOT_ADDED, words, taken)
     if regrouped := all_turned(span.edits, regrouped_experts):
-        yield Guess(EXPERT_MAJOR, "columns of lora_B were taken in the other order of ranks and experts", regrouped)
+        yield Guess(EXPERT_MAJOR, "columns of lora_B were read in the other order of ranks and experts", regrouped)
     whole = any(
         edit.update.needs_weight for edit in span.edits
     )  # such as norms of columns: no rows stand for themselves
@@ -66,7 +65,7 @@ def guesses(span: Span, plan: Plan) -> Iterator[Guess]:
             yield Guess(FUSED_ORDER, order_words(parts, order), placed([parts[number] for number in order]))
         heads = setting(plan.base.config, HEADS)
         if heads and not whole and all(part.edits and part.count % heads == 0 for part in parts):
-            yield Guess(FUSED_ORDER, f"parts were put in turns, one for each of {heads} heads", in_turns(parts, heads))
+            yield Guess(FUSED_ORDER, f"parts alternate, one for each of {heads} heads", in_turns(parts, heads))
     if not whole:
         yield from turned_halves(span, plan)
         yield from other_slices(span, plan)

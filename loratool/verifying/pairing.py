@@ -154,6 +154,6 @@ def check_same_model(plan: Plan, merged: Checkpoint, spans: Mapping[str, Span]) 
             else f"{len(common) - len(alike)} of {len(common)} tensors have another shape than the base's"
         )
         raise FitError(
-            f"{printable(merged.name)} is not a model made of {printable(plan.base.name)}: {what}; pass the base that it "
-            "was made of"
+            f"{printable(merged.name)} is not a model made from {printable(plan.base.name)}: {what}; pass the base "
+            "that it was made from"
         )

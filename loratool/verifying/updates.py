@@ -121,7 +121,7 @@ def rounded_factors(update: Update, dtype: torch.dtype) -> Update:
 def rounded_twice(
     weight: Tensor, changes: Sequence[Tensor], target: torch.dtype, scales: Sequence[float] = ()
 ) -> Tensor:
-    """W' of some rows where each change is rounded before it is added, and the sum again, as with factors of 16 bits.
+    """W' of some rows where each change is rounded before it is added, and the sum again, as with 16-bit factors.
 
     With `scales`, each change is rounded before and after it is multiplied by its own, as PEFT does.
     """

@@ -72,7 +72,7 @@ def verifier_of(
     plan, model = plan_of(base, paths, options), decoded(open_checkpoint(local(merged, "model")))
     if keeps_packed(plan) and not isinstance(model, Decoded):
         plan = plan_of(base, paths, dataclasses.replace(options, dequantize=True))
-        text = f"{printable(model.name)} has no quantised weights, so it is compared with a merge by --dequantize"
+        text = f"{printable(model.name)} has no quantised weights, so it is compared with a merge with --dequantize"
         plan = dataclasses.replace(plan, notes=(*plan.notes, Note("taken-as-dequantized", text)))
     return Verifier(plan, model, options, progress)
 
@@ -264,7 +264,7 @@ class Verifier:
             text = f"of {edited} edited tensors, {edited - len(found)} that differ were not looked at a second time"
             notes.append(Note("looked-at-some", text))
         if pairing.buffers:
-            text = f"on one side only, and made anew whenever a model is loaded: {len(pairing.buffers)} buffers"
+            text = f"on one side only, and rebuilt whenever a model is loaded: {len(pairing.buffers)} buffers"
             notes.append(Note("buffers-differ", text))
         if pairing.tied:
             text = f"not stored, because tied to another tensor: {', '.join(map(printable, pairing.tied))}"

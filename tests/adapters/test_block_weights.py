@@ -84,7 +84,7 @@ def test_words_for_blocks_mean_their_factors() -> None:
     for words, told in (
         (["1", "2"], "a list has"),
         (["IN=x"], "IN=x"),
-        (["Q03=1"], "names no block"),
+        (["Q03=1"], "is not a block"),
         (["HM"], "preset"),
     ):
         with pytest.raises(UsageError, match=told):
@@ -138,7 +138,7 @@ def test_what_has_no_factor_of_its_own_has_that_of_the_rest() -> None:
 @pytest.mark.parametrize("word", ["IN40=0.5", "S=0.5", "D30-D40=0", "T5=1"])
 def test_a_block_that_no_weight_lies_in_is_refused_next_to_others_that_are_there(word: str) -> None:
     names = ["unet.up_blocks.1.attentions.0.proj_in.weight", "te_text_model_encoder_layers_3_self_attn_q_proj.weight"]
-    with pytest.raises(UsageError, match=f"no adapted weight lies in {word}; they are in CLIP, OUT03"):
+    with pytest.raises(UsageError, match=f"the adapter changes nothing in {word}; it changes CLIP, OUT03"):
         BlockWeights.of(["OUT03=0.5", word]).check(names)
     BlockWeights.of(["OUT00-OUT05=0.5", "BASE=2", "OUT=1"]).check(names)
 
@@ -200,7 +200,7 @@ def test_a_merge_weighs_blocks(inputs: tuple[Path, Path], tmp_path: Path) -> Non
     factors = list(MODULES.values())
     wanted = {name: 4 * factors[at] for name, at in STORED.items() if factors[at]}
     assert changes_in(base, tmp_path / "out.safetensors") == wanted
-    with pytest.raises(UsageError, match="no adapted weight lies in D"):
+    with pytest.raises(UsageError, match="the adapter changes nothing in D"):
         loratool.merge(base, adapter, tmp_path / "o.safetensors", block_weights="D=0.5", device="cpu")
 
 
@@ -226,5 +226,5 @@ def test_a_combination_weighs_blocks(inputs: tuple[Path, Path], tmp_path: Path) 
         whole = 3 if name == "sum" else 2
         found = changes_in(base, tmp_path / f"{name}-merged.safetensors")
         assert found == {tensor: whole * factors[at] for tensor, at in STORED.items() if factors[at]}
-    with pytest.raises(UsageError, match="no adapted weight lies in D"):
+    with pytest.raises(UsageError, match="the adapter changes nothing in D"):
         loratool.combine([adapter, adapter], tmp_path / "o.safetensors", block_weights="D=0.5", device="cpu")

@@ -203,7 +203,7 @@ def test_norms_are_ignored_with_a_note_as_llama_cpp_ignores_them(tmp_path: Path)
 def test_rows_in_another_order_take_a_config_that_tells_the_heads(tmp_path: Path) -> None:
     weights = {NAMES[name]: torch.from_numpy(values) for name, values in base_weights().items()}
     base = write_model(tmp_path / "base", weights, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
-    with pytest.raises(loratool.LoratoolError, match="number takes the model's config"):
+    with pytest.raises(loratool.LoratoolError, match="model's config is needed"):
         loratool.merge(base, write(tmp_path / "a.gguf", tensors_of(factors())), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

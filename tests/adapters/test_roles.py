@@ -552,7 +552,7 @@ def test_methods_that_are_not_merged_are_named(module_of: Any, method: str) -> N
 
 
 def test_the_page_names_a_test_of_every_method() -> None:
-    """docs/supported.md is made of the table that reading goes by, and its last column of names of this file."""
+    """docs/supported.md is made of the table that loratool reads with, and its last column of names of this file."""
     assert [family.test for family in FAMILIES if family.test not in globals()] == []
 
 

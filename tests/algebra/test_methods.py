@@ -835,7 +835,7 @@ def hard_cases() -> Iterator[tuple[str, list[Product]]]:
     yield "nothing but zeros", [zeros(), zeros()]
     yield "a zero that cancels", [one, cancelling()]
     yield "zeros that cancel", [cancelling(), cancelling()]
-    yield "a rank filled up with zeros", [padded(one, 9), other]
+    yield "a rank padded with zeros", [padded(one, 9), other]
     yield "very different sizes", [one.scaled(1e12), other.scaled(1e-12)]
     yield "very small", [one.scaled(1e-30), other.scaled(1e-30)]
     yield "ranks above those of the weight", some(34, (30, 25))

@@ -488,7 +488,7 @@ def test_two_edits_of_one_tensor_are_refused_with_both_names() -> None:
 def test_a_quantised_weight_is_refused_with_what_to_do(packed: str, dtype: str) -> None:
     module = "model.layers.0.self_attn.q_proj"
     base = base_of({f"{module}.{packed}": (64, 1)}, {f"{module}.{packed}": dtype})
-    with pytest.raises(InputError, match="pass the model before quantisation") as error:
+    with pytest.raises(InputError, match="pass the unquantised model") as error:
         plan_merge(base, [adapter_of({f"{module}.weight": (H, H)})])
     assert f"{module}.{packed} is stored as {dtype}" in str(error.value)
 

@@ -149,7 +149,8 @@ MALFORMED: dict[str, tuple[Change, str]] = {
     ),
     "named as by old releases": (
         lambda t, _: t.update({f"{NAME}:qdata": t.pop(f"{STEM}_qdata")}),
-        f"{NAME}:qdata: is named as by torchao 0.14 and older; load the model with that and save it with a newer one",
+        f"{NAME}:qdata: has a name from torchao 0.14 or older; load the model with that release and save it with a "
+        "newer one",
     ),
     "scaled inputs": (
         lambda t, _: t.update({f"{STEM}_act_pre_scale": np.ones(32, np.float32)}),
@@ -169,7 +170,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, case: str) -> None
         open_packed(save_packed(tmp_path / "base", {**tensors, **other}, CONFIG, {**more, **metadata}))
     assert problem in str(caught.value)
     assert f"{LAYER}mlp.up_proj._weight_scale: must be F64 or F32 or F16 or BF16 [6, 4]" in str(caught.value)
-    assert "torchao weights that cannot be read; pass the model before quantisation as BASE" in str(caught.value)
+    assert "torchao weights that cannot be read; pass the unquantised model as BASE" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_an_edit_is_refused_by_the_name_of_the_kind_and_other_modules_can_be_edi
     with pytest.raises(loratool.InputError) as caught:
         loratool.merge(base, [save_adapter(tmp_path / "packed", MODULE)], tmp_path / "out", device="cpu")
     assert f"{MODULE}.{packed} is packed with {title}" in str(caught.value)
-    assert "which loratool does not read; pass the model before quantisation as BASE" in str(caught.value)
+    assert "which loratool does not read; pass the unquantised model as BASE" in str(caught.value)
     assert not (tmp_path / "out").exists()
     loratool.merge(base, [save_adapter(tmp_path / "plain", PLAIN)], tmp_path / "out", device="cpu")
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()

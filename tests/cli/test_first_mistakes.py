@@ -251,7 +251,7 @@ def test_a_demo_goes_on_where_one_was_killed(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_figures_that_there_are_none_of_make_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "base", "--svg", "pictures"]) == 0
-    assert "note: --svg pictures: nothing was written, as there are no figures of this" in capsys.readouterr().err
+    assert "note: --svg pictures: nothing was written, because there are no figures for this" in capsys.readouterr().err
     assert not (tmp_path / "pictures").exists()
 
 

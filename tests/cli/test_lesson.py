@@ -60,8 +60,8 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_it_has_six_steps_with_a_command_each_and_all_files_stay(played: Run) -> None:
     steps = played.text.split("\nStep ")
-    titles = ["what is trained", "ΔW by hand", "the rank, by spectrum", "α is a strength", "merging"]
-    titles += ["unmerging, and how near it comes"]
+    titles = ["what is trained", "ΔW by hand", "the rank, from the spectrum", "α is a strength", "merging"]
+    titles += ["unmerging, and how close it comes"]
     assert [line for line in played.text.splitlines() if re.match(r"Step \d of 6: ", line)] == [
         f"Step {number} of 6: {title}" for number, title in enumerate(titles, 1)
     ]

@@ -250,7 +250,7 @@ def test_an_output_in_the_user_s_folder_is_written_there(here: Path) -> None:
 def test_an_empty_word_is_not_the_working_folder(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As `merge $BASE style` is, where BASE is not set and in quotes."""
     assert cli.run(command(words)) == 2
-    assert "it is empty; is a variable of the shell not set?" in capsys.readouterr().err
+    assert "it is empty; is a shell variable unset?" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")
@@ -266,9 +266,9 @@ def test_a_plan_without_an_adapter_says_what_is_missing(capsys: pytest.CaptureFi
 
 
 ON_THE_HUB = {
-    "org/other": "org/other is read from the Hub; the folder ./org here does not contain it",
-    "org/style": "org/style is read from the Hub; the folder ./style here is not used",
-    "hf://me/style": "hf://me/style is read from the Hub; the folder ./style here is not used",
+    "org/other": "org/other is read from the Hub; it is not in the local folder ./org",
+    "org/style": "org/style is read from the Hub; the local folder ./style is not used",
+    "hf://me/style": "hf://me/style is read from the Hub; the local folder ./style is not used",
     "hf://org/other": "",
     "me/other": "",
 }

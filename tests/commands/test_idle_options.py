@@ -83,7 +83,7 @@ REFUSED = {
     "inspect adapter other --where rank>0 --tensors": "--tensors: for one adapter at a time",
     "inspect adapter other --where rank>0 --metadata": "--metadata: for one adapter at a time",
     "inspect adapter other --where rank>0 --base-config base/config.json": "--base-config: for one adapter at a time",
-    "inspect base --near index": "not an adapter, which --near is for",
+    "inspect base --near index": "not an adapter, so --near does not apply",
     "rescale adapter -o out --scale 2 --each": "--each needs --frobenius or --spectral",
     "rescale adapter -o out --scale 2 --dtype float16": "--dtype needs --bake",
     "rescale adapter -o out --match zzz=2": "no adapted module matches zzz",

@@ -77,7 +77,7 @@ class Hqq:
 def words_of(values: Array, packing: str) -> Array:
     """The words that hold unsigned values, (rows, columns) as they are grouped."""
     bits, count, dtype, first = WORDS[packing]
-    rows = -(-len(values) // count)  # of words; the last ones are filled up with zeros
+    rows = -(-len(values) // count)  # of words; the last ones are padded with zeros
     words = np.zeros((rows, values.shape[1]), np.int64)
     for row, each in enumerate(values):
         words[row % rows] += each << (first - bits * (row // rows))

@@ -83,7 +83,7 @@ def paired(codes: Array, axis: int = -1) -> Array:
 
 
 def in_words(integers: Array, bits: int, axis: int = -1) -> Array:
-    """Unsigned integers as int32, one bit after the other along an axis, filled up with zeros."""
+    """Unsigned integers as int32, one bit after the other along an axis, padded with zeros."""
     lying = np.moveaxis(integers, axis, -1)
     stream = (lying[..., None] >> np.arange(bits) & 1).reshape(*lying.shape[:-1], -1).astype(np.uint8)
     stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, -stream.shape[-1] % 32)])

@@ -617,7 +617,8 @@ def test_a_folder_of_weights_without_a_config_is_not_sent_to_the_hub(
     monkeypatch.chdir(tmp_path)
     assert cli.run(["inspect", "folder"]) == 3
     assert capsys.readouterr().err.splitlines()[0] == (
-        "Error: folder/adapter_config.json is missing, and with it the rank and alpha; copy it from the training output"
+        "Error: folder/adapter_config.json is missing, so the rank and alpha are unknown; copy it from the training "
+        "output"
     )
 
 

@@ -172,7 +172,7 @@ def test_what_differs_is_named(home: Path, tmp_path: Path, capsys: pytest.Captur
     reasons = [(each["name"].rpartition("/")[2], each["reason"]) for each in found["differences"]]
     assert ("adapter_config.json", "differs from the bytes that were written") in reasons
     assert ("loratool.json", "differs in versions") in reasons
-    assert any(name == "rescale" and "no longer what its record says" in reason for name, reason in reasons)
+    assert any(name == "rescale" and "no longer matches its record" in reason for name, reason in reasons)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {

@@ -319,7 +319,7 @@ def test_damaged_data_is_found_by_finish_and_made_again(merge: Merge, damage: Ca
     with pytest.raises(VerificationError, match="damaged") as caught:
         merge.finish()
     assert all("part-00001" in problem for problem in caught.value.problems)
-    with pytest.raises(VerificationError, match="are not made"):
+    with pytest.raises(VerificationError, match="parts are missing"):
         merge.finish()
     assert not merge.out.exists()
     assert {name.partition(":")[0] for name in caught.value.problems} == {*merge.part("1/1").made}
@@ -411,7 +411,7 @@ def test_finish_names_what_is_missing(merge: Merge) -> None:
         merge.finish()
     assert os.listdir(merge.out.parent) == []
     missing = {*merge.part("1/2").made} ^ {*parts_of(merge)} & {*parts_of(merge)}
-    with pytest.raises(VerificationError, match="are not made") as caught:
+    with pytest.raises(VerificationError, match="parts are missing") as caught:
         merge.finish()
     assert {*caught.value.problems} == {*parts_of(merge)} == missing & {*parts_of(merge)}
 
@@ -506,7 +506,7 @@ def test_of_two_that_finish_at_once_one_publishes_and_the_other_says_so(merge: M
         told = [result for result in results if isinstance(result, FinishReport)]
         assert sum(report.published for report in told) == 1
         busy = [result for result in results if isinstance(result, LoratoolError)]
-        assert all("another --finish is at work" in str(error) for error in busy)
+        assert all("another --finish is running" in str(error) for error in busy)
         assert without_record(faults.picture(merge.out)) == without_record(faults.picture(merge.local()))
         assert os.listdir(merge.out.parent) == ["merged"]
 
@@ -518,7 +518,7 @@ def test_finish_takes_over_from_one_that_was_killed(merge: Merge) -> None:
     gone = presence.Presence(folder, "--finish")
     gone.tell()
     (folder / "finish-000001.json").write_text(json.dumps({"worker": gone.path.name}))
-    with pytest.raises(UsageError, match="another --finish is at work"):
+    with pytest.raises(UsageError, match="another --finish is running"):
         merge.finish()
     table = json.loads(gone.path.read_text())
     gone.path.write_text(json.dumps({**table, "host": "elsewhere"}))

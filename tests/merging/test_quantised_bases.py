@@ -305,7 +305,7 @@ def test_scales_of_what_stays_packed_keep_their_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"dequantize": True, "requantize": True}, "exclude each other"),
+        ({"dequantize": True, "requantize": True}, "are mutually exclusive"),
         ({"requantize": True, "rounding": "stochastic"}, "--rounding cannot be used"),
     ],
 )

@@ -471,7 +471,7 @@ def round_trip(home: Path, way: str, case: str, base: Path) -> str:
             padded = torch.zeros_like(after[name])
             padded[tuple(map(slice, tensor.shape))] = tensor
             assert torch.equal(after[name], padded)
-        return "filled up with zeros"
+        return "padded with zeros"
     assert all(torch.equal(before[name], after[name]) for name in before if ".lora_A." in name)
     assert all(torch.equal(before[name], after[name]) for name in before if ".lora_" not in name or "magnitude" in name)
     return "same ΔW" if max(errors) == 0 else "B rounded once"

@@ -104,7 +104,7 @@ def test_both_matrices_of_an_attention_keep_one_rank(tmp_path: Path) -> None:
 
 
 def test_uniform_fills_up_instead(given: Path, tmp_path: Path) -> None:
-    """With --uniform every layer has the rank that was asked for, filled up with zeros, and PEFT loads it."""
+    """With --uniform every layer has the rank that was asked for, padded with zeros, and PEFT loads it."""
     report = loratool.resize(given / "one", tmp_path / "out", rank=9, uniform=True)
     assert {layer.rank for layer in report.modules.values()} == {9}
     assert not [note for note in report.notes if note.code == "rank-cut"]

@@ -195,7 +195,7 @@ def test_modules_with_equal_weights_keep_their_strength_when_others_lose_some(ho
 def test_bases_that_are_no_siblings_are_refused_unless_forced(home: Path, tmp_path: Path) -> None:
     """A base with its units in another order has the same function and other weights."""
     turned = {name: w[torch.randperm(w.shape[0], generator=torch.Generator().manual_seed(1))] for name, w in weights().items()}  # fmt: skip
-    with pytest.raises(FitError, match="no siblings, or one is permuted"):
+    with pytest.raises(FitError, match="not siblings, or one is permuted"):
         rebased(home, tmp_path, turned)
     assert not (tmp_path / "out").exists()
     report = loratool.rebase(home / "adapter", tmp_path / "out", base=home / "old", onto=tmp_path / "new", force=True)

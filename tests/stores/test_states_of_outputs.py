@@ -18,7 +18,7 @@ STORY = [
     (ABORT, 2, "so nothing was removed"),
     (f"{MERGE} --part 1/2", 0, "next  once all workers have ended"),
     (f"{MERGE} --status", 0, "missing"),
-    (f"{MERGE} --finish", 5, "parts are not made; run the workers that are missing"),
+    (f"{MERGE} --finish", 5, "parts are missing; run the missing workers"),
     (f"{MERGE} --weight 2 --status", 2, "(its fingerprint is"),
     (ABORT, 0, "removed"),
     (ABORT, 2, "so nothing was removed"),

@@ -642,7 +642,7 @@ def test_an_adapter_of_another_model_ends_in_one_sentence(small: Scene, tmp_path
 
 def test_a_merged_model_of_another_kind_ends_in_one_sentence(small: Scene, tmp_path: Path) -> None:
     tensors = {f"encoder.{number}.weight": weight for number, weight in enumerate(small.weights.values())}
-    with pytest.raises(FitError, match="is not a model made of base"):
+    with pytest.raises(FitError, match="is not a model made from base"):
         verified(small, tensors, tmp_path)
 
 

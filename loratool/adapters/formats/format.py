@@ -136,25 +136,25 @@ class Spelling(ABC):
 
     def bias(self, target: str) -> str:
         """The name of what B adds to the output, for the target of the weight."""
-        raise FitError(f"{printable(target)}: {self.reader} reads no factor biases")
+        raise FitError(f"{printable(target)}: {self.reader} does not read factor biases")
 
     def magnitude(self, target: str) -> str:
         """The name of the lengths of rows that DoRA trains."""
-        raise FitError(f"{printable(target)}: {self.reader} reads no DoRA")
+        raise FitError(f"{printable(target)}: {self.reader} does not read DoRA")
 
     def lengths(self, form: Form, columns: int = 0) -> Shape:
         """The shape in which those of a layer's rows are stored, or of so many `columns`."""
         if columns:
-            raise FitError(f"{self.reader} reads no DoRA of input columns")
+            raise FitError(f"{self.reader} does not read DoRA of input columns")
         return (form.rows,)
 
     def whole(self, target: str, inside: bool) -> str:  # noqa: ARG002 (neither has a place)
         """The name of a tensor that is saved whole; `inside` a layer that is adapted too."""
-        raise FitError(f"{printable(target)}: {self.reader} reads no tensors that are saved whole")
+        raise FitError(f"{printable(target)}: {self.reader} does not read tensors that are saved whole")
 
     def rows(self, target: str) -> str:
         """The name of the trained rows of an embedding."""
-        raise FitError(f"{printable(target)}: {self.reader} reads no token rows")
+        raise FitError(f"{printable(target)}: {self.reader} does not read token rows")
 
     def widened(self, target: str) -> str:  # noqa: ARG002 (none has a place)
         """The name of the shape that a weight is filled up to with zeros before; empty where its reader sees that itself."""
@@ -162,7 +162,7 @@ class Spelling(ABC):
 
     def change(self, target: str, norm: bool = False) -> str:  # noqa: ARG002 (none has a place)
         """The name of a change that is stored in full, of a norm or of any other layer."""
-        raise FitError(f"{printable(target)}: {self.reader} reads no change of a weight that is stored in full")
+        raise FitError(f"{printable(target)}: {self.reader} does not read weight changes stored in full")
 
     def read_as(self, target: str) -> Callable[[int], str] | None:  # noqa: ARG002 (as it is)
         """What its reader calls each expert of a layer of all, by its number; None where it reads one layer."""

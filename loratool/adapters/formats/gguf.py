@@ -58,7 +58,7 @@ class Placed:
     def __call__(self, config: Mapping[str, Any]) -> Mapping[str, Update]:
         heads = attention_heads(config)
         if heads is None:
-            text = "llama.cpp orders these rows by heads, whose number takes the model's config"
+            text = "llama.cpp orders these rows by heads, so the model's config is needed"
             raise ValueError(f"{text}; {WAY_OUT}")
         order, up = order_of(self.rows, heads), self.update.up
         out = up.shape[0]

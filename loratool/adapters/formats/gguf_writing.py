@@ -170,7 +170,7 @@ def unloadable(_: str, update: Update) -> str:
         case Magnitude():
             return "DoRA"
         case Replace():
-            return "whole saved tensors"
+            return "tensors saved whole"
         case Add():
             return "changes of biases"
     return "updates that are not plain LoRA"

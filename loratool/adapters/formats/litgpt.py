@@ -35,7 +35,7 @@ A, B = ".lora_A", ".lora_B"
 SETTINGS, (MODEL,) = LitgptFiles.config_name, LitgptFiles.models
 LAYER = re.compile(r"transformer\.h\.(?P<layer>\d+)\.(?P<leaf>attn\.(?:qkv|attn|proj)|mlp\.(?:\w+|experts\.\d+\.\w+))")
 FUSED, INTERLEAVED = "attn.qkv", "attn.attn"
-OLD = "in which the rows of queries, keys and values lie by other rules; merge it with that release's merge_lora.py"
+OLD = "which ordered the rows of queries, keys and values differently; merge it with that release's merge_lora.py"
 QKV = ("q_proj", "k_proj", "v_proj")
 ENABLED = ("lora_query", "lora_key", "lora_value")
 NAMES = {
@@ -75,7 +75,7 @@ class Divided:
         heads = attention_heads(config)
         if not alike and heads is None:
             raise ValueError(
-                f"litgpt has the rows of its parts in one matrix, which takes the number of heads; {WAY_OUT}"
+                f"litgpt has the rows of its parts in one matrix, so the number of heads is needed; {WAY_OUT}"
             )
         shares = [1 if alike or heads is None else heads.queries if part == 0 else heads.keys for part in self.parts]
         if total % sum(shares):

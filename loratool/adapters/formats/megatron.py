@@ -96,7 +96,7 @@ class Grouped:
         heads, total = attention_heads(config), self.factors.b.shape[0]
         if heads is None:
             raise ValueError(
-                "Megatron interleaves the rows of queries, keys and values by head, which takes the number of heads; "
+                "Megatron interleaves the rows of queries, keys and values by head, so the number of heads is needed; "
                 f"{WAY_OUT}"
             )
         if total % (heads.queries + 2 * heads.keys):

@@ -261,7 +261,7 @@ class Mlx(MlxFiles, Format):
         found = Reader(file, reading, notes)
         config, there = config_beside(file.path), (folder / CONFIG).is_file()
         if not there and reading.input_alpha is None:
-            raise InputError(f"{printable(folder / CONFIG)} is missing, and with it the scale; {NO_SCALE}")
+            raise InputError(f"{printable(folder / CONFIG)} is missing, so the scale is unknown; {NO_SCALE}")
         if is_full(config):
             found.read_whole()
         else:
@@ -351,7 +351,7 @@ def unspeakable(target: str, update: Update) -> str:
         case Add():
             return "factor biases"
         case Replace():
-            return "whole saved tensors"
+            return "tensors saved whole"
         case ReplaceRows():
             return "token rows"
     return "updates other than a product of two factors"

@@ -79,7 +79,7 @@ class Placed:
         heads = heads_of(config)
         if heads is None:
             raise ValueError(
-                "torchtune orders the rows of queries and keys by model and by heads, which takes the model's config "
+                "torchtune orders the rows of queries and keys by model and by heads, so the model's config is needed "
                 f"(model_type {', '.join(PERMUTED)}, with its number of heads); {WAY_OUT}"
             )
         count, inner = heads.get(leaf_of(self.target.removesuffix(".weight"))), innermost(self.update)

@@ -75,7 +75,7 @@ class Formed:
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Up (n, rows, rank) and down (n, rank, columns), smaller ranks filled up with zeros."""
+        """Up (n, rows, rank) and down (n, rank, columns), smaller ranks padded with zeros."""
         rank = max(p.rank for p in self.products)
         even = [padded(p.to(torch.float64), rank) for p in self.products]
         return torch.stack([p.up for p in even]), torch.stack([p.down for p in even])

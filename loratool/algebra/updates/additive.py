@@ -24,7 +24,7 @@ class LowRank(Update):
     turnable: bool = field(default=False, compare=False)  # of a linear layer, whose weight may be stored (in, out)
     kernel: tuple[int, ...] = ()  # of a convolution, whose weight is stored (out, in, *kernel)
     table: bool = field(default=False, compare=False)  # of an embedding
-    widens: bool = field(default=False, compare=False)  # a smaller weight is filled up with zeros to this shape first
+    widens: bool = field(default=False, compare=False)  # a smaller weight is padded with zeros to this shape first
 
     adds_products = True
 

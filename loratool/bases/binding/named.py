@@ -99,7 +99,7 @@ class Named(OtherNames):
         if row.order is None:
             return ""
         if place.update.replaces or images_in(place.update):
-            return f"it is no sum of products, but {where} with rows in another order, which is not supported"
+            return f"it is not a sum of products, but {where} with rows in another order, which is not supported"
         if (place.first_row, place.rows, place.columns, place.fold) != (0, info.rows, ALL, 1):
             return f"it is a part of the weight, but {where} with rows in another order, which is not supported"
         if not row.order.fits(info.rows):

@@ -40,7 +40,7 @@ def unpacked(packed: Tensor, bits: int) -> Tensor:
 
 
 def packed(fields: Tensor, bits: int) -> Tensor:
-    """(rows, fields) of uint8 → (rows, words) of int32, the last of which is filled up with zeros: `unpacked`, back."""
+    """(rows, fields) of uint8 → (rows, words) of int32, the last of which is padded with zeros: `unpacked`, back."""
     rows, count = fields.shape
     number = 8 // gcd(8, bits)  # in one integer
     wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[number]

@@ -62,7 +62,7 @@ KINDS = ("nf4", "fp4")
 LARGEST_STATE = 1 << 16  # bytes of JSON
 SKIPPED = "llm_int8_skip_modules"
 OF_127 = 7.874015718698502e-3  # what bitsandbytes multiplies by to divide by 127
-WAY_OUT = "save the model with bitsandbytes again, or pass the model before quantisation as BASE"
+WAY_OUT = "save the model with bitsandbytes again, or pass the unquantised model as BASE"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ FORMATS = (
 )
 ENDINGS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "weight_global_scale")
 LEFTOVERS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
-WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+WAY_OUT = "download the model again, or pass the unquantised model as BASE"
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,12 @@ def refuse_unknown(base: Checkpoint, values: Mapping[str, Any]) -> None:
     if isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense"):
         problems.append(f"weights are sparse ({printable(sparsity.get('format'))}), which cannot be read")
     if values.get("transform_config"):
-        problems.append("weights are rotated (transform_config), so an adapter of the model before does not fit them")
+        problems.append(
+            "weights are rotated (transform_config), so an adapter of the unrotated model does not fit them"
+        )
     if problems:
         raise InputError(
-            f"{base.name}: compressed-tensors weights that cannot be read; pass the model before quantisation as BASE:",
+            f"{base.name}: compressed-tensors weights that cannot be read; pass the unquantised model as BASE:",
             problems,
         )
 

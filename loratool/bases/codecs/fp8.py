@@ -29,7 +29,7 @@ from loratool.files.safefile import FLOAT_NAMES
 METHODS = ("fp8", "fbgemm_fp8")
 LISTS = ("modules_to_not_convert", "ignored_layers")  # of modules that are not quantised
 DEFAULT_BLOCK = (128, 128)  # of transformers, where a config names none
-WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+WAY_OUT = "download the model again, or pass the unquantised model as BASE"
 LEFTOVERS = ("input_scale", "activation_scale", "input_scale_ub")
 
 

@@ -45,7 +45,7 @@ HEADER = "_quantization_metadata"
 LEFTOVERS = ("scale_input", "input_scale", SAYS)
 PARTS = (MARK, OLD_SCALE, NEW_SCALE, "weight_scale_2", *LEFTOVERS)  # what is no weight, whatever its dtype
 LARGEST_JSON = 1 << 16  # bytes
-WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+WAY_OUT = "download the model again, or pass the unquantised model as BASE"
 OTHER_SCALES = "FP8 whose scales no config describes"
 
 

@@ -49,7 +49,7 @@ OTHER_FORMATS = ("marlin", "gptq_marlin", "bitblas", "gptq_bitblas")  # also wri
 BITS = (2, 3, 4, 8)
 SCALES = ("F16", "BF16", "F32")
 KEPT = "modules_in_block_to_quantize"
-WAY_OUT = "download it again, or pass the model before quantisation as BASE"
+WAY_OUT = "download it again, or pass the unquantised model as BASE"
 
 
 @dataclass(frozen=True)

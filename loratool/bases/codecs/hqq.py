@@ -43,7 +43,7 @@ SAYING = ("nbits", "shape", "axis", "packing", "group_size", "quant_scale", "qua
 NUMBERS = {"U8": "B", "I8": "b", "I16": "h", "I32": "i", "I64": "q", "F32": "f"}  # dtype → how `struct` names it
 # of hqq: the range below which a group has steps of 1, and the most steps in a range of 1
 SMALLEST_RANGE, MOST_STEPS = 1e-4, 2e4
-WAY_OUT = "save the model with hqq again, or pass the model before quantisation as BASE"
+WAY_OUT = "save the model with hqq again, or pass the unquantised model as BASE"
 
 
 @dataclass(frozen=True)

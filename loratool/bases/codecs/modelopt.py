@@ -40,7 +40,7 @@ ALGORITHMS = (
 )
 PACKED = ("F8_E4M3", "U8", "I8")  # dtypes of packed values
 LEFTOVERS = ("input_scale", "output_scale")
-WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+WAY_OUT = "download the model again, or pass the unquantised model as BASE"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def refuse_unknown(base: Checkpoint, settings: Settings) -> None:
     if unknown:
         raise InputError(
             f"{base.name}: ModelOpt weights packed by {', '.join(map(printable, unknown))} cannot be read; "
-            f"known are {', '.join(ALGORITHMS)}. Pass the model before quantisation as BASE"
+            f"known are {', '.join(ALGORITHMS)}. Pass the unquantised model as BASE"
         )
 
 

@@ -40,7 +40,7 @@ from loratool.lazy import Tensor, torch
 
 BLOCK = 32
 LIST = "modules_to_not_convert"
-WAY_OUT = "download the model again, or pass the model before quantisation as BASE"
+WAY_OUT = "download the model again, or pass the unquantised model as BASE"
 
 
 class Expert:

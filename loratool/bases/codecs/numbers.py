@@ -81,7 +81,7 @@ def offset_floats(packed: Tensor, bits: int) -> Tensor:
 
 
 def offset_bytes(values: Tensor, bits: int) -> Tensor:
-    """The other way; each line is filled up with zeros to whole words of 32 bits."""
+    """The other way; each line is padded with zeros to whole words of 32 bits."""
     unsigned = values.round().to(torch.int16).add_(1 << bits - 1).to(torch.uint8)
     return bit_fields.packed(unsigned, bits).view(torch.uint8)
 

@@ -30,7 +30,7 @@ GROUPED = "._data"  # what comes after it in the names of 4 and 2 bits
 SCALES_OF_ACTIVATIONS = ("input_scale", "output_scale")
 MAP = "quanto_qmap.json"
 LISTED = "modules_to_not_convert"
-WAY_OUT = "save the model with optimum-quanto again, or pass the model before quantisation as BASE"
+WAY_OUT = "save the model with optimum-quanto again, or pass the unquantised model as BASE"
 
 
 class Quanto(Codec):

@@ -36,7 +36,7 @@ READ = {
 }
 PLAIN = "Tensor"
 LISTED = "modules_to_not_convert"
-WAY_OUT = "pass the model before quantisation as BASE"
+WAY_OUT = "pass the unquantised model as BASE"
 
 
 class TorchAo(Codec):
@@ -114,7 +114,8 @@ def weight_of(finder: Finder, name: str, said: Mapping[str, Any]) -> Affine:
         raise finder.unfit(name, f"is there as well as {printable(stem)}_qdata, and only one of them may be")
     if (older := f"{name}:qdata") in finder.base.tensors:
         raise finder.unfit(
-            older, "is named as by torchao 0.14 and older; load the model with that and save it with a newer one"
+            older,
+            "has a name from torchao 0.14 or older; load the model with that release and save it with a newer one",
         )
     qdata = finder.need(f"{stem}_qdata", READ[said["_type"]], why=f"for {said['_type']}")
     shape, data = qdata.info.shape, said.get("_data")

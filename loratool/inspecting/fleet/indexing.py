@@ -28,7 +28,7 @@ class IndexOptions(Options):
     """Of `index`."""
 
     base: str | None = option(
-        help="Base model of the adapters; tells the names and rows of weights that an adapter does not.",
+        help="Base model of the adapters, for names and rows that they do not record.",
         kind=PlaceKind(),
     )
     overwrite: bool = option(

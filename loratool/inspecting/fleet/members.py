@@ -100,10 +100,10 @@ def listed(path: str) -> list[str]:
     try:
         lines = raw.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{shown}: not UTF-8 (byte {error.start}); expected one path a line") from None
+        raise InputError(f"{shown}: not UTF-8 (byte {error.start}); expected one path per line") from None
     found = [os.path.expanduser(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
-        raise InputError(f"{shown}: names no adapter; expected one path a line")
+        raise InputError(f"{shown}: names no adapter; expected one path per line")
     return found
 
 

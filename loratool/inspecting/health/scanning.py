@@ -154,7 +154,9 @@ def look_at_training(adapter: Adapter, scans: dict[str, Scan]) -> Iterator[Findi
         return
     where = tuple(map(printable, idle))
     if len(idle) < len(products):
-        message = f"the update is zero in {len(idle)} of {len(products)} modules, which got no gradient: {some(idle)}"
+        message = (
+            f"the update is zero in {len(idle)} of {len(products)} modules, which received no gradient: {some(idle)}"
+        )
         yield Finding("note", "partly-untrained", message, "", where)
         return
     beside = any(isinstance(update, (Replace, ReplaceRows)) for update in adapter.updates.values())

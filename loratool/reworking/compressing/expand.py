@@ -142,4 +142,4 @@ def broken(member: Opened, why: str) -> InputError:
 def notes(member: Opened) -> list[Note]:
     """What a user of the adapter should know."""
     base = member.about.get("base")
-    return [] if base else [Note("base-unknown", "the adapter did not say which base it belongs to")]
+    return [] if base else [Note("base-unknown", "the adapter does not name its base")]

@@ -19,7 +19,7 @@ class CompressOptions(FactorOptions, ReadingOptions, DeviceOption, ModelOption):
     """Of `compress`."""
 
     rank: int | None = option(
-        help="Spend on each module what bases of this many directions a side cost.", kind=Number(whole=True, low=1)
+        help="Keep in each module as much as this many shared directions per side take.", kind=Number(whole=True, low=1)
     )
     energy: float | None = option(
         help="Fraction of ‖ΔW‖² to keep, on average over the adapters, such as 0.95.", kind=Number(above=0, high=1)
@@ -39,7 +39,7 @@ class CompressOptions(FactorOptions, ReadingOptions, DeviceOption, ModelOption):
         super().__post_init__()
         given = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
         if self.into is not None and given:
-            raise UsageError(f"--{given[0]} does not apply to --into: the shared file says what a byte must keep")
+            raise UsageError(f"--{given[0]} does not apply to --into: the shared file sets how much to keep")
         if self.into is None and len(given) != 1:
             said = " and ".join(f"--{name}" for name in given) or "none"
             raise UsageError(f"pass exactly one of --rank, --energy, --budget (got {said})")
@@ -53,7 +53,7 @@ class CompressOptions(FactorOptions, ReadingOptions, DeviceOption, ModelOption):
     def rule(self) -> str:
         """What was asked for, in words."""
         if self.into is not None:
-            return "the price of a byte in the shared file"
+            return "how much a byte keeps in the shared file"
         if self.budget is not None:
             number, in_bytes = self.limit
             return f"budget {number:,.0f} {'bytes' if in_bytes else 'parameters'}"

@@ -78,7 +78,8 @@ def magnitudes(contents: Contents, name: str, target: Target) -> Tensor | None:
         return None
     if target.kind is Kind.PARAMETER or not all(own.values()) or any(not p.target for p in target.experts[0]):
         raise FitError(
-            f"{printable(name)}: it would hold layers with and without DoRA; convert to a dialect that has them apart"
+            f"{printable(name)}: it would hold layers with and without DoRA; convert to a dialect that keeps them "
+            "separate"
         )
     stored = {source: unloaded(magnitude.magnitude) for source, magnitude in own.items() if magnitude}
     loaded = {source: lengths.load(torch.device("cpu"), torch.float64) for source, lengths in stored.items()}

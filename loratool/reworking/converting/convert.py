@@ -89,7 +89,7 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
     to: str | None = option(help="Dialect to write.", kind=Choice(lambda: tuple(DIALECTS)))
     server: str | None = option(
         "--for",
-        help=f"Write what a server takes: {', '.join(SERVERS)}, or one of them with @RELEASE.",
+        help=f"Write what a server accepts: {', '.join(SERVERS)}, or one of them with @RELEASE.",
         metavar="SERVER",
         values=lambda _operands: SERVERS,
     )
@@ -98,7 +98,7 @@ class ConvertOptions(FactorOptions, ReadingOptions, PublishOptions):
         kind=Choice(lambda: tuple(ARCHITECTURES)),
     )
     base: str | None = option(
-        help="Base model of the adapter, whose names, config or weights tell what the adapter does not.",
+        help="Base model of the adapter, for what the adapter does not record.",
         kind=PlaceKind(),
     )
     rank: int | None = option(
@@ -186,7 +186,7 @@ def convert(
         wanted = respelled(contents.layers, goal.dialect, options.architecture or "", hint, base, beside)
     if options.architecture and not wanted.architecture:
         raise InputError(
-            f"--architecture is for image and video models, and these are no modules of {options.architecture}"
+            f"--architecture is for image and video models; these are not modules of {options.architecture}"
         )
     check_norms(contents, goal.dialect, wanted.architecture)
     if goal.server is not None and goal.server.splits(config):

@@ -126,7 +126,7 @@ def moved(target: str, update: Update, fit: Fit) -> Moved:
     pieces = tuple(piece_of(place, fit) for place in places)
     one_matrix = len({piece.shape[1] for piece in pieces}) == 1 and (len(pieces) == 1 or not turned)
     if not one_matrix or sum(piece.shape[0] for piece in pieces) != fitted.shape[0]:
-        raise FitError(f"{printable(target)}: the base has it in parts, for which DoRA is not worked out; {WAY_OUT}")
+        raise FitError(f"{printable(target)}: the base has it in parts, for which DoRA is not supported; {WAY_OUT}")
     return Moved(target, pieces[0] if len(pieces) == 1 else Stacked(pieces), fitted, turned)
 
 

@@ -77,7 +77,7 @@ def check_experts(target: str, config: Mapping[str, Any]) -> None:
     """Raise `FitError` where gate and up of experts have their rows in turns, so that neither is some rows on end."""
     if model_types(config) & INTERLEAVED_EXPERTS:
         raise FitError(
-            f"{printable(target)}: this model has the rows of gate and up in turns; they have no names apart"
+            f"{printable(target)}: this model alternates the rows of gate and up, so they have no separate names"
         )
 
 

@@ -66,8 +66,8 @@ def whole(targets: Mapping[str, Target], others: Mapping[str, Update]) -> dict[s
             continue
         if more or len(parts) > 1 or parts[0].first or parts[0].count != others[source].shape[0]:
             raise FitError(
-                f"{printable(source)}: its update ({type(others[source]).__name__}) cannot be divided as the dialect "
-                "divides its layer"
+                f"{printable(source)}: its update ({type(others[source]).__name__}) cannot be split as the dialect "
+                "splits its layer"
             )
         found[name] = source
     return found

@@ -33,7 +33,8 @@ def doubts(server: Server | None, targets: Collection[str]) -> Iterator[Note]:
     if server is not None and not server.images and (architecture := image_architecture(targets)):
         yield Note(
             "server-support-unknown",
-            f"{server} takes LoRA on linear layers of the models that it serves; whether it serves {architecture} is not known",
+            f"{server} accepts LoRA on linear layers of the models that it serves; whether it serves {architecture} "
+            "is not known",
         )
 
 

@@ -274,7 +274,7 @@ def with_experts_apart(wanted: Wanted, layers: Mapping[str, Sized], config: Mapp
     if not cut:
         return wanted
     others = {name: target for name, target in wanted.targets.items() if name not in fused}
-    text = f"{plural(len(cut), 'parameter')} of experts cut into a layer for each: {server} misreads them in one"
+    text = f"{plural(len(cut), 'parameter')} of experts split into a layer for each: {server} misreads them in one"
     if not model_types(config):
         text += ", except in a few models; pass --base to be sure"
     return replace(wanted, targets={**others, **apart}, notes=(*wanted.notes, *told, Note("experts-cut", text)))

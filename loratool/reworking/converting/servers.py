@@ -88,8 +88,8 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
                 | {"qwen3_omni_moe", "qwen3_omni_moe_thinker", "interns1_pro"}
             ),
             convolutions=False,
-            why="older releases ignore rank and alpha patterns; it refuses DoRA, saved modules and biases, and takes LoRA "
-            "of embeddings and output heads for models whose class lists them",
+            why="older releases ignore rank and alpha patterns; it refuses DoRA, saved modules and biases, and "
+            "accepts LoRA on embeddings and output heads for models whose class lists them",
         ),
     ),
     "sglang": (
@@ -103,7 +103,7 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             refuses=NOT_LORA,
             apart=True,
             convolutions=False,
-            why="it scales by lora_alpha / r whatever rsLoRA and patterns say",
+            why="it always scales by lora_alpha / r and ignores rsLoRA and patterns",
         ),
     ),
     "llama.cpp": (
@@ -136,7 +136,8 @@ SERVERS: Mapping[str, tuple[Server, ...]] = {
             "diffusers",
             refuses=(ReplaceRows,),
             images=True,
-            why="without alpha in the file every module has the scale 1; of new values it takes those of Flux's norms",
+            why="without alpha in the file every module has the scale 1; of new values it accepts only those of "
+            "Flux's norms",
         ),
         Server(
             "diffusers",

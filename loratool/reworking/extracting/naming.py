@@ -27,7 +27,7 @@ def manner_of(asked: str | None, base: Checkpoint) -> Manner:
     dialect = asked or ("diffusers" if base.components else "gguf" if isinstance(base, Named) else plain)
     of_images = dialect in LAYOUTS and dialect != plain
     if (of_images and not components_of(base)) or (dialect != plain and dialect in WRITTEN.dialects):
-        raise UsageError(f"extract does not write {dialect} of such a model; {WAY_OUT}")
+        raise UsageError(f"extract cannot write {dialect} for such a model; {WAY_OUT}")
     return Manner(DIALECTS[dialect].format.for_model(base.config), dialect)
 
 
@@ -41,7 +41,7 @@ def named_as(manner: Manner, found: Pairing) -> Manner:
     of_images = manner.dialect in LAYOUTS
     if of_images and (beside := [*found.whole, *found.biases]):
         raise FitError(
-            f"{manner.dialect} cannot store these tensors, which are no matrices or belong to modules that are saved "
+            f"{manner.dialect} cannot store these tensors, which are not matrices or belong to modules that are saved "
             "whole; leave them out with --include or --exclude, or pass --to peft:",
             map(printable, beside),
         )

@@ -66,4 +66,4 @@ class ExtractOptions(OrientationOption, FactorOptions, DialectOption, DeviceOpti
         if isinstance(self.rank, int) and self.is_given("max_rank"):
             raise UsageError(f"--max-rank is for --rank auto and for --energy alone (got --rank {self.rank})")
         if self.exact and self.is_given("seed"):
-            raise UsageError("--seed is for the sketch, which --exact does without")
+            raise UsageError("--seed is for the sketch, which --exact does not use")

@@ -50,9 +50,9 @@ class RebaseOptions(NamingOptions, WritingOptions, ReadingOptions, DeviceOption,
     base: str | None = option(
         "--from", help="Base that the adapter was trained on.", kind=PlaceKind(), metavar="BASE1", required=True
     )
-    onto: str | None = option(help="Base to carry it to.", kind=PlaceKind(), metavar="BASE2", required=True)
+    onto: str | None = option(help="Base to transfer it to.", kind=PlaceKind(), metavar="BASE2", required=True)
     force: bool = option(
-        help="Write the adapter even if the bases are no siblings, or if the new one already holds most of it.",
+        help="Write the adapter even if the bases are not siblings, or if the new one already contains most of it.",
         default=False,
         kind=FLAG,
     )
@@ -145,7 +145,7 @@ def paired(adapter: Adapter, fits: Sequence[Fit]) -> dict[str, list[tuple[Place,
             found[target] = list(zip(*sides, strict=True))
     if problems:
         raise FitError(
-            "the bases do not have the same shapes, and rebase only carries adapters between siblings:", problems
+            "the bases do not have the same shapes, and rebase only transfers adapters between siblings:", problems
         )
     if not found:
         raise InputError(f"{printable(adapter.file.path)}: changes no weight that the bases have")
@@ -176,11 +176,11 @@ def refuse(total: Drift, differing: Drift, force: bool) -> None:
     problems = []
     if total.cosine is not None and total.cosine < NO_SIBLINGS:
         problems.append(
-            f"the cosine of the bases' weights is {total.cosine:.3f}, below {NO_SIBLINGS}: they are no siblings, or one "
-            "is permuted"
+            f"the cosine of the bases' weights is {total.cosine:.3f}, below {NO_SIBLINGS}: they are not siblings, or "
+            "one is permuted"
         )
     if differing.c is not None and differing.c >= MOSTLY_THERE and (differing.z or 0.0) > NOISE:
-        problems.append(f"the new base already holds {100 * differing.c:.0f} % of the update")
+        problems.append(f"the new base already contains {100 * differing.c:.0f} % of the update")
     if problems and not force:
         raise FitError(
             "this adapter cannot be rebased well (these limits come from toy models):", problems, hint="--force"
@@ -264,8 +264,8 @@ def rescaled(contents: Contents, factors: Mapping[str, float]) -> Config:
             raise
         numbers = " or ".join(f"{factor:.4g}" for factor in sorted(set(factors.values())))
         raise InputError(
-            f"{printable(adapter.file.path)}: its update has to be multiplied by {numbers}, which no config of this kind "
-            "can say; write it as plain LoRA first, and rebase that",
+            f"{printable(adapter.file.path)}: its update has to be multiplied by {numbers}, which no config of this "
+            "kind can store; write it as plain LoRA first, and rebase that",
             error.problems,
             hint=f"loratool rescale {shell_word(os.fspath(adapter.folder))} -o LORA --bake",
         ) from None
@@ -275,13 +275,13 @@ def remarks(contents: Contents, fits: Sequence[Fit], total: Drift, differing: Dr
     """What a user of the adapter should know."""
     yield Note(
         "thresholds-from-toys",
-        "the limits of cosine, c and z that rebase goes by come from toy models; no pair of released bases was tried, so "
+        "rebase's limits for cosine, c and z come from toy models; no pair of released bases was tried, so "
         "test the adapter on its new base",
     )
     if total.cosine is not None and total.cosine < DISTANT:
         yield Note("bases-far-apart", f"the cosine of the bases' weights is {total.cosine:.3f}, below {DISTANT}")
     if differing.c is not None and differing.c > PARTLY_THERE and factor != 1:
-        text = f"the new base already holds {100 * differing.c:.0f} % of the update, which is made weaker by as much"
+        text = f"the new base already contains {100 * differing.c:.0f} % of the update, so only the rest is kept"
         yield Note("update-partly-in-base", text)
     if differing.c is not None and differing.c < -PARTLY_THERE and (differing.z or 0.0) < -NOISE:
         yield Note("base-moved-against-update", f"the new base moved against the update (c = {differing.c:.3g})")

@@ -38,7 +38,7 @@ FULL = "FULL"  # what LyCORIS calls changes that are stored whole
 SPLIT = Note(
     "split-qkv",
     "factors of fused layers were trained apart (split_qkv) and keep the alpha of one part, so the file's scaling of "
-    "them is a third of training's, or a quarter; it is applied as it is, as by tools that merge such files",
+    "them is a third of training's, or a quarter; it is applied unchanged, as by tools that merge such files",
 )
 
 

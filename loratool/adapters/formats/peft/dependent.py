@@ -141,7 +141,7 @@ def frod(module: Module) -> Updates:
     shared, role = module.draft.modules.get("", module), role_of(module.name)
     if f"frod_V.{role}" not in shared or f"frod_s_indices.{role}" not in shared:
         raise UnsupportedError(
-            "frod_V and frod_s_indices are not in the file (save_projection was false), and computing them takes a "
+            "frod_V and frod_s_indices are not in the file (save_projection was false), and computing them needs a "
             f"decomposition of all layers together; {MERGE_IN_PEFT}"
         )
     basis, index = shared.tensor(f"frod_V.{role}"), shared.indices(f"frod_s_indices.{role}", (2,))

@@ -289,11 +289,11 @@ def tell_spelling(draft: Draft, slots: Collection[str]) -> None:
     doubled = [name for name in names if keys.path_of(name)[:2] == list(keys.PREFIX)]
     named = [name for name in names if keys.named_in(name, slots)]
     for code, found, what in (
-        ("wrapper-in-names", wrapped, "contain a training wrapper, which is dropped"),
-        ("prefix-missing", bare, "lack PEFT's prefix base_model.model."),
-        ("prefix-doubled", doubled, "begin with PEFT's prefix twice"),
-        ("adapter-name-in-names", named, "contain the adapter's name after the factor's, which is dropped"),
+        ("wrapper-in-names", wrapped, "with a training wrapper, which is dropped"),
+        ("prefix-missing", bare, "without PEFT's prefix base_model.model."),
+        ("prefix-doubled", doubled, "with PEFT's prefix twice"),
+        ("adapter-name-in-names", named, "with the adapter's name after the factor's, which is dropped"),
     ):
         if found:
             first = printable(next(iter(found)))
-            draft.notes.append(Note(code, f"{len(found)} tensor names {what}, such as {first}"))
+            draft.notes.append(Note(code, f"{len(found)} tensor name{'s' * (len(found) != 1)} {what}, such as {first}"))

@@ -105,7 +105,7 @@ def vera(module: Module, prefix: str, halved: bool = False) -> Updates:
     shared = module.draft.modules.get("")
     if shared is None or f"{prefix}A" not in shared or f"{prefix}B" not in shared:
         raise UnsupportedError(
-            f"{prefix}A and {prefix}B are not in the file (save_projection was false), and regenerating them takes "
+            f"{prefix}A and {prefix}B are not in the file (save_projection was false), and regenerating them needs "
             f"every layer's shape; {MERGE_IN_PEFT}"
         )
     left, right = module.tensor(f"{prefix}lambda_b", (1,)), module.tensor(f"{prefix}lambda_d", (1,))

@@ -19,7 +19,7 @@ def randlora(module: Module) -> Updates:
     shared = module.draft.modules.get("", module)
     if "randlora_A" not in shared or "randlora_B" not in shared:
         raise UnsupportedError(
-            "randlora_A and randlora_B are not in the file (save_projection was false), and regenerating them takes "
+            "randlora_A and randlora_B are not in the file (save_projection was false), and regenerating them needs "
             f"every layer's shape; {save_again('save_projection')}"
         )
     small, large = shared.tensor("randlora_A", (3,)), shared.tensor("randlora_B", (3,))
@@ -56,7 +56,7 @@ def tinylora(draft: Draft) -> Reader:
     def read(module: Module) -> Updates:
         if "tinylora_P" not in module:
             raise UnsupportedError(
-                "tinylora_P is not in the file (save_projection was false), and regenerating it takes the order of "
+                "tinylora_P is not in the file (save_projection was false), and regenerating it needs the order of "
                 f"the model's layers; {save_again('save_projection')}"
             )
         shared = draft.modules.get("", module)
@@ -75,7 +75,7 @@ def unilora(draft: Draft) -> Reader:
     if not any(draft.modules):
         draft.unsupported.append(
             "unilora_indices and unilora_scales are not in the file (save_indices was false), and regenerating them "
-            f"takes the order of the model's layers; {save_again('save_indices')}"
+            f"needs the order of the model's layers; {save_again('save_indices')}"
         )
 
     def read(module: Module) -> Updates:

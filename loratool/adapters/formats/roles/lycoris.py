@@ -163,6 +163,6 @@ def oft_of_inputs(slots: Slots) -> Update:
         stored = derived(stored.shape, partial(formulas.times, 0.5 / math.sqrt(size - 1)), stored)
     blocks = derived((count, size, size), partial(formulas.rotations, size, TERMS, None, True), stored)
     slots.remark(
-        Note("oft-series", f"OFT of inputs is worked out with {TERMS} terms of its series, as OneTrainer and PEFT do")
+        Note("oft-series", f"OFT of inputs is computed with {TERMS} terms of its series, as OneTrainer and PEFT do")
     )
     return Rotation(blocks, shared=count == 1, of_matrix=True)
