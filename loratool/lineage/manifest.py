@@ -18,7 +18,6 @@ from loratool.lineage.makers import Maker, Makers
 from loratool.options.described import JsonFile, Options, PathKind, described_by, keyword_near, made_of, nearest
 from loratool.stores.names import is_in_store, parse_store
 
-
 LARGEST = 1 << 20  # bytes of a manifest
 OURS = ("overwrite", "dry_run")  # what `run` decides itself
 HELP = "loratool run --help"  # the hint where a manifest is not understood

@@ -58,7 +58,7 @@ REFUSED = {
             "--dequantize": "--dequantize is for a quantised BASE",
             "--only unet": "--only is for image and video models",
             "--component-weight unet=2": "--component-weight is for image and video models",
-            "--block-weights IN01=2": "no adapted weight lies in IN01",
+            "--block-weights IN01=2": "the adapter changes nothing in IN01",
             "--also-load nothing": "--also-load nothing: no such file",
             "--ignore-files nothing": "--ignore-files nothing matches no weight file",
         }.items()
@@ -87,7 +87,7 @@ REFUSED = {
     "rescale adapter -o out --scale 2 --each": "--each needs --frobenius or --spectral",
     "rescale adapter -o out --scale 2 --dtype float16": "--dtype needs --bake",
     "rescale adapter -o out --match zzz=2": "no adapted module matches zzz",
-    "rescale adapter -o out --block-weights IN01=2": "no adapted weight lies in IN01",
+    "rescale adapter -o out --block-weights IN01=2": "the adapter changes nothing in IN01",
     "resize adapter -o out --rank 1 --layer-weights weights.json": "--layer-weights needs --budget",
     "combine adapter other -o out --rank-policy ctm": "--rank-policy ctm needs --rank",
     "combine adapter other -o out --space core": "--space does not apply to linear",
@@ -95,7 +95,7 @@ REFUSED = {
     "combine adapter other -o out --method linear-factors --svc": "--svc does not apply",
     "combine adapter other -o out --method linear-factors --match-norm max": "--match-norm does not apply",
     "combine adapter other -o out --method slerp --normalize": "--normalize applies only to",
-    "combine adapter other -o out --block-weights IN01=2": "no adapted weight lies in IN01",
+    "combine adapter other -o out --block-weights IN01=2": "the adapter changes nothing in IN01",
     **{
         f"combine adapter other -o out {words}": f"{words.split()[0]} applies only to"
         for words in (
@@ -103,7 +103,7 @@ REFUSED = {
             *("--iso-beta 0.5", "--row-wise", "--seed 3"),
         )
     },
-    "convert adapter -o out --for vllm --architecture sdxl": "these are no modules of sdxl",
+    "convert adapter -o out --for vllm --architecture sdxl": "these are not modules of sdxl",
     "extract base merged -o out --rank 2 --max-rank 3": "--max-rank is for --rank auto",
     "extract base merged -o out --exact --seed 3": "--seed is for the sketch",
     "extract base merged -o out --include zzz": "no module matches 'zzz'",

@@ -109,7 +109,7 @@ BROKEN: dict[str, tuple[Broken, str]] = {
     "size over 63 bits": (broken(tensors=(tensor("a", (2**64 - 1,)),)), "more elements than 63 bits"),
     "type": (broken(tensors=(tensor("a", (2, 4), 4),)), "unknown type (4)"),
     "blocks": (broken(tensors=(tensor("a", (2, 100), 12),)), "not a multiple of a block of Q4_K"),
-    "odd position": (broken(tensors=(tensor("a", (2, 4), at=8),)), "no multiple of 32"),
+    "odd position": (broken(tensors=(tensor("a", (2, 4), at=8),)), "not a multiple of 32"),
     "position beyond": (broken(tensors=(tensor("a", (2, 4), at=1 << 40),)), "but the file has"),
     "position over 63 bits": (broken(tensors=(tensor("a", (2, 4), at=2**64 - 32),)), "but the file has"),
     "overlap": (broken(tensors=(tensor("a", (4, 4)), tensor("b", (4, 4), at=32)), data=96), "overlaps tensor a"),

@@ -186,7 +186,7 @@ def test_an_estimate_counts_values_and_holds_the_base_as_it_is_stored(base: Path
 def test_an_estimate_of_what_nobody_reads_is_refused(tmp_path: Path) -> None:
     tensors = {f"{ATTENTION}q_proj.codes": np.ones((4, 4, 2), np.int8), **PLAIN}
     folder = save_packed(tmp_path / "base", tensors, {"quant_method": "aqlm"})
-    with pytest.raises(loratool.InputError, match="is not read"):
+    with pytest.raises(loratool.InputError, match="does not read"):
         loratool.estimate(folder, [2], "q_proj")
 
 
