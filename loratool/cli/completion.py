@@ -39,13 +39,14 @@ completion = library_command(
     click.argument("shell", type=click.Choice([*INSTALLED]), metavar="bash|zsh|fish"),
     help="""Print a script that completes commands, options, dialects, servers and target modules.
 
-    Add the line for bash or zsh to your shell's start-up file; for fish, type the last line once.
+    For bash and zsh, add the line below to your shell's start-up file. For fish, write the script to
+    ~/.config/fish/completions/loratool.fish.
 
     \b
     Examples:
       eval "$(loratool completion bash)"
       eval "$(loratool completion zsh)"
-      loratool completion fish > ~/.config/fish/completions/loratool.fish
+      loratool completion fish
     """,
     name="completion",
 )
