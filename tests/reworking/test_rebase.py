@@ -203,7 +203,7 @@ def test_bases_that_are_no_siblings_are_refused_unless_forced(home: Path, tmp_pa
 
 
 def test_an_update_that_is_mostly_there_is_refused_unless_forced(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="already holds 70 % of the update"):
+    with pytest.raises(FitError, match="already contains 70 % of the update"):
         rebased(home, tmp_path, moved(held=0.7))
     report = loratool.rebase(home / "adapter", tmp_path / "out", base=home / "old", onto=tmp_path / "new", force=True)
     assert report.total.factor == pytest.approx(0.3, rel=1e-9)
