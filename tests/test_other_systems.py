@@ -10,19 +10,23 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import faults
+import other_places
 import pytest
+from other_places import Elsewhere
 from paths import PACKAGE, ROOT
 from safetensors.torch import load_file, save_file
 
-from loratool.cli import COMMANDS as NAMES, run
+from loratool.cli import COMMANDS as NAMES, command as command_of, run
+from loratool.cli.operands import Output, Place
 from loratool.files import names, process, system
 from loratool.files.hub_names import parse
 
@@ -102,7 +106,11 @@ MEMORY = "this system does not report process memory; peak memory is reported as
 FOLDERS = "folders cannot be synced on this system; a power failure right after the end may undo the last rename"
 LOCKS = "no file locks on this system; two runs may write the same output at once"
 SPACE = "this system does not report free disk space, so it is not checked whether the output fits"
-LACKING = {"macos": {DIRECT, SWAPS}, "windows": {DIRECT, SWAPS, MEMORY, FOLDERS}}
+LINKS = (
+    "no links in the Hub's cache on this system, which name files by their SHA-256; digests of files from the Hub are "
+    "computed"
+)
+LACKING = {"macos": {DIRECT, SWAPS}, "windows": {DIRECT, SWAPS, MEMORY, FOLDERS, LINKS}}
 
 
 @dataclass(frozen=True)
@@ -123,11 +131,15 @@ def make_inputs(folder: Path) -> None:
     shards = [load_file(path) for path in sorted((folder / "base").glob("*.safetensors"))]
     save_file({name: value for shard in shards for name, value in shard.items()}, folder / "one.safetensors")
     (folder / "steps.yaml").write_text(STEPS)
+    (folder / "elsewhere.yaml").write_text(other_places.STEPS)
 
 
-def run_on(name: str, root: Path, commands: Sequence[Sequence[str]]) -> tuple[list[Ended], int]:
+def run_on(
+    name: str, root: Path, commands: Sequence[Sequence[str]], elsewhere: Mapping[str, str]
+) -> tuple[list[Ended], int]:
     """The commands on a simulated system, in one process; and how often a disk was told to empty its own cache."""
     settings = {
+        **elsewhere,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
@@ -153,7 +165,23 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for command in COMMANDS:
             if command[0] != "killed":
                 assert run(command) == 0, command
+    shutil.copytree(root / "made" / "fleet", root / "in" / "fleet")
     return root
+
+
+@pytest.fixture(scope="module")
+def elsewhere(usual: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    """A Hub and a store."""
+    with other_places.serving(usual / "in", tmp_path_factory.mktemp("elsewhere")) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def usual_elsewhere(usual: Path, elsewhere: Elsewhere) -> dict[str, bytes]:
+    """What the commands make on the Hub and in a store, with nothing taken away."""
+    done = other_places.run_apart(other_places.MAKING, usual, elsewhere.settings(usual))
+    assert [*zip(other_places.MAKING, done, strict=True)] == [(words, 0) for words in other_places.MAKING]
+    return elsewhere.cleared()
 
 
 @dataclass(frozen=True)
@@ -161,13 +189,31 @@ class Simulated:
     """What a simulated system made, and how its commands ended."""
 
     root: Path
-    ended: list[Ended]
+    ended: list[Ended]  # with commands that use what is here
+    ended_elsewhere: list[Ended]
     refused: list[Ended]
     synced: int
+    made_elsewhere: dict[str, bytes]
+
+
+def simulated(
+    name: str,
+    root: Path,
+    elsewhere: Elsewhere,
+    commands: Sequence[Sequence[str]],
+    refused: Sequence[Sequence[str]] = (),
+) -> Simulated:
+    """A system on which commands were run, then those with places elsewhere, then those that are refused."""
+    every = [*commands, *other_places.COMMANDS, *refused]
+    ended, synced = run_on(name, root, every, elsewhere.settings(root))
+    here, there = len(commands), len(commands) + len(other_places.COMMANDS)
+    return Simulated(root, ended[:here], ended[here:there], ended[there:], synced, elsewhere.cleared())
 
 
 @pytest.fixture(scope="module")
-def windows(usual: Path, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
+def windows(
+    usual: Path, usual_elsewhere: object, elsewhere: Elsewhere, tmp_path_factory: pytest.TempPathFactory
+) -> Simulated:
     """All commands, as somebody at Windows would type them, and then those that are refused there: in one process."""
     root = tmp_path_factory.mktemp("windows") / "root"
     shutil.copytree(usual / "in", root / "in")
@@ -182,22 +228,50 @@ def windows(usual: Path, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
     ]
     deep = "d" * (225 - len(str(root)))  # the stage has room for its journal, and not for the longest file
     refused = [[w.replace("HERE", str(root.parent)).replace("DEEP", deep) for w in command] for command in REFUSED]
-    ended, synced = run_on("windows", root, [*typed, *refused])
-    return Simulated(root, ended[: len(typed)], ended[len(typed) :], synced)
+    return simulated("windows", root, elsewhere, typed, refused)
 
 
 @pytest.fixture(scope="module")
-def macos(usual: Path, tmp_path_factory: pytest.TempPathFactory) -> Simulated:
+def macos(
+    usual: Path, usual_elsewhere: object, elsewhere: Elsewhere, tmp_path_factory: pytest.TempPathFactory
+) -> Simulated:
     """All commands."""
     root = tmp_path_factory.mktemp("macos")
     shutil.copytree(usual / "in", root / "in")
     (root / "made").mkdir()
-    ended, synced = run_on("macos", root, COMMANDS)
-    return Simulated(root, ended, [], synced)
+    return simulated("macos", root, elsewhere, COMMANDS)
 
 
 def test_every_command_is_tried() -> None:
     assert {word for command in COMMANDS for word in command[:2]} >= {*NAMES}
+
+
+# Commands whose places their parameters do not tell; an index and a plan are never written elsewhere.
+PLACES = {"record": {"store"}, "reproduce": {"store", "into a store"}, "push": {"store", "Hub"}}
+ONLY_HERE = ("index", "plan")
+
+
+def places_of(command: click.Command) -> set[str]:
+    """The kinds of places that a command takes, by its parameters."""
+    found = set(PLACES.get(str(command.name), ()))
+    if any(isinstance(each.type, Place) and each.type.role not in ("folder", "repository") for each in command.params):
+        found |= {"Hub", "store"}
+    if command.name not in (*ONLY_HERE, *PLACES) and any(isinstance(each, Output) for each in command.params):
+        found.add("into a store")
+    return found | {"to the Hub" for each in command.params if each.name == "push_to_hub"}
+
+
+def test_every_command_is_tried_with_every_kind_of_place_that_it_takes() -> None:
+    """As operands, and as outputs; addresses of all forms, of several workers' outputs, and of streams are among them."""
+    tried: dict[str, set[str]] = {}
+    for words in other_places.COMMANDS:
+        tried.setdefault(words[0], set()).update(other_places.kinds_of(words))
+    del tried["run"]  # whose places are in its file
+    assert tried == {name: places for name in NAMES if (places := places_of(command_of(name)))}
+    every = {word for words in other_places.COMMANDS for word in words}
+    assert every >= {"auto", "hf://org/base@main", "org/adapters@main:style", "in/elsewhere.yaml"}
+    assert every >= {"--stream", "--part", "--status", "--finish", "--abort", "--also"}
+    assert any(word.startswith("s3:") and word.endswith(".safetensors") for word in every)
 
 
 @pytest.mark.parametrize("name", LACKING)
@@ -207,12 +281,56 @@ def test_every_command_works_and_makes_the_same_bytes(name: str, usual: Path, re
     said: set[str] = set()
     for command, ended in zip(COMMANDS, found.ended, strict=True):
         assert ended.code == (-9 if command[0] == "killed" else 0), (command, ended)
-        notes = [line.removeprefix("note: ") for line in ended.err.splitlines() if line.startswith("note: ")]
-        assert len(notes) == len(set(notes))
-        said.update(notes)
-    assert said == LACKING[name]
-    made, expected = faults.picture(found.root / "made"), faults.picture(usual / "made")
-    assert made == expected
+        said |= notes_of(ended)
+    assert said == LACKING[name] - {LINKS}
+    made, expected = (comparable(contents(root / "made")) for root in (found.root, usual))
+    assert unlike(made, expected) == []
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_every_command_works_with_the_hub_and_with_a_store(
+    name: str, usual_elsewhere: Mapping[str, bytes], request: pytest.FixtureRequest
+) -> None:
+    """What it makes there has the same bytes, nothing is left on the disk, and it says what it does without."""
+    found: Simulated = request.getfixturevalue(name)
+    said: set[str] = set()
+    for words, ended in zip(other_places.COMMANDS, found.ended_elsewhere, strict=True):
+        assert ended.code == 0, (words, ended)
+        said |= notes_of(ended)
+    assert said == LACKING[name] - {SWAPS}
+    assert unlike(comparable(found.made_elsewhere), comparable(usual_elsewhere)) == []
+    assert os.listdir(found.root / "temp") == []
+
+
+def notes_of(ended: Ended) -> set[str]:
+    """What a command says that it does without, once each."""
+    notes = [line.removeprefix("note: ") for line in ended.err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(set(notes))
+    return {*notes}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, and its folders as empty ones."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")
+    }
+
+
+def comparable(files: Mapping[str, bytes]) -> dict[str, object]:
+    """Files as they are; records without the digests of a base from the Hub, which a cache without links does not know."""
+    found: dict[str, object] = dict(files)
+    for name, content in files.items():
+        if name.endswith("loratool.json"):
+            table = json.loads(content)
+            if "hub" in table.get("base", ()):
+                del table["base"]["files"]
+                found[name] = table
+    return found
+
+
+def unlike(made: Mapping[str, object], expected: Mapping[str, object]) -> list[str]:
+    """Names of what differs."""
+    return sorted(name for name in {*made, *expected} if made.get(name) != expected.get(name))
 
 
 def test_a_disk_with_a_cache_of_its_own_is_told_to_empty_it(macos: Simulated) -> None:
@@ -267,6 +385,7 @@ TABLE: list[tuple[list[str], int, str]] = [  # a command, its exit code, and wha
     (["interrupted", *ONTO, "stopped", "--workers", "1"], 130, "run the same command again to continue"),
     ([*ONTO, "stopped"], 0, ""),
     (["busy", "busy.partial", *ONTO, "busy"], 2, "another run is writing this output"),
+    (["index", "in\\adapter", "-o", "s3://models/index"], 2, "cannot be written into a store"),
     (["push", "made\\merged", "s3://models/merged"], 2, "only repositories of the Hub can be pushed to"),
     (["unlocked", *ONTO, "free", "-v"], 0, f"note: {LOCKS}"),
     (["unlocked", *ONTO, "FREE", "-v"], 2, "already exists"),
@@ -280,7 +399,7 @@ def test_what_windows_cannot_hold_is_refused_in_a_sentence_and_leaves_nothing(wi
     for (command, code, sentence), ended in zip(TABLE, windows.refused, strict=True):
         assert (ended.code, sentence in ended.err) == (code, True), (command, ended)
         assert "a bug in loratool" not in ended.err
-    assert sorted(os.listdir(windows.root)) == ["busy.partial", "free", "in", "made", "stopped"]
+    assert sorted(os.listdir(windows.root)) == ["busy.partial", "cache", "free", "in", "made", "stopped", "temp"]
     assert os.listdir(windows.root / "busy.partial") == []
     assert faults.picture(windows.root / "in") == faults.picture(usual / "in")
     assert faults.picture(windows.root / "stopped") == faults.picture(usual / "made" / "merged")

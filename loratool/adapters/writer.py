@@ -29,7 +29,7 @@ from loratool.files.folders import CARD, PROVENANCE, leaves, sort_side_files
 from loratool.files.gguf import GgufFile
 from loratool.files.gguf_writer import copy_with_values
 from loratool.files.journal import Journal
-from loratool.files.model_files import MADE_HERE
+from loratool.files.model_files import RECORD_KEY
 from loratool.files.outputs import as_json, check_target
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.files.staging import Stage, clearing_spent, staged
@@ -291,7 +291,7 @@ def restated_output(
             stage.write(settings, made.settings)
         else:
             assert isinstance(file, GgufFile)
-            told: dict[str, str | float] = {**made.values, MADE_HERE: json.dumps(provenance)}
+            told: dict[str, str | float] = {**made.values, RECORD_KEY: json.dumps(provenance)}
             copy_with_values(file, stage.folder / form.weights_name, told)
             stage.add(form.weights_name)
         file.check_unchanged()
@@ -308,7 +308,7 @@ def scaled_output(
         return
     own = {info.name: (info.name, info.dtype, info.shape) for info in file.layout.in_order}
     own |= {n: (n, "F32", file.tensors[n].shape if n in own else ()) for n in scaled.numbers}
-    header = {**scaled.header, MADE_HERE: json.dumps(provenance)}
+    header = {**scaled.header, RECORD_KEY: json.dumps(provenance)}
     with (
         staged_weights(out, form, file.layout.size + 512 * len(scaled.numbers), options) as stage,
         form.container(stage.folder / form.weights_name, own.values(), header) as written,

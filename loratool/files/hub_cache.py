@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.errors import printable
+from loratool.files.system import do_without
 from loratool.lazy import hub_constants
 
 SNAPSHOT = r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<inside>.+))?$"
@@ -65,7 +66,14 @@ def told_origin(path: Path) -> dict[str, str]:
 
 def sha256_of_link(path: Path) -> str:
     """The SHA-256 of a weight file in a cache of the Hub, which names what it has of a file by it; empty elsewhere."""
-    if origin_of(path) is None or not path.is_symlink():
+    if origin_of(path) is None:
+        return ""
+    if not path.is_symlink():
+        if path.is_relative_to(os.path.realpath(hub_constants.HF_HUB_CACHE)):  # elsewhere it stands for a repository
+            do_without(
+                "no links in the Hub's cache on this system, which name files by their SHA-256; digests of files from "
+                "the Hub are computed"
+            )
         return ""
     blob = Path(os.readlink(path))
     return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-MADE_HERE = "loratool"  # the key of a file's metadata that says how it was made, where it stands alone
+RECORD_KEY = "loratool"  # the key of a file's metadata that says how it was made, where it stands alone
 NOTHING = "(?!)"  # a pattern of no name
 # What a tokenizer is made of; an adapter that ships its own was trained with it.
 TOKENIZER_FILES = frozenset(

@@ -14,7 +14,7 @@ from loratool.files.folders import PROVENANCE, WEIGHT_FILES, sidecar_of
 from loratool.files.hub_names import slashed
 from loratool.files.journal import JOURNAL, REPLACED, ForeignError, Journal, look, read_journal, walk
 from loratool.files.locks import is_locked
-from loratool.files.model_files import MADE_HERE, FileNames
+from loratool.files.model_files import RECORD_KEY, FileNames
 from loratool.files.names import check_separators, is_unusual, refused_name
 from loratool.files.system import create_file, shell_line, sync_file
 from loratool.files.untrusted import LARGEST_RECORD, read_json
@@ -152,7 +152,7 @@ def check_file_place(out: Path, shown: str, replace: bool) -> None:
 def made_here(path: Path) -> bool:
     """Whether a weight file says itself that it was made here, or is still what its own record lists."""
     try:
-        if MADE_HERE in read_weight_file(path).metadata:
+        if RECORD_KEY in read_weight_file(path).metadata:
             return True
         listed = record_at(sidecar_of(path)).get(path.name)
         return listed is not None and not why_unlike(path, listed)

@@ -18,7 +18,7 @@ from loratool.fetching.bases import told_choice
 from loratool.fetching.stores import brought
 from loratool.files.folders import PROVENANCE
 from loratool.files.journal import Journal
-from loratool.files.model_files import MADE_HERE
+from loratool.files.model_files import RECORD_KEY
 from loratool.files.part_records import FilePart, SharedOutput
 from loratool.files.shared_folder import SharedFolder
 from loratool.files.sink import PAGE
@@ -151,7 +151,7 @@ def replaced_at(place: StorePath, overwrite: bool) -> tuple[str, ...]:
 def says_made_here(place: StorePath) -> bool:
     """Whether the header of an object has the record of a command that made it."""
     try:
-        return MADE_HERE in read_weight_file(brought(place, None)).metadata
+        return RECORD_KEY in read_weight_file(brought(place, None)).metadata
     except InputError:
         return False
 

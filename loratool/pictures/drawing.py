@@ -11,7 +11,7 @@ from loratool.errors import escaped
 from loratool.pictures.colours import style_of_file
 from loratool.results.text import fitted
 
-MADE_HERE = "made by loratool"  # how a file's metadata begins
+METADATA_START = "made by loratool"  # how a file's metadata begins
 # Pixels of letters in labels of 12 pixels, in a wide font: others take less.
 LETTER, LETTERS = (
     7.6,
@@ -113,7 +113,7 @@ def svg_file(figure: Figure) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             'role="img" aria-labelledby="title about">',
-            f"<metadata>{MADE_HERE} {safe(__version__)}</metadata>",
+            f"<metadata>{METADATA_START} {safe(__version__)}</metadata>",
             f'<title id="title">{safe(figure.title)}</title>',
             f'<desc id="about">{safe(figure.about or figure.title)}</desc>',
             f"<style>\n{style_of_file(body)}\n</style>",

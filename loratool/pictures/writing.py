@@ -12,13 +12,13 @@ from loratool.errors import StorageError, UsageError, printable
 from loratool.files.names import check_separators
 from loratool.files.outputs import check_file, check_local, write_file
 from loratool.files.system import shell_word
-from loratool.pictures.drawing import MADE_HERE, svg_file
+from loratool.pictures.drawing import METADATA_START, svg_file
 from loratool.pictures.page import figures_of, html_page
 from loratool.results.base import Result
 
 LARGEST_HEAD = 1 << 16  # bytes in which a page's title ends
 PAGE_TITLE = re.compile(rb"<title>[^<]*\xc2\xb7 loratool [a-z]+</title>")
-SVG_START = re.compile(rb"<svg [^>]*>\n<metadata>" + MADE_HERE.encode() + rb" [^<]*</metadata>")
+SVG_START = re.compile(rb"<svg [^>]*>\n<metadata>" + METADATA_START.encode() + rb" [^<]*</metadata>")
 
 
 def write_page(results: Result | Sequence[Result], path: PathLike, *, overwrite: bool = False) -> None:

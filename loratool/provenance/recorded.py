@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import InputError, LoratoolError, printable
 from loratool.files.folders import PROVENANCE, record_for
-from loratool.files.model_files import MADE_HERE
+from loratool.files.model_files import RECORD_KEY
 from loratool.files.names import is_plain
 from loratool.files.untrusted import LARGEST_RECORD, json_object, read_json
 from loratool.files.weight_formats import read_weight_file
@@ -45,7 +45,7 @@ def record_at(place: Path, metadata: Mapping[str, str] | None = None) -> dict[st
 def in_header(path: Path, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The record that a weight file holds itself; empty where it holds none."""
     try:
-        text = (read_weight_file(path).metadata if metadata is None else metadata).get(MADE_HERE, "")
+        text = (read_weight_file(path).metadata if metadata is None else metadata).get(RECORD_KEY, "")
         return json_object(text.encode()) if text else {}
     except (LoratoolError, ValueError):
         return {}

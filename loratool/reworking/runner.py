@@ -21,7 +21,7 @@ from loratool.adapters.formats.format import Parts, Spelling
 from loratool.adapters.layers import Form
 from loratool.adapters.writer import Carried, Copied, FactorOptions, Output, Rounded, adapter_output
 from loratool.arguments import PathLike, Progress
-from loratool.files.model_files import MADE_HERE
+from loratool.files.model_files import RECORD_KEY
 from loratool.measuring.session import Session
 from loratool.notes import Note, as_records
 from loratool.options.described import Options
@@ -119,7 +119,7 @@ def run(
     models = {"models": dict(maker.models)} if maker.models else {}
     header = draft.header({target: form.rank for target, form in draft.forms.items()})
     if not draft.names.form.config_name:
-        header[MADE_HERE] = json.dumps(record_of(maker.command, inputs, options, {**maker.inputs(), **models}, ()))
+        header[RECORD_KEY] = json.dumps(record_of(maker.command, inputs, options, {**maker.inputs(), **models}, ()))
     with adapter_output(
         target, draft.forms, draft.carried, draft.dtype, draft.names, options, header, draft.scales
     ) as output:

@@ -7,13 +7,14 @@ runs while another process holds the lock of that folder; "unlocked" is a system
 disk space either; after "interrupted" Ctrl-C comes when the first file is finished, after "failing"
 and "header" or "tensors" the disk fails at one of these.
 
-Every path below FOLDER, which is also the working directory, goes through the simulation. Torch and other packages are
-imported before: how they get on is their own affair.
+Every path below FOLDER, which is also the working directory, goes through the simulation, also where the Hub's client
+or boto3 use it. Torch and other packages are imported before: how they get on is their own affair. The Hub's client has
+simulated locks: filelock, which it takes them from, asks for the name of the system.
 
     macos      no /proc, direct writes, affinity, swaps of names or copies inside the kernel; the disk has a cache of its own
     windows    of these all, and no fcntl, resource, users or flags of POSIX; files are read and written by seeking; folders
                cannot be opened; case is folded, open files cannot be renamed or removed, some names and long paths are
-               refused, `\\` separates; consoles know cp1252 only
+               refused, `\\` separates, no links can be made; consoles know cp1252 only
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from loratool.files.journal import FinishedShard
@@ -91,6 +93,25 @@ def separated(real: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda path: real(os.fspath(path).replace("\\", "/") if not isinstance(path, bytes) else path)
 
 
+def no_links(source: Any, target: Any, *_: Any, **__: Any) -> None:
+    """`os.symlink` for somebody who may not make links, as most users of Windows."""
+    error = OSError(errno.EINVAL, "A required privilege is not held by the client", os.fspath(source))
+    error.filename2, error.winerror = os.fspath(target), 1314  # type: ignore[attr-defined]
+    raise error
+
+
+def turn_operands() -> None:
+    """Let the command line have relative paths as a `Path` of Windows spells them: `org\\name`, `s3:\\bucket\\prefix`."""
+    click: Any = importlib.import_module("click")
+    real = click.Path.coerce_path_result
+
+    def coerced(self: Any, value: Any) -> Any:
+        made = real(self, value)
+        return Path(str(PureWindowsPath(value))) if isinstance(made, Path) and not made.is_absolute() else made
+
+    click.Path.coerce_path_result = coerced
+
+
 def refused_name(text: str) -> OSError:
     """The error of Windows for a name that cannot be, which pathlib knows by its number there."""
     error = OSError(errno.EINVAL, os.strerror(errno.EINVAL), text)
@@ -110,6 +131,7 @@ class Windows:
             setattr(os, name, self.one(self.real[name], removes=name in REMOVING))
         for name in TWO_PATHS:
             setattr(os, name, self.two(name))
+        os.symlink = no_links
         os.open = self.open
         os.fsync = self.fsync  # type: ignore[assignment]
         real_open = io.open
@@ -120,13 +142,15 @@ class Windows:
         for name in ("split", "basename", "dirname"):
             setattr(posixpath, name, separated(getattr(posixpath, name)))
         pathlib = sys.modules["pathlib"]
+        pathlib.PurePath.as_posix = lambda self: str(self).replace("\\", "/")  # type: ignore[method-assign]
+        turn_operands()
         if hasattr(pathlib, "_posix_flavour"):  # before Python 3.12
             pathlib._posix_flavour.altsep = "\\"
         if (accessor := getattr(pathlib, "_NormalAccessor", None)) is not None:  # before Python 3.11
             accessor.open = staticmethod(io.open)
             for name in {*ONE_PATH, *TWO_PATHS} & set(dir(accessor)):
                 setattr(accessor, name, staticmethod(getattr(os, name)))
-        shutil._use_fd_functions = False  # type: ignore[attr-defined]
+        shutil._use_fd_functions = shutil._USE_CP_SENDFILE = False  # type: ignore[attr-defined]
 
     def found(self, path: Any) -> Any:
         """The path as it is on the disk, where names that differ in case are one."""
@@ -205,6 +229,21 @@ REMOVING = {"unlink", "remove", "rmdir"}
 TWO_PATHS = ("rename", "replace")
 
 
+class ThreadLock:
+    """What the Hub's client locks files of its cache with; the package that it has for that goes by the system's name."""
+
+    held: ClassVar[dict[str, threading.Lock]] = {}
+
+    def __init__(self, path: Any, **_: Any) -> None:
+        self.lock = self.held.setdefault(os.fspath(path), threading.Lock())
+
+    def acquire(self, **_: Any) -> None:
+        self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
+
+
 def full_sync(descriptor: int, command: int) -> int:
     synced.append(descriptor)
     return 0
@@ -217,9 +256,10 @@ def become(system: str, root: str) -> None:
     """Take away what `system` lacks, then import the command line."""
     import fcntl
 
-    for name in ("torch", "numpy", "huggingface_hub", "safetensors.torch", "click", "tqdm"):
+    for name in ("torch", "numpy", "huggingface_hub", "safetensors.torch", "click", "tqdm", "boto3"):
         importlib.import_module(name)
     assert not any(name.split(".")[0] == "loratool" for name in sys.modules)
+    fixes: Any = importlib.import_module("huggingface_hub.utils._fixes")
     room = shutil.disk_usage(root)
     without_names(*NO_DIRECT)
     without_c_functions()
@@ -233,6 +273,7 @@ def become(system: str, root: str) -> None:
         sys.modules["msvcrt"] = locks  # type: ignore[assignment]
         shutil.disk_usage = lambda path, room=room: room  # type: ignore[misc]
         tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[assignment]  # an open file keeps its name
+        fixes.FileLock = ThreadLock
         Windows(root).install()
     without_proc()
 

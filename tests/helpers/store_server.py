@@ -30,7 +30,7 @@ import pytest
 
 pytest.importorskip("moto", reason="moto, which acts as the store, is not installed")
 
-from moto.server import DomainDispatcherApplication, create_backend_app
+from moto.server import create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -84,7 +84,7 @@ class StoreServer:
     def __init__(self) -> None:
         self.requests: list[Asked] = []
         self.fault: Callable[[Asked], Fault] = lambda _asked: None
-        self.app = DomainDispatcherApplication(create_backend_app)
+        self.app = create_backend_app("s3")
         self.port, self.lock, self.completing = 0, threading.Lock(), threading.Lock()
 
     def __enter__(self) -> StoreServer:
@@ -189,12 +189,15 @@ class StoreServer:
 
     def objects(self, bucket: str, prefix: str) -> dict[str, bytes]:
         """Everything below a prefix, by name."""
+        return {name[len(prefix) + 1 :]: body for name, body in self.everything(bucket, f"{prefix}/").items()}
+
+    def everything(self, bucket: str, begin: str = "") -> dict[str, bytes]:
+        """Every object of a bucket whose key begins so, by its key."""
         client = self.client
         found: dict[str, bytes] = {}
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=begin):
             for entry in page.get("Contents", ()):
-                body = client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
-                found[entry["Key"][len(prefix) + 1 :]] = body
+                found[entry["Key"]] = client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read()
         return found
 
     def uploads(self, bucket: str) -> list[str]:

@@ -11,10 +11,10 @@ from loratool.adapters.formats.named.writing import only
 from loratool.adapters.formats.roles.names import ALPHA, DOWN, UP, UP_BIAS, canonical, split
 from loratool.adapters.layers import Contents
 from loratool.errors import BAKE, InputError, printable
-from loratool.files.model_files import MADE_HERE
+from loratool.files.model_files import RECORD_KEY
 from loratool.files.tensor_writer import OF_DATA
 
-HASHES = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", MADE_HERE)  # of one file alone
+HASHES = ("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", RECORD_KEY)  # of one file alone
 RANKED = (DOWN, "hada_w1_b", "lokr_w2_b", "lokr_w1_b")  # roles whose first dimension is the rank that α is divided by
 SCALED = (UP, "hada_w1_a", "lokr_w1", "lokr_w1_a")  # roles that take a factor where there is no α
 

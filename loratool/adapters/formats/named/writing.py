@@ -26,7 +26,7 @@ from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.dora import Magnitude
 from loratool.algebra.updates.replacing import Replace
 from loratool.errors import FitError, printable
-from loratool.files.model_files import MADE_HERE
+from loratool.files.model_files import RECORD_KEY
 from loratool.files.tensor_writer import OF_DATA
 from loratool.lazy import Tensor
 from loratool.notes import Note
@@ -90,7 +90,14 @@ MODELS = {
 # Entries of a header that are true of one file alone; what they say is computed anew, or left out.
 OF_ONE_FILE = frozenset(
     {
-        *("format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata", MADE_HERE),
+        *(
+            "format",
+            "sshs_model_hash",
+            "sshs_legacy_hash",
+            "modelspec.hash_sha256",
+            "lora_adapter_metadata",
+            RECORD_KEY,
+        ),
         *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
     }
 )
