@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
 import faults
 import other_places
 import pytest
@@ -29,6 +28,9 @@ from loratool.cli import COMMANDS as NAMES, command as command_of, run
 from loratool.cli.operands import Output, Place
 from loratool.files import names, process, system
 from loratool.files.hub_names import parse
+
+if TYPE_CHECKING:
+    import click
 
 HELPERS = ROOT / "tests" / "helpers"
 

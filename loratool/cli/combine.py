@@ -1,6 +1,6 @@
 """`loratool combine`."""
 
-from loratool.cli.options import ADAPTERS, LAYERS, OUT, PUSHING, library_command
+from loratool.cli.options import ADAPTERS, MAKING, OUT, PUSHING, library_command
 from loratool.commands.combine import combine as function
 from loratool.reworking.combine_options import CombineOptions
 
@@ -23,6 +23,6 @@ combine = library_command(
       loratool combine ./a ./b ./c -o ./ties --method ties --density 0.3 --space core
     """,
     pictures=True,
-    progress=("combining", LAYERS),
+    progress=MAKING["combine"],
     push_progress=PUSHING,
 )

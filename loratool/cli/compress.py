@@ -3,7 +3,7 @@
 import click
 
 from loratool.cli.operands import Output
-from loratool.cli.options import LAYERS, OPERAND, PATH, library_command
+from loratool.cli.options import MAKING, OPERAND, PATH, library_command
 from loratool.commands.compress import compress as function
 from loratool.reworking.compressing.options import CompressOptions
 
@@ -23,5 +23,5 @@ compress = library_command(
       loratool compress ./adapters -o ./fleet --energy 0.95
       loratool compress ./one-more --into ./fleet
     """,
-    progress=("compressing", LAYERS),
+    progress=MAKING["compress"],
 )

@@ -1,6 +1,6 @@
 """`loratool convert`."""
 
-from loratool.cli.options import ADAPTER, LAYERS, OUT, PUSHING, library_command
+from loratool.cli.options import ADAPTER, MAKING, OUT, PUSHING, library_command
 from loratool.commands.convert import convert as function
 from loratool.reworking.converting.convert import ConvertOptions
 
@@ -20,6 +20,6 @@ convert = library_command(
       loratool convert ./style.safetensors -o ./for-diffusers --to diffusers
       loratool convert ./my-adapter -o ./to-serve --for vllm
     """,
-    progress=("converting", LAYERS),
+    progress=MAKING["convert"],
     push_progress=PUSHING,
 )

@@ -2,7 +2,7 @@
 
 import click
 
-from loratool.cli.options import LAYERS, OPERAND, OUT, PUSHING, library_command
+from loratool.cli.options import MAKING, OPERAND, OUT, PUSHING, library_command
 from loratool.commands.expand import expand as function
 from loratool.reworking.compressing.options import ExpandOptions
 
@@ -17,6 +17,6 @@ expand = library_command(
     \b
     Example: loratool expand ./fleet style -o ./style
     """,
-    progress=("expanding", LAYERS),
+    progress=MAKING["expand"],
     push_progress=PUSHING,
 )

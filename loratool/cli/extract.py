@@ -2,7 +2,7 @@
 
 import click
 
-from loratool.cli.options import A_MODEL, BASE, LAYERS, OUT, PUSHING, library_command
+from loratool.cli.options import A_MODEL, BASE, MAKING, OUT, PUSHING, library_command
 from loratool.commands.extract import extract as function
 from loratool.reworking.extracting.options import ExtractOptions
 
@@ -21,6 +21,6 @@ extract = library_command(
     """,
     pictures=True,
     shared=True,
-    progress=("extracting", LAYERS),
+    progress=MAKING["extract"],
     push_progress=PUSHING,
 )

@@ -44,7 +44,19 @@ OUT = click.option(
 LAYERS = {"unit": " layers"}  # how a bar counts
 BYTES = {"unit": "B", "unit_scale": True}
 UNITS = {"unit": " units"}
-PUSHING = ("pushing", BYTES)
+Bar = tuple[str, Mapping[str, Any]]  # the word before it, and what it counts
+PUSHING: Bar = ("pushing", BYTES)
+MAKING: Mapping[str, Bar] = {  # commands that make something
+    "merge": ("merging", BYTES),
+    "rescale": ("measuring", LAYERS),
+    "resize": ("resizing", LAYERS),
+    "combine": ("combining", LAYERS),
+    "convert": ("converting", LAYERS),
+    "extract": ("extracting", LAYERS),
+    "compress": ("compressing", LAYERS),
+    "expand": ("expanding", LAYERS),
+    "rebase": ("comparing", LAYERS),
+}
 
 
 class LibraryCommand(click.Command):
@@ -62,7 +74,7 @@ def library_command(
     pictures: bool = False,
     shared: bool = False,
     judged: str = "",
-    **bars: tuple[str, Mapping[str, Any]],
+    **bars: Bar | Callable[[Mapping[str, Any]], Bar],
 ) -> click.Command:
     """The command that calls a function of the library with its words, and shows the result.
 
@@ -75,14 +87,16 @@ def library_command(
         pictures: whether the result has a page, which `--html` and `--svg` write.
         shared: whether several workers may share it, as `PartialWords` say.
         judged: the operand that the result is a verdict on; the command ends with its exit code.
-        bars: keyword of the function that is called with progress → the word before its bar, and what the bar counts.
+        bars: keyword of the function that is called with progress → its bar, or what tells it from the command's words.
     """
 
     def run(as_json: bool, quiet: bool, pictures: Pictures | None = None, **words: Any) -> None:
         screen = Screen(as_json, quiet)
         chosen = PartialWords(**given({name: words.pop(name) for name in described_by(PartialWords) if shared}))
         work = shared_work(made.name or "", chosen, words) if is_shared(chosen) else function
-        looking = bars if chosen.part is None else {"progress": (f"{bars['progress'][0]} {chosen.part}", UNITS)}
+        looking = {name: bar(words) if callable(bar) else bar for name, bar in bars.items() if screen.is_watched}
+        if looking and chosen.part is not None:
+            looking = {"progress": (f"{looking['progress'][0]} {chosen.part}", UNITS)}
         with ExitStack() as stack:
             shown = {name: stack.enter_context(screen.bar(word, **looks)) for name, (word, looks) in looking.items()}
             result = work(**given(words), **shown)

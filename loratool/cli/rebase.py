@@ -1,6 +1,6 @@
 """`loratool rebase`."""
 
-from loratool.cli.options import ADAPTER, LAYERS, OUT, PUSHING, library_command
+from loratool.cli.options import ADAPTER, MAKING, OUT, PUSHING, library_command
 from loratool.commands.rebase import rebase as function
 from loratool.reworking.rebasing.rebase import RebaseOptions
 
@@ -17,6 +17,6 @@ rebase = library_command(
     \b
     Example: loratool rebase ./my-adapter --from ./base-v1 --onto ./base-v2 -o ./my-adapter-v2
     """,
-    progress=("comparing", LAYERS),
+    progress=MAKING["rebase"],
     push_progress=PUSHING,
 )

@@ -1,10 +1,24 @@
 """`loratool reproduce`."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import click
 
-from loratool.cli.options import OUT, PATH, library_command
+from loratool.cli.options import MAKING, OUT, PATH, Bar, library_command
 from loratool.commands.reproduce import reproduce as function
-from loratool.lineage.reproducing import ReproduceOptions
+from loratool.errors import LoratoolError
+from loratool.lineage.reproducing import ReproduceOptions, command_of
+
+
+def bar_of(words: Mapping[str, Any]) -> Bar:
+    """That of the command that is repeated. What has no record that can be read is refused by the function."""
+    try:
+        return MAKING.get(command_of(Path(words["made"])), MAKING["merge"])
+    except LoratoolError:
+        return MAKING["merge"]
+
 
 reproduce = library_command(
     function,
@@ -23,4 +37,5 @@ reproduce = library_command(
       loratool reproduce ./merged -o ./again --from /data/models --from /data/adapters
     """,
     judged="made",
+    progress=bar_of,
 )

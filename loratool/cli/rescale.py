@@ -1,6 +1,6 @@
 """`loratool rescale`."""
 
-from loratool.cli.options import ADAPTER, LAYERS, OUT, PUSHING, library_command
+from loratool.cli.options import ADAPTER, MAKING, OUT, PUSHING, library_command
 from loratool.commands.rescale import rescale as function
 from loratool.reworking.rescale import RescaleOptions
 
@@ -20,6 +20,6 @@ rescale = library_command(
       loratool rescale ./my-adapter -o ./even --spectral 1 --each
       loratool rescale ./my-adapter -o ./plain --bake --match mlp=0.8
     """,
-    progress=("measuring", LAYERS),
+    progress=MAKING["rescale"],
     push_progress=PUSHING,
 )

@@ -1,6 +1,6 @@
 """`loratool resize`."""
 
-from loratool.cli.options import ADAPTER, LAYERS, OUT, PUSHING, library_command
+from loratool.cli.options import ADAPTER, MAKING, OUT, PUSHING, library_command
 from loratool.commands.resize import resize as function
 from loratool.reworking.resize import ResizeOptions
 
@@ -18,6 +18,6 @@ resize = library_command(
       loratool resize ./my-adapter -o ./small --budget 16MB
     """,
     pictures=True,
-    progress=("resizing", LAYERS),
+    progress=MAKING["resize"],
     push_progress=PUSHING,
 )

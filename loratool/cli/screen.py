@@ -56,13 +56,18 @@ class Screen:
                 click.echo(escaped("\n\n".join(map(str, text or [result])), keep="\n"))
             show_charts(result["results"] if isinstance(result, dict) and "results" in result else [result])
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody sees a bar."""
+        return not self.quiet and sys.stderr.isatty()
+
     @contextmanager
     def bar(self, word: str, **looks: Any) -> Iterator[Progress | None]:
         """What moves a bar on stderr, or None where nobody is looking.
 
         It appears with the first progress, so that two of them do not stand there at once.
         """
-        if self.quiet or not sys.stderr.isatty():
+        if not self.is_watched:
             yield None
             return
         from tqdm import tqdm

@@ -14,12 +14,14 @@ from loratool.results.reproduce import ReproduceReport
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from loratool.arguments import PathLike
+    from loratool.arguments import PathLike, Progress
     from loratool.commands.keywords import ReproduceKeywords
 
 
 @library_function(ReproduceOptions)
-def reproduce(made: PathLike, out: PathLike, **keywords: Unpack[ReproduceKeywords]) -> ReproduceReport:
+def reproduce(
+    made: PathLike, out: PathLike, *, progress: Progress | None = None, **keywords: Unpack[ReproduceKeywords]
+) -> ReproduceReport:
     """Repeat the run that made `made`, and compare the bytes of all files.
 
     The inputs are looked for by their names in the working directory and next to `made`, on the Hub, and by their
@@ -28,9 +30,11 @@ def reproduce(made: PathLike, out: PathLike, **keywords: Unpack[ReproduceKeyword
     Args:
         made: what loratool made, a folder or a file.
         out: the new output.
+        progress: that of the command that is repeated: called with what is done and the total, in bytes of a merge and
+            in layers of any other.
 
     Raises:
         InputError: the record does not hold what is needed, or an input was not found with the recorded digests.
         LoratoolError: as the command that is repeated.
     """
-    return reproducing.reproduce(made, out, made_of(ReproduceOptions, keywords, "reproduce"), MAKERS)
+    return reproducing.reproduce(made, out, made_of(ReproduceOptions, keywords, "reproduce"), MAKERS, progress)

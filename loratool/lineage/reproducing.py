@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratool.arguments import PathLike
+from loratool.arguments import PathLike, Progress
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.digests import read_recorded
 from loratool.files.names import is_plain
@@ -43,6 +43,16 @@ class ReproduceOptions(OverwriteOption):
     )
 
 
+def command_of(made: Path) -> str:
+    """The command that made an output, as its record has it. Raises `InputError` where there is none."""
+    return maker_in(record_at(here(made)))
+
+
+def maker_in(record: Mapping[str, Any]) -> str:
+    """The command that a record tells of."""
+    return str(record.get("made_by", "")).removeprefix("loratool ")
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that a record holds."""
@@ -57,7 +67,7 @@ class Run:
     @classmethod
     def of(cls, record: Mapping[str, Any], shown: str, makers: Makers) -> Run:
         """Raises `InputError` where the record does not hold what a run needs."""
-        name = str(record.get("made_by", "")).removeprefix("loratool ")
+        name = maker_in(record)
         words, keywords = record.get("operands"), record.get("options")
         command = escaped(str(record.get("command", "")))
         if name not in makers:
@@ -91,7 +101,9 @@ class Run:
         return (*self.inputs, *self.models)
 
 
-def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers: Makers) -> ReproduceReport:
+def reproduce(
+    out: PathLike, again: PathLike, options: ReproduceOptions, makers: Makers, progress: Progress | None = None
+) -> ReproduceReport:
     """Repeat the run that made `out`; `loratool.commands.reproduce` says all of it."""
     started = time.monotonic()
     if away := [folder for folder in options.folders if is_in_store(folder)]:
@@ -111,7 +123,8 @@ def reproduce(out: PathLike, again: PathLike, options: ReproduceOptions, makers:
             **with_files(run, search),
             **{each.role: path for each, path in zip(run.models, paths, strict=True)},
         }
-        run.maker.function(**run.maker.arguments(operands), out=target, overwrite=options.overwrite, **keywords)
+        arguments = run.maker.arguments(operands)
+        run.maker.function(**arguments, out=target, overwrite=options.overwrite, progress=progress, **keywords)
     return ReproduceReport(
         out=target,
         command=run.command,

@@ -33,6 +33,8 @@ BARS = {
     "compress other --into small --overwrite": ["compressing"],
     "expand small style -o out": ["expanding"],
     "rescale style -o out --scale 2": [],
+    "reproduce merged -o out": ["merging"],
+    "reproduce small -o out": ["compressing"],
 }
 
 

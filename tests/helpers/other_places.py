@@ -121,10 +121,9 @@ class Elsewhere:
         assert self.store.uploads(MADE) == []
         for name in own:
             del self.hub.repos[name]
-        for name, content in self.store.everything(MADE).items():
-            found[f"{OUT}/{name}"] = content
-            self.store.client.delete_object(Bucket=MADE, Key=name)
-        return found
+        objects = self.store.everything(MADE)
+        self.store.client.delete_objects(Bucket=MADE, Delete={"Objects": [{"Key": name} for name in objects]})
+        return found | {f"{OUT}/{name}": content for name, content in objects.items()}
 
 
 @contextmanager
@@ -157,7 +156,7 @@ def run_apart(commands: Sequence[Sequence[str]], root: Path, settings: dict[str,
             tempfile.tempdir = None  # where it was is known already
             read_settings()
             os.chdir(root)
-            os.write(told, bytes(run(words) for words in commands))
+            os.write(told, bytes(run([*words]) for words in commands))
         finally:
             os._exit(0)
     os.close(told)

@@ -34,6 +34,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -131,7 +132,7 @@ class Windows:
             setattr(os, name, self.one(self.real[name], removes=name in REMOVING))
         for name in TWO_PATHS:
             setattr(os, name, self.two(name))
-        os.symlink = no_links
+        os.symlink = no_links  # type: ignore[assignment]
         os.open = self.open
         os.fsync = self.fsync  # type: ignore[assignment]
         real_open = io.open
@@ -142,7 +143,7 @@ class Windows:
         for name in ("split", "basename", "dirname"):
             setattr(posixpath, name, separated(getattr(posixpath, name)))
         pathlib = sys.modules["pathlib"]
-        pathlib.PurePath.as_posix = lambda self: str(self).replace("\\", "/")  # type: ignore[method-assign]
+        pathlib.PurePath.as_posix = lambda self: str(self).replace("\\", "/")
         turn_operands()
         if hasattr(pathlib, "_posix_flavour"):  # before Python 3.12
             pathlib._posix_flavour.altsep = "\\"
@@ -162,10 +163,14 @@ class Windows:
             return text
         if len(full) >= LONGEST:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
+        parts = full[len(self.root) + 1 :].split("/")
+        if any(map(reserved, parts)):
+            raise refused_name(text)
+        with suppress(OSError):
+            self.real["lstat"](full)
+            return full  # as it is written
         place = self.root
-        for name in full[len(self.root) + 1 :].split("/"):
-            if reserved(name):
-                raise refused_name(text)
+        for name in parts:
             try:
                 names = self.real["listdir"](place)
             except OSError:
