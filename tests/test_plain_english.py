@@ -25,7 +25,7 @@ CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 REFUSED = {
     r"\b(?:is|are) none\b": "say what it is: 'is not a number', 'there are no tensors'",
     r"\b(?:is|are|as|be) no (?:whole|regular|plain|branch|text|JSON|number|list|object|folder|file|model|adapter"
-    r"|matrix|path|size|part|address|product|\.safetensors)\b": "'is not a …'",
+    r"|matrix|matrices|multiple|sum|siblings|modules|path|size|part|address|products?|\.safetensors)\b": "'is not a …'",
     r"\bno (?:safetensors|regular) file:": "'not a … file'",
     r"\bcannot be meant\b": "'must be between 1 and 1024 (got 5000)'",
     r"\btold\b|\btells (?:of|no|what|how|which|whether)\b": "'is reported', 'says', 'shows'",
@@ -62,6 +62,14 @@ REFUSED = {
     r"\btake(?:s|n)? (?:it|them|the \w+) out\b": "'remove'",
     r"\bgive (?:it|one|the|another|its|as|them|a|--)\b": "'pass', 'choose'",
     r"\bmend\b": "'fix', 'correct'",
+    r"\bwhoever made\b": "'whichever tool made'",
+    r"\bbefore quantisation\b": "'the unquantised model'",
+    r"\bwhich takes (?:the|a|every)\b": "'so … is needed', 'which needs'",
+    r"\bexclude each other\b": "'are mutually exclusive'",
+    r"\b(?:is|are) worked out\b": "'is computed'",
+    r"\bone (?:\w+ )*a line\b": "'one per line'",
+    r"\bwhat became of\b": "'what happened to'",
+    r"\btaken to (?:be|have)\b": "'assumed to be'",
     r"\b(?:does|do) not go with\b|\b(?:does|do) not go into\b": "'does not match', 'does not fit'",
     r"\bno more than (?:its|their) share\b|\b(?:a|the|its|their) share of\b": "'fraction', 'part'",
 }

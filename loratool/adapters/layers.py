@@ -274,7 +274,7 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
     made = [t for t, layer in layers.items() if innermost(adapter.updates[t]) is not layer.update]
     if made:
         ranks = ", ".join(map(str, sorted({layers[target].rank for target in made})))
-        text = f"{len(made)} updates are LoHa or LoKr; they are taken as the LoRA that equals them, of rank {ranks}"
+        text = f"{len(made)} updates are LoHa or LoKr; they are treated as the equivalent LoRA, of rank {ranks}"
         adapter = replace(adapter, notes=(*adapter.notes, Note("taken-as-lora", text)))
     of_layers = {target: bias for target, bias in biases.items() if f"{target.rpartition('.')[0]}.weight" in layers}
     changes = {target: change for target, change in biases.items() if target not in of_layers}

@@ -42,7 +42,7 @@ def rebase(
     Raises:
         UsageError: a base is missing.
         InputError: a malformed adapter or base, or an adapter that depends on its base, such as PiSSA.
-        FitError: the bases have other shapes, are no siblings, or the new one holds most of the update.
+        FitError: the bases have other shapes, are not siblings, or the new one holds most of the update.
         StorageError: a disk or file-system error.
         HubError: the output is complete, but the Hub refused the push.
     """

@@ -154,7 +154,7 @@ def in_turns(parts: Sequence[Rows], times: int) -> tuple[Edit, ...]:
 def order_words(parts: Sequence[Rows], order: Sequence[int]) -> str:
     """What an order of parts is, by the names of the modules."""
     names = [part.edits[0].target.removesuffix(".weight").rpartition(".")[2] if part.edits else "…" for part in parts]
-    return f"rows were taken to be {', '.join(names[number] for number in order)}, but are {', '.join(names)}"
+    return f"rows were read as {', '.join(names[number] for number in order)}, but are {', '.join(names)}"
 
 
 def turned_halves(span: Span, plan: Plan) -> Iterator[Guess]:

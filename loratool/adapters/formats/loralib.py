@@ -94,10 +94,7 @@ class Loralib(LoralibFiles, TrainerFormat):
             if name.endswith(BIAS) and found.file.tensors[name].dtype in FLOAT_NAMES:
                 found.add(name, Replace(found.stored(name)), (name,))  # type: ignore[arg-type]  # the same
         if merged:
-            text = (
-                f"the file does not record which parts of {printable(merged[0])} and {len(merged) - 1} more are adapted; "
-                f"all are taken to be. If the weight has more rows, {WAY_OUT}"
-            )
+            text = f"the file does not record which parts of {printable(merged[0])} and {len(merged) - 1} more are adapted; all are assumed to be. If the weight has more rows, {WAY_OUT}"
             found.notes.append(Note("parts-assumed", text))
 
     def product(self, module: str, a: StoredTensor, b: StoredTensor, scale: float) -> LowRank:

@@ -192,7 +192,7 @@ def scale_of(config: Mapping[str, Any], given: float | None, notes: list[Note]) 
         return scale
     found = scale * numbers["alpha"] / numbers["rank"]
     text = (
-        "the config was written by an mlx-lm release without fine_tune_type, which multiplied by scale · alpha / "
+        "the config is of an mlx-lm release without fine_tune_type, which multiplied by scale · alpha / "
         f"rank: {found:g}"
     )
     notes.append(Note("alpha-used", text))

@@ -85,7 +85,7 @@ def assumed(config: Mapping[str, Any], parts: int) -> dict[str, Note]:
     """What is taken for granted of experts whose model is not known."""
     if model_types(config) or parts == 1:
         return {}
-    text = "gate and up of experts are taken to be the first and the second half of the rows; pass --base to be sure"
+    text = "gate and up of experts are assumed to be the first and the second half of the rows; pass --base to be sure"
     return {"gate-then-up": Note("gate-then-up", text)}
 
 
@@ -162,7 +162,9 @@ def stacked(
         none = (Rows("", 0, size),)
         found[name] = Target(Kind.PARAMETER, tuple(own.get(expert, none) for expert in range(count)))
     if counted is None and any(len(own) < count for own in stacks.values()):
-        text = f"the model is taken to have {count} experts, of which the adapter changes some; pass --base to be sure"
+        text = (
+            f"the model is assumed to have {count} experts, some of which the adapter changes; pass --base to be sure"
+        )
         notes = (*notes, Note("experts-counted", text))
     return found, notes
 
