@@ -338,7 +338,7 @@ def test_methods_of_lycoris_keep_their_tensors_where_the_dialect_has_them(method
 def test_a_method_whose_layer_another_dialect_divides_is_refused(tmp_path: Path) -> None:
     module = "lycoris_transformer_blocks_0_attn_to_q"
     tensors = {f"{module}.{role}": tensor for role, tensor in METHODS["GLoRA"].items()}
-    with pytest.raises(FitError, match=r"attn_to_q\.weight: its update \(Both\) cannot be divided"):
+    with pytest.raises(FitError, match=r"attn_to_q\.weight: its update \(Both\) cannot be split"):
         loratool.convert(
             saved(tmp_path / "flux.safetensors", tensors), tmp_path / "out", to="comfy", architecture="flux"
         )
