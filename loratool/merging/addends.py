@@ -173,6 +173,10 @@ class Stack:
         """Whether all of some rows of the weight are in here."""
         return self.place.first <= first and self.place.stop >= first + count and self.place.columns == ALL
 
+    def rows_at(self, first: int, count: int) -> slice:
+        """Which own rows are so many rows of the weight, all of which are in here."""
+        return slice(first - self.place.first, first - self.place.first + count)
+
     def add_to(self, rows: Tensor, first: int) -> None:
         """Add some rows of the product to `rows`, which begin at row `first`."""
         start, stop = max(first, self.place.first), min(first + rows.shape[0], self.place.stop)

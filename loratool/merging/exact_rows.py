@@ -40,6 +40,13 @@ class Tile:
     upper: list[Tensor]  # one end of the result, `with_integers`, and flags: a bool for an element, and these as int64
     single: list[Tensor]  # float32, with its bits as integers
 
+    def ends(self, after: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Both ends of the result, `with_integers`, of which the lower ones are put into `after`."""
+        lower, upper = with_integers(after), [*self.upper]
+        if lower[2] is lower[1] or upper[2] is upper[1]:  # both or none in eights
+            lower[2], upper[2] = lower[1], upper[1]
+        return lower, upper
+
 
 class Scratch:
     """Memory for some rows after the other."""
@@ -128,10 +135,10 @@ class ExactSum:
             measure: whether to measure ‖ΔW‖.
         """
         block = Block(before, first, after, measure)
-        if self.work == torch.float32:
-            if substitute is not None or not self.merge_product(block, scratch.of(tile, *self.kind)):
+        product = self.only_product(first, len(before)) if substitute is None else None
+        if product is None or not self.merge_product(block, product, scratch.of(tile, *self.kind)):
+            if self.work == torch.float32:
                 return self.wide.merge(before, first, after, scratch, max(1, tile // 2), substitute, measure)
-        elif substitute is not None or not self.merge_product_wide(block, scratch.of(tile, *self.kind)):
             for at in range(0, len(before), tile):
                 self.merge_tile(block, at, min(tile, len(before) - at), scratch, substitute)
         if block.doubts:
@@ -145,60 +152,60 @@ class ExactSum:
         one = stacks[0] if len(stacks) == 1 and stacks[0].covers(first, count) else None
         return None if one is None or one.lifted is None or abs(one.scale) < WORKABLE[0] else one
 
-    def merge_product(self, block: Block, room: Tile) -> bool:
-        """Put W and the one product that is added into the rows of a block, in float32; False where it is not so simple."""
-        from loratool.merging.kernels import compiled, settle, sum_within_margins
+    def merge_product(self, block: Block, product: Stack, room: Tile) -> bool:
+        """Put W and the one product that is added into the rows of a block; False where another way has to be taken."""
+        if self.work == torch.float32:
+            return self.product_in_float32(block, product, room)
+        few = block.after.is_cuda or self.rows * self.width <= SMALL  # of many, numpy on a CPU takes less time
+        return few and self.target != torch.float64 and self.product_in_float64(block, product, room)
 
-        count, after, singles = len(block.before), block.after, self.singles
-        if (product := self.only_product(block.first, count)) is None or product.lifted is None:
-            return False
-        own = slice(block.first - product.place.first, block.first - product.place.first + count)
-        lower, upper = with_integers(after), [*room.upper]
-        if lower[2] is lower[1] or upper[2] is upper[1]:  # both or none in eights
-            lower[2], upper[2] = lower[1], upper[1]
-        told, places = compiled(sum_within_margins)(
+    def product_in_float32(self, block: Block, product: Stack, room: Tile) -> bool:
+        """W and the one product, tile after tile; False where W is not finite, or numbers are too large for float32."""
+        from loratool.merging.kernels import compiled, sum_within_margins
+
+        own = product.rows_at(block.first, len(block.before))
+        assert product.lifted is not None, "a product"
+        (largest, weight, change), places = compiled(sum_within_margins)(
             block.before,
             (product.up[own], product.lifted, product.scale),
             (product.row_bounds[0][own], product.row_bounds[1][own]),
             self.underflow,
-            lower,
-            upper,
+            *room.ends(block.after),
             (room.weight, room.change),
             block.measure,
         )
         lap("product")
-        if not math.isfinite(told[0]):
+        if not math.isfinite(largest):
             return False
-        block.seen.largest, block.seen.weight, block.seen.change = told
-        if (some := self.in_changing_rows(places, block.before, block.first, after)) is not None:
-            places = places[some]
-        parts = singles.factors_in(block.first, count)
-        for some in torch.split(places, singles.together) if len(places) else ():
-            left = compiled(settle)(some, block.before, block.first, after, parts, told[0], singles.least)
-            if len(left):
-                weights = block.before.reshape(-1)[left]
-                after.view(-1)[left] = singles.exactly(left + block.first * self.width, weights)
+        block.seen.largest, block.seen.weight, block.seen.change = largest, weight, change
+        (places,) = self.in_changing_rows([places], block.before, block.first, block.after)
+        self.settle(block, places, largest)
         lap("settle")
         return True
 
-    def merge_product_wide(self, block: Block, room: Tile) -> bool:
-        """Put W and the one product that is added into the rows of a block, in float64, with few calls into torch.
+    def settle(self, block: Block, places: Tensor, largest: float) -> None:
+        """Compute undecided elements in float64, and those that this leaves undecided exactly."""
+        from loratool.merging.kernels import compiled, settle
 
-        False where it is not so simple, or where there are too many elements for a CPU, on which numpy takes less time.
-        """
+        singles, after = self.singles, block.after
+        parts = singles.factors_in(block.first, len(after))
+        for some in torch.split(places, singles.together) if len(places) else ():
+            left = compiled(settle)(some, block.before, block.first, after, parts, largest, singles.least)
+            if len(left):
+                weights = block.before.reshape(-1)[left]
+                after.view(-1)[left] = singles.exactly(left + block.first * self.width, weights)
+
+    def product_in_float64(self, block: Block, product: Stack, room: Tile) -> bool:
+        """The same with few calls into torch, of which each takes as long as many elements; False where W is not finite."""
         from loratool.merging.kernels import compiled, decide_wide, sum_and_round_wide
 
-        product, after = self.only_product(block.first, len(block.before)), block.after
-        small = after.is_cuda or self.rows * self.width <= SMALL
-        if product is None or product.down is None or self.target == torch.float64 or not small:
-            return False
-        own = block.first - product.place.first
-        up = product.up[own : own + len(after)]
+        after, own = block.after, product.rows_at(block.first, len(block.before))
+        assert product.down is not None, "a product"
         bound = product.reach, self.step * GENEROUS, (self.underflow + product.most_error) * GENEROUS
         near = (0, 0.0, 1.0) if after.element_size() == 4 else (tie_of(after.dtype), alike_from(after.dtype), FAR)
         told, places = compiled(sum_and_round_wide)(
             block.before,
-            (up, product.down, product.scale),
+            (product.up[own], product.down, product.scale),
             bound,
             near,
             [after, bits_of(after)],
@@ -206,13 +213,12 @@ class ExactSum:
             room.single,
             block.measure,
         )
-        squared, changed, largest, margin = told[:4].tolist()
+        weight, change, largest, margin = told[:4].tolist()
         if not math.isfinite(largest):
             return False
-        block.seen.weight, block.seen.change, block.seen.largest = squared, changed, largest
-        sums, weights = told[4:].chunk(2)
-        if (some := self.in_changing_rows(places, block.before, block.first, after)) is not None:
-            places, sums, weights = places[some], sums[some.cpu()], weights[some.cpu()]
+        block.seen.largest, block.seen.weight, block.seen.change = largest, weight, change
+        undecided = [places, *told[4:].chunk(2)]
+        places, sums, weights = self.in_changing_rows(undecided, block.before, block.first, after)
         lap("product")
         if len(places):
             result, left = compiled(decide_wide)(sums, margin, torch.empty(0, dtype=after.dtype))
@@ -248,8 +254,7 @@ class ExactSum:
         size += sum(stack.reach for stack in stacks)
         margin = self.underflow + self.step * size + sum(stack.most_error for stack in stacks)
         places = rounded(change.add_(weight), margin * GENEROUS, lower, room.upper)
-        if (some := self.in_changing_rows(places, weight, first, lower)) is not None:
-            places = places[some]
+        (places,) = self.in_changing_rows([places], weight, first, lower)
         if odd is not None:
             lower.copy_(torch.where(odd, kept, lower))
             places, size = places[~odd.view(-1)[places]], math.inf
@@ -264,24 +269,28 @@ class ExactSum:
         """Make `change` what is added to rows from `first` on."""
         one = stacks[0] if len(stacks) == 1 and stacks[0].covers(first, len(change)) else None
         if one is not None and one.down is not None:
-            own = first - one.place.first
-            change.addmm_(one.up[own : own + len(change)], one.down, beta=0, alpha=one.scale)
+            change.addmm_(one.up[one.rows_at(first, len(change))], one.down, beta=0, alpha=one.scale)
             return
         change.zero_()
         for stack in stacks:
             stack.add_to(change, first)
 
-    def in_changing_rows(self, places: Tensor, weight: Tensor, first: int, after: Tensor) -> Tensor | None:
-        """Which of many undecided places are in rows to which anything is added; the other rows of W go into `after`.
+    def in_changing_rows(
+        self, undecided: Sequence[Tensor], weight: Tensor, first: int, after: Tensor
+    ) -> Sequence[Tensor]:
+        """Those of undecided elements that are in rows to which anything is added; the other rows of W go into `after`.
 
-        None where they are few, and nobody asks.
+        Where they are few, all of them come back, for the question takes longer. Each element has an entry in each tensor;
+        the first one has their places.
         """
+        places = undecided[0]
         if len(places) <= after.numel() // MANY:
-            return None
+            return undecided
         changing = self.changing(first, len(after)).to(after.device)
         still = ~changing
         after[still] = round_once(weight[still], after.dtype)
-        return changing[places // self.width]
+        some = changing[places // self.width]
+        return [each[some.to(each.device)] for each in undecided]
 
     def changing(self, first: int, count: int) -> Tensor:
         """To which of so many rows from `first` on anything is added: (count,) of bool."""
