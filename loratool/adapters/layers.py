@@ -235,6 +235,15 @@ class Contents:
         return unloaded(bias.value).load(torch.device("cpu"), torch.float64) * bias.scale
 
 
+def check_read(adapter: Adapter, verb: str) -> None:
+    """Raise `InputError` or `FitError` for an adapter of which something is not supported, or not recognised."""
+    shown = printable(adapter.file.path)
+    if adapter.unsupported:
+        raise InputError(f"{shown}: cannot {verb} this adapter:", adapter.unsupported)
+    if adapter.unused:
+        raise FitError(f"{shown}: these tensors were not recognised:", map(printable, adapter.unused))
+
+
 def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Contents:
     """The adapter, sorted; raises `InputError` or `FitError` naming all that `verb` cannot be done to.
 
@@ -243,10 +252,7 @@ def contents_of(adapter: Adapter, verb: str, as_products: bool = False) -> Conte
     from loratool.adapters.as_lora import as_product, kind_unknown
 
     shown = printable(adapter.file.path)
-    if adapter.unsupported:
-        raise InputError(f"{shown}: cannot {verb} this adapter:", adapter.unsupported)
-    if adapter.unused:
-        raise FitError(f"{shown}: these tensors were not recognised:", map(printable, adapter.unused))
+    check_read(adapter, verb)
     layers: dict[str, Layer] = {}
     biases: dict[str, Add] = {}
     saved: dict[str, Replace] = {}

@@ -118,6 +118,21 @@ def test_what_a_dialect_cannot_say_is_refused_by_name_and_left_out_on_request(tm
     assert len(load_file(tmp_path / "mlx" / "adapters.safetensors")) == 4
 
 
+def test_what_is_not_supported_is_told_before_what_a_dialect_cannot_say(tmp_path: Path) -> None:
+    """--accept-loss and a merge, which help with the latter, would not help."""
+    adapter = write(tmp_path / "adapter", modules_to_save=["score"])
+    more = {
+        f"base_model.model.score.{way}.lora_{side}.weight": numbers(*shape, seed=4)
+        for way in ("modules_to_save", "original_module")
+        for side, shape in (("A", (2, 4)), ("B", (3, 2)))
+    }
+    more["base_model.model.score.weight"] = numbers(3, 4, seed=5)
+    save_file(load_file(adapter / WEIGHTS) | more, adapter / WEIGHTS)
+    with pytest.raises(InputError, match="cannot convert this adapter") as refusal:
+        loratool.convert(adapter, tmp_path / "out", to="mlx")
+    assert "--accept-loss" not in str(refusal.value)
+
+
 def test_dora_keeps_its_magnitudes(tmp_path: Path) -> None:
     adapter = write(tmp_path / "adapter", use_dora=True)
     loratool.convert(adapter, tmp_path / "mlx", to="mlx")

@@ -14,7 +14,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.as_lora import kind_unknown
 from loratool.adapters.formats import DIALECTS, NAMED, WRITTEN, format_of, read_adapter
 from loratool.adapters.formats.format import Parts, Spelling
-from loratool.adapters.layers import Contents, contents_of, innermost
+from loratool.adapters.layers import Contents, check_read, contents_of, innermost
 from loratool.adapters.ranks import RankRule, evened
 from loratool.adapters.reading import ReadingOptions
 from loratool.adapters.training_data import without_training_data
@@ -161,6 +161,7 @@ def convert(
     goal = replace(goal, form=goal.form.for_model(config))
     given = added_up(on_model(read, config), goal.dialect)
     check_has_names(given, goal.dialect)
+    check_read(given, "convert")  # before it is said what else would be lost
     if base is not None and goal.dialect == "peft":
         given = with_values(given, base)
     keeps = can_keep(given, goal.dialect) and not options.shortens
