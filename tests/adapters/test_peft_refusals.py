@@ -193,6 +193,18 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], Tensors] | None, dict[str, A
 }
 
 
+def test_more_orthogonal_vectors_than_columns_are_refused_for_they_are_rounding_errors(
+    plain: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of r vectors in fewer dimensions none is left over for the last ones; as they are they still reflect."""
+    columns = make_zoo().linear.in_features
+    tensors = {f"{START}hra_u": torch.randn(columns, columns + 1)}
+    settings: dict[str, Any] = {"peft_type": "HRA", "r": columns + 1, "target_modules": ["linear"]}
+    adapter = save_peft(tmp_path / "ordered", tensors, apply_GS=True, **settings)
+    assert f"{columns + 1} vectors for {columns} columns" in refusal(plain[0], adapter, tmp_path / "out", capsys)
+    loratool.merge(plain[0], save_peft(tmp_path / "free", tensors, **settings), tmp_path / "merged")
+
+
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_config_and_tensors_that_contradict_each_other_are_refused(
     plain: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

@@ -139,8 +139,14 @@ def delora(module: Module) -> Updates:
 
 
 def hra(module: Module) -> Updates:
-    stored = module.tensor("hra_u")
-    formula = formulas.orthogonal_units if module.draft.flag("apply_GS") else formulas.units
+    stored, ordered = module.tensor("hra_u"), module.draft.flag("apply_GS")
+    columns, rank = stored.shape
+    if ordered and rank > columns:
+        raise UnsupportedError(
+            f"HRA with apply_GS has {rank} vectors for {columns} columns, so Gram-Schmidt makes the last ones of rounding "
+            "errors, which are others on other machines; merge it with PEFT's merge_and_unload where it was trained"
+        )
+    formula = formulas.orthogonal_units if ordered else formulas.units
     return {"weight": Reflections(derived(stored.shape, formula, stored))}
 
 

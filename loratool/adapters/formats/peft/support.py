@@ -46,7 +46,11 @@ TYPES: dict[str, Row] = {
     "FOURIERFT": Row("FourierFT", "W + scaling · Re(inverse Fourier transform of a sparse spectrum)", test=METHOD),
     "GRALORA": Row("GraLoRA", "W + α/(r + hybrid_r) · (a grid of low-rank blocks + hybrid part)", test=METHOD),
     "HIRA": Row("HiRA", "W + W ⊙ BA, with the unmerged W", test=METHOD),
-    "HRA": Row("HRA", "W · Π(I − 2uuᵀ); with apply_GS the u are orthogonalised", test=METHOD),
+    "HRA": Row(
+        "HRA",
+        "W · Π(I − 2uuᵀ); with apply_GS the u are orthogonalised, and refused if they are more than W has columns",
+        test=METHOD,
+    ),
     "IA3": Row("(IA)³", "W ⊙ l; where outputs are scaled, the bias too", test=METHOD),
     "LN_TUNING": Row("LN tuning", "norms replaced by the trained ones", test=METHOD),
     "LOHA": Row("LoHa", "W + α/r · (w1a·w1b) ⊙ (w2a·w2b), Tucker cores on convolutions", test=METHOD),
