@@ -319,7 +319,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def comparable(files: Mapping[str, bytes]) -> dict[str, object]:
-    """Files as they are; records without the digests of a base from the Hub, which a cache without links does not know."""
+    """Files as they are, but for records and pages.
+
+    A cache without links does not know the digests of a base from the Hub. Pages name paths, which Windows
+    separates by another character.
+    """
     found: dict[str, object] = dict(files)
     for name, content in files.items():
         if name.endswith("loratool.json"):
@@ -327,6 +331,8 @@ def comparable(files: Mapping[str, bytes]) -> dict[str, object]:
             if "hub" in table.get("base", ()):
                 del table["base"]["files"]
                 found[name] = table
+        elif name.endswith((".html", ".svg")):
+            found[name] = content.replace(b"\\", b"/")
     return found
 
 

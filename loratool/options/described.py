@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 from loratool.arguments import PathLike
 from loratool.errors import InputError, UsageError, escaped, printable
 from loratool.files.hub_cache import origin_of
-from loratool.files.hub_names import parse
+from loratool.files.hub_names import parse, slashed
 from loratool.files.names import at_home
 from loratool.files.untrusted import json_value, read_bounded
 
@@ -112,6 +112,10 @@ class PlaceKind(PathKind):
 
     metavar: str = "BASE"
     role: Literal["model", "any"] = "model"
+
+    def taken(self, value: Any, flag: str) -> Any:
+        """With the slashes of a name on the Hub or of an address, which a `Path` turns round on Windows."""
+        return super().taken(slashed(value) if isinstance(value, os.PathLike) else value, flag)
 
     def plain(self, value: Any) -> str:
         return place_word(value)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
+from pathlib import PurePath
 
 from loratool import __version__
 from loratool.errors import UsageError
@@ -63,7 +64,7 @@ def pages_of(results: Result | Iterable[Result]) -> list[Page]:
 
 def last_part(path: str) -> str:
     """The title of a page that is about a path: its last part."""
-    return path.rstrip("/").rpartition("/")[2] or path
+    return PurePath(path).name or path
 
 
 def page_of(result: Result) -> Page:

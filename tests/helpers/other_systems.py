@@ -35,7 +35,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -101,16 +101,16 @@ def no_links(source: Any, target: Any, *_: Any, **__: Any) -> None:
     raise error
 
 
-def turn_operands() -> None:
-    """Let the command line have relative paths as a `Path` of Windows spells them: `org\\name`, `s3:\\bucket\\prefix`."""
-    click: Any = importlib.import_module("click")
-    real = click.Path.coerce_path_result
+def turn_slashes(pathlib: Any) -> None:
+    """Let relative paths have the separators of Windows as text: `org\\name`, `s3:\\bucket\\prefix`."""
+    plain = pathlib.PurePath.__str__
 
-    def coerced(self: Any, value: Any) -> Any:
-        made = real(self, value)
-        return Path(str(PureWindowsPath(value))) if isinstance(made, Path) and not made.is_absolute() else made
+    def turned(self: Any) -> str:
+        text = str(plain(self))
+        return text if text.startswith("/") else text.replace("/", "\\")
 
-    click.Path.coerce_path_result = coerced
+    pathlib.PosixPath.__str__ = turned
+    pathlib.PurePath.as_posix = lambda self: plain(self).replace("\\", "/")
 
 
 def refused_name(text: str) -> OSError:
@@ -132,6 +132,11 @@ class Windows:
             setattr(os, name, self.one(self.real[name], removes=name in REMOVING))
         for name in TWO_PATHS:
             setattr(os, name, self.two(name))
+        native: Any = importlib.import_module("safetensors.torch")
+        load = native.load_file  # which opens the file itself
+        native.load_file = lambda path, *more: load(self.found(path), *more)
+        link = os.link
+        os.link = lambda old, new, **named: link(self.found(old), self.found(new), **named)
         os.symlink = no_links  # type: ignore[assignment]
         os.open = self.open
         os.fsync = self.fsync  # type: ignore[assignment]
@@ -139,12 +144,11 @@ class Windows:
         patched = lambda file, *more, **named: real_open(self.found(file), *more, **named)  # noqa: E731
         builtins.open = io.open = patched  # type: ignore[assignment]
         os.O_BINARY = BINARY  # type: ignore[attr-defined]
-        os.altsep = posixpath.altsep = "\\"
+        os.sep, os.altsep, posixpath.altsep = "\\", "/", "\\"
         for name in ("split", "basename", "dirname"):
             setattr(posixpath, name, separated(getattr(posixpath, name)))
         pathlib = sys.modules["pathlib"]
-        pathlib.PurePath.as_posix = lambda self: str(self).replace("\\", "/")
-        turn_operands()
+        turn_slashes(pathlib)
         if hasattr(pathlib, "_posix_flavour"):  # before Python 3.12
             pathlib._posix_flavour.altsep = "\\"
         if (accessor := getattr(pathlib, "_NormalAccessor", None)) is not None:  # before Python 3.11

@@ -18,6 +18,7 @@ from loratool.fetching import place_of
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.containers import foreign_file
 from loratool.files.heads import read_head
+from loratool.files.hub_names import slashed
 from loratool.inspecting.fleet.alike import likeness
 from loratool.inspecting.fleet.members import Member, is_model, names_in
 from loratool.inspecting.health import examine, tell_unreadable, with_record
@@ -66,7 +67,7 @@ class Reader:
         like = likeness(member.path) if self.plain else None
         if like is not None and (same := self.known.get(like)) is not None:
             return replace(
-                same, name=printable(member.name), path=printable(member.path), date=date_of(member.path)
+                same, name=printable(member.name), path=printable(slashed(member.path)), date=date_of(member.path)
             ), None
         with ExitStack() as stack:
             here = place_of(member.path) is None
@@ -84,7 +85,9 @@ class Reader:
     def of_adapter(self, member: Member, location: Path) -> tuple[FleetRow, Sketch | None]:
         """The row of an adapter. Raises `LoratoolError` where not even its header can be read."""
         adapter, problems = format_at(location).read_leniently(location, self.way)
-        row = replace(row_of(adapter), name=printable(member.name), path=printable(member.path), date=date_of(location))
+        row = replace(
+            row_of(adapter), name=printable(member.name), path=printable(slashed(member.path)), date=date_of(location)
+        )
         fit: Fit | None = None
         checkpoint: Checkpoint | None = None
         if problems and not adapter.unsupported:
