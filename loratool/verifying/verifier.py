@@ -158,7 +158,7 @@ class Verifier:
         odd = [each for each in edited if distances[each.name].equal < 0.995 and not is_quantised(each.theirs)]
         odd.sort(key=lambda each: (each.span.placed.elements < TELLING, each.span.placed.nbytes))
         for other in ROUNDINGS if odd and asked != TWICE else ():
-            if other != rounding and self.is_rounded(odd[:MOST_TRIED], other):
+            if other != rounding and self.is_rounded(odd[:MOST_TRIED], other, distances):
                 if asked != AUTO:
                     self.otherwise = rounded_otherwise(asked, other, {each.name: distances[each.name] for each in odd})
                 return other, {**distances, **self.prove(edited, other)}
@@ -172,10 +172,11 @@ class Verifier:
             return RESIDUAL, {**distances, **better}
         return AUTO, distances
 
-    def is_rounded(self, some: Sequence[Pair], rounding: str) -> bool:
-        """Whether tensors are rounded in some way: most of them, for one may be damaged."""
-        found = self.prove(some, rounding).values()
-        return 2 * sum(not each.unequal or single_elements(each) for each in found) >= len(some)
+    def is_rounded(self, some: Sequence[Pair], rounding: str, before: Mapping[str, Distances]) -> bool:
+        """Whether tensors are rounded in some way, by their distances and those `before`: most, for one may be damaged."""
+        found = self.prove(some, rounding)
+        fewer = {name for name, each in found.items() if each.unequal < before[name].unequal}
+        return 2 * sum(not found[name].unequal or single_elements(found[name]) for name in fewer) >= len(some)
 
     @property
     def rounding(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import header, header_bytes
 from peft_files import named_by_peft, save_peft
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import loratool
 
@@ -51,6 +52,35 @@ def verified(model: Path, folder: Path) -> loratool.Verification:
     return loratool.verify(model, folder / "base", [folder / "adapter"], dtype="bfloat16")
 
 
+def flipped(model: Path, out: Path, module: str, bit: int, size: int) -> None:
+    """The model with a bit of its eighth element of a tensor flipped; elements have so many bytes."""
+    out.mkdir(exist_ok=True)
+    (out / "config.json").write_bytes((model / "config.json").read_bytes())
+    file = model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    first, _ = header(file)[name_of(module)]["data_offsets"]
+    content[len(header_bytes(file)) + first + size * 7 + bit // 8] ^= 1 << bit % 8
+    (out / "model.safetensors").write_bytes(content)
+
+
+def damaged(found: loratool.Verification) -> list[str]:
+    assert found.tensors is not None
+    return [name for name, proof in found.tensors.items() if proof.status == "different"]
+
+
+def test_damage_to_a_float32_tensor_is_no_other_rounding_of_the_rest(folder: Path, tmp_path: Path) -> None:
+    """All ways to round leave float32 alike, damaged or not."""
+    shutil.copytree(folder / "base", tmp_path / "base")
+    base = load_file(folder / "base" / "model.safetensors")
+    base[name_of("gate")] = base[name_of("gate")].bfloat16()
+    save_file(base, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    loratool.merge(tmp_path / "base", [folder / "adapter"], tmp_path / "out")
+    flipped(tmp_path / "out", tmp_path / "bad", "down", 30, 4)
+    found = loratool.verify(tmp_path / "bad", tmp_path / "base", [folder / "adapter"])
+    assert damaged(found) == [name_of("down")]
+    assert found.rounding != "compensated"
+
+
 def test_an_empty_tensor_is_compared_though_it_is_converted(merged: Path, folder: Path) -> None:
     assert verified(merged, folder).verdict == "proven"
 
@@ -60,15 +90,10 @@ def test_an_empty_tensor_is_compared_though_it_is_converted(merged: Path, folder
 def test_a_flipped_bit_is_one_element_of_one_tensor(
     merged: Path, folder: Path, module: str, bit: int, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_bytes((merged / "config.json").read_bytes())
-    file = merged / "model.safetensors"
-    content, name = bytearray(file.read_bytes()), name_of(module)
-    first, _ = header(file)[name]["data_offsets"]
-    content[len(header_bytes(file)) + first + 2 * 7 + bit // 8] ^= 1 << bit % 8  # of the eighth element
-    (tmp_path / "model.safetensors").write_bytes(content)
+    name = name_of(module)
+    flipped(merged, tmp_path, module, bit, 2)
     found = verified(tmp_path, folder)
-    assert found.tensors is not None
-    assert [other for other, proof in found.tensors.items() if proof.status == "different"] == [name]
+    assert damaged(found) == [name]
     wrong = [each for each in found.diagnoses if not each.passes]
     assert [(each.code, each.modules) for each in wrong] == [("elements-differ", (name.removesuffix(".weight"),))]
     assert wrong[0].numbers["elements"] == 1
