@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import glob
 import importlib
 import io
 import json
@@ -149,6 +150,9 @@ class Windows:
             setattr(posixpath, name, separated(getattr(posixpath, name)))
         pathlib = sys.modules["pathlib"]
         turn_slashes(pathlib)
+        for globber in ("_Globber", "_StringGlobber"):  # since Python 3.13
+            if hasattr(glob, globber):
+                getattr(glob, globber).scandir = staticmethod(os.scandir)
         if hasattr(pathlib, "_posix_flavour"):  # before Python 3.12
             pathlib._posix_flavour.altsep = "\\"
         if (accessor := getattr(pathlib, "_NormalAccessor", None)) is not None:  # before Python 3.11
