@@ -122,7 +122,8 @@ class Elsewhere:
         for name in own:
             del self.hub.repos[name]
         objects = self.store.everything(MADE)
-        self.store.client.delete_objects(Bucket=MADE, Delete={"Objects": [{"Key": name} for name in objects]})
+        if objects:  # else the request itself is wrong
+            self.store.client.delete_objects(Bucket=MADE, Delete={"Objects": [{"Key": name} for name in objects]})
         return found | {f"{OUT}/{name}": content for name, content in objects.items()}
 
 
