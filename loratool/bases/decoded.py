@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings
+from loratool.bases.packed import Codec, Packed, Packing
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import Plain, Room, StoredWeight, plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint

@@ -10,47 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loratool.adapters.adapter import StoredTensor
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import Memory, Room
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 from loratool.lazy import NDArray, Tensor, torch
 from loratool.notes import Note
-
-# Where a checkpoint says how its weights are packed: entries of config.json, and files that are about nothing else.
-ENTRIES = (
-    ("quantization_config",),
-    ("compression_config",),
-    ("text_config", "quantization_config"),
-    ("text_config", "compression_config"),
-)
-TWINS = ("quantize_config.json", "hf_quant_config.json", "quant_config.json", "quanto_qmap.json")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One of the places in which a checkpoint says how its weights are packed."""
-
-    file: str
-    path: tuple[str, ...]  # keys that lead to `values` in the file; none where it is all of it
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a checkpoint's configs say of how its weights are packed; the first place is the one that counts."""
-
-    places: tuple[Setting, ...]
-
-    @property
-    def values(self) -> Mapping[str, Any]:
-        """What counts; empty where nothing is said."""
-        return self.places[0].values if self.places else {}
-
-    @property
-    def method(self) -> str:
-        """`quant_method`; empty where none is named."""
-        value = self.values.get("quant_method")
-        return value if isinstance(value, str) else ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter, same_bytes
 from loratool.adapters.model_settings import setting
-from loratool.bases.decoded import Decoded
+from loratool.bases.codecs import as_decoded
 from loratool.bases.opening import open_checkpoint
-from loratool.bases.weights import plain_of
 from loratool.errors import LoratoolError, printable
 from loratool.files.folders import PROVENANCE
 from loratool.files.hub_cache import origin_of
@@ -92,6 +91,8 @@ def unlike_weight(name: str, base: Checkpoint, adapter: Adapter) -> str:
                 alike.append((there.nbytes, each))
         if not alike:
             return ""
+        from loratool.bases.weights import plain_of
+
         weight = min(alike)[1]
         one, other = (plain_of(model, weight) for model in (named, base))
         if not (is_whole(one.file) and is_whole(other.file)):
@@ -171,7 +172,7 @@ def unlike_packing(base: Checkpoint, known: str, adapter: Adapter, named: Mappin
         named: the config of the base that it names; empty where that is not on this machine.
     """
     name, said = adapter.training.base, adapter.training.quantised
-    packed = isinstance(base, Decoded)
+    packed = as_decoded(base) is not None
     trained_packed = bool(said or is_marked(name) or named.get("quantization_config"))
     if packed == trained_packed or (name and last_part(name) == last_part(known)):
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratool.adapters.formats import FORMATS
-from loratool.bases.decoded import Decoded
+from loratool.bases.codecs import as_decoded
 from loratool.bases.decoders import SHAPES
 from loratool.bases.siblings import served_with
 from loratool.bases.tied_weights import find_ties, tie_flag
@@ -77,7 +77,8 @@ def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
     held = checkpoint.tensors
     if any(FACTORS.match(name) for name in held):
         raise InputError(f"{printable(path)}: this is an adapter; BASE must be the model it was trained on")
-    unread = checkpoint.unread if isinstance(checkpoint, Decoded) else {}
+    seen = as_decoded(checkpoint)
+    unread = seen.unread if seen else {}
     packed = [
         name
         for name, info in held.items()
@@ -119,11 +120,11 @@ def base_of_headers(checkpoint: Checkpoint, path: Path) -> Base:
 
 def packed_in(checkpoint: Checkpoint) -> tuple[Mapping[str, int], str]:
     """The bytes of each packed weight, and how they are packed."""
-    if not isinstance(checkpoint, Decoded):
+    if (seen := as_decoded(checkpoint)) is None:
         return {}, ""
-    schemes = dict.fromkeys(weight.scheme for weight in checkpoint.weights.values())
-    sizes = {name: checkpoint.bytes_of(name) for name in checkpoint.weights}
-    return sizes, f"{checkpoint.title}: {'; '.join(schemes)}"
+    schemes = dict.fromkeys(weight.scheme for weight in seen.weights.values())
+    sizes = {name: seen.bytes_of(name) for name in seen.weights}
+    return sizes, f"{seen.title}: {'; '.join(schemes)}"
 
 
 def is_buffer(name: str, shape: Shape) -> bool:

@@ -14,7 +14,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.training import Training
 from loratool.adapters.weight_files import module_files
 from loratool.bases.decoded import Decoded, PackedModel
-from loratool.bases.packed import TWINS
+from loratool.bases.packing_settings import TWINS
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.folders import leaves

@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratool.adapters.adapter import Adapter, Derived, StoredTensor, same_bytes, same_values
 from loratool.adapters.model_settings import language_parts, model_types
 from loratool.algebra.updates.base import Update
 from loratool.algebra.updates.replacing import ReplaceRows
-from loratool.bases.decoded import weight_of
-from loratool.bases.edits import Edit
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.layouts.architectures import GENERATIVE, INPUT_EMBEDDINGS, TASK_CLASSES
 from loratool.layouts.ties import TIE_FLAGS, TIED_BY_DEFAULT, TIED_FOREVER, TIES, Tie
+
+if TYPE_CHECKING:
+    from loratool.bases.edits import Edit
 
 Edits = dict[str, list["Edit"]]  # tensor → its edits
 Saved = dict[str, dict[int, StoredTensor]]  # tensor → adapter → the tensor it saved to begin from
@@ -51,6 +52,8 @@ class Ties:
         """
         if self.flag is False:
             return group.names[:1]
+        from loratool.bases.decoded import weight_of
+
         tie = self.flag or self.base.model_type in TIED_BY_DEFAULT
         first = weight_of(self.base, group.names[0]).tensors
         return group.names[:1] + tuple(

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from loratool.adapters.formats import CONFIGS, FORMATS, format_at, has_adapter
-from loratool.bases.packed import TWINS
+from loratool.bases.packing_settings import TWINS
 from loratool.errors import HubError, InputError, printable, shown_as
 from loratool.fetching.answers import RemoteFile, check_range, commit_of, files_of
 from loratool.fetching.client import api, asking, patiently

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from loratool.bases.codecs import decoded, models_in, settings_in
+from loratool.bases.codecs import decoded, models_in
 from loratool.bases.decoded import Decoded
 from loratool.bases.packed import Packed
+from loratool.bases.packing_settings import settings_in
 from loratool.errors import InputError, folded, printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES, TensorInfo

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from loratool.bases.decoded import Decoded, PackedModel
-from loratool.bases.packed import ENTRIES, TWINS, Setting, Settings
+from loratool.bases.packing_settings import Settings, settings_in
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.pipelines import Member, itself
 from loratool.files.safefile import FLOAT_NAMES
-from loratool.files.untrusted import read_json
+
+if TYPE_CHECKING:
+    from loratool.bases.decoded import Decoded, PackedModel
 
 PLAIN_ENDS = (".weight", ".bias")  # of names that no part of a packed weight has beside its values
 
@@ -22,7 +23,20 @@ def decoded(base: Checkpoint) -> Checkpoint:
     Raises `InputError` where a packed weight is incomplete.
     """
     models = tuple(filter(None, (quantised(model, prefix) for prefix, model in models_in(base))))
-    return base.seen_as(Decoded, models=models) if models else base
+    if not models:
+        return base
+    from loratool.bases.decoded import Decoded
+
+    return base.seen_as(Decoded, models=models)
+
+
+def as_decoded(base: Checkpoint) -> Decoded | None:
+    """The base as one that `decoded` gave; None where all its weights are plain, for which nothing is imported."""
+    if type(base) is Checkpoint:
+        return None
+    from loratool.bases.decoded import Decoded
+
+    return base if isinstance(base, Decoded) else None
 
 
 def quantised(model: Checkpoint, prefix: str) -> PackedModel | None:
@@ -31,6 +45,7 @@ def quantised(model: Checkpoint, prefix: str) -> PackedModel | None:
     if not settings.places and is_plain(model):
         return None  # and no codec is imported
     from loratool.bases.codecs.known import CODECS
+    from loratool.bases.decoded import PackedModel
 
     for codec in CODECS:
         if (packing := codec.find(model, settings)) is not None:
@@ -57,16 +72,3 @@ def models_in(base: Checkpoint) -> Iterator[tuple[str, Checkpoint]]:
         prefix = f"{name}."
         files = tuple(itself(shard) for shard in base.shards if isinstance(shard, Member) and shard.prefix == prefix)
         yield prefix, replace(model, shards=files)  # which may be ones that are still on the Hub
-
-
-def settings_in(base: Checkpoint) -> Iterator[Setting]:
-    """The places in which the config of one model says how its weights are packed."""
-    for path in ENTRIES:
-        values: Any = base.config
-        for key in path:
-            values = values.get(key) if isinstance(values, Mapping) else None
-        if isinstance(values, Mapping):
-            yield Setting("config.json", path, values)
-    for name in TWINS:
-        if name in base.side_files:
-            yield Setting(name, (), read_json(base.root / name, repeated=True, lenient=True))

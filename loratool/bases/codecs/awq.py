@@ -29,7 +29,8 @@ from loratool.bases.codecs.plain_modules import (
     skipped_by,
     texts_in,
 )
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.lazy import NDArray, Tensor, numpy, torch
 

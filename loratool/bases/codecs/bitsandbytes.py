@@ -49,7 +49,8 @@ from loratool.bases.codecs.plain_modules import (
     skipped_by,
 )
 from loratool.bases.codecs.turned import Turned, as_layers_have_them
-from loratool.bases.packed import Codec, Packing, Requantizable, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packing, Requantizable, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import Memory, Plain, Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint

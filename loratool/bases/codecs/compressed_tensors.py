@@ -35,7 +35,8 @@ from loratool.bases.codecs.plain_modules import (
     with_entries,
 )
 from loratool.bases.codecs.scaled import Block, Scaled, Tiles
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint

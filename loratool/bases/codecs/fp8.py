@@ -20,7 +20,8 @@ from loratool.bases.codecs.parameters import POWERS, SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, told
 from loratool.bases.codecs.plain_modules import complete, modules_of, note_unlisted, stacks_left, texts_in, with_entries
 from loratool.bases.codecs.scaled import Block, Scaled, Tiles
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import plain_of
 from loratool.errors import InputError, printable
 from loratool.files.checkpoint import Checkpoint

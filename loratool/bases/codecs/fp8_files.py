@@ -25,7 +25,8 @@ from loratool.bases.codecs.parameters import SCALES
 from loratool.bases.codecs.parts import Finder, Unfit, bytes_of, told
 from loratool.bases.codecs.plain_modules import complete
 from loratool.bases.codecs.scaled import Scaled, Tiles
-from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParameters, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, WithoutParameters, plain_dtype
+from loratool.bases.packing_settings import Settings
 from loratool.bases.weights import Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint

@@ -12,7 +12,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loratool.bases.codecs.gguf_blocks import DECODERS, decode_into, decoded
-from loratool.bases.packed import Codec, Packed, Packing, Settings, WithoutParameters
+from loratool.bases.packed import Codec, Packed, Packing, WithoutParameters
+from loratool.bases.packing_settings import Settings
 from loratool.bases.weights import Memory, Plain, Room, plain_of
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint

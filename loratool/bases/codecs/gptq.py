@@ -38,7 +38,8 @@ from loratool.bases.codecs.plain_modules import (
     note_unlisted,
 )
 from loratool.bases.codecs.turned import Turned, as_layers_have_them
-from loratool.bases.packed import Codec, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import Room
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import TensorInfo

@@ -22,7 +22,8 @@ from typing import Any
 from loratool.bases.codecs.parameters import InMemory, OnDisk, Parameters, WithParameters
 from loratool.bases.codecs.parts import Finder, Unfit, bytes_of, in_blocks, in_turns, is_count, told, wrong_scales
 from loratool.bases.codecs.plain_modules import fused_modules, last_name, modules_of, texts_in
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import Plain, Room, plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint

@@ -31,7 +31,8 @@ from loratool.bases.codecs.plain_modules import (
     with_entries,
 )
 from loratool.bases.codecs.scaled import wrong
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import Room
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint

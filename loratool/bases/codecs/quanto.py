@@ -20,7 +20,8 @@ from loratool.bases.codecs.plain_modules import (
     matched_in_diffusers,
     modules_of,
 )
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES

@@ -21,7 +21,8 @@ from typing import Any
 from loratool.bases.codecs.affine import Affine
 from loratool.bases.codecs.parts import Finder, Unfit, is_count
 from loratool.bases.codecs.plain_modules import grown, matched_in_diffusers
-from loratool.bases.packed import Codec, Packed, Packing, Setting, Settings, plain_dtype
+from loratool.bases.packed import Codec, Packed, Packing, plain_dtype
+from loratool.bases.packing_settings import Setting, Settings
 from loratool.bases.weights import plain_of
 from loratool.errors import printable
 from loratool.files.checkpoint import Checkpoint

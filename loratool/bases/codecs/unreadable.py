@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loratool.bases.packed import Codec, Packing, Settings
+from loratool.bases.packed import Codec, Packing
+from loratool.bases.packing_settings import Settings
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.safefile import FLOAT_NAMES
 
