@@ -26,8 +26,8 @@ from loratool.results.base import Cost
 from loratool.results.reproduce import Difference, FoundInput, ReproduceReport
 from loratool.stores.names import is_in_store
 
-# Keys of a record that are compared otherwise, or tell how the work was divided: a merge in parts has a fingerprint.
-APART = {"files", "plan"}
+# Keys of a record that are compared otherwise, or tell how the work was done: by which device, in which parts.
+APART = {"files", "plan", "device"}
 
 
 @dataclass(frozen=True, kw_only=True)

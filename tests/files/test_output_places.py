@@ -233,7 +233,10 @@ def test_an_output_that_another_process_is_writing_is_refused_until_that_process
 def test_of_two_runs_at_once_one_wins_and_the_other_says_why(bench: Workbench) -> None:
     """The loser finds the output, the lock of the winner, or, having planned before the winner was done, an output that
     appeared meanwhile: it says which, and leaves it alone."""
-    runs = [Forked(["merge", str(bench.base), str(bench.adapter), "-o", str(bench.out)]) for _ in range(2)]
+    runs = [
+        Forked(["merge", str(bench.base), str(bench.adapter), "-o", str(bench.out), "--device", "cpu"])
+        for _ in range(2)
+    ]
     said = [run.communicate(timeout=60) for run in runs]
     winner, loser = sorted(
         (Outcome(run.returncode or 0, out, err, 0.0) for run, (out, err) in zip(runs, said, strict=True)),
@@ -712,7 +715,7 @@ def test_a_closed_stderr_is_no_crash(bench: Workbench, case: Prepare) -> None:
 @each({"full": full(1), "closed": closed(0, 1, 2)})
 def test_a_merge_whose_report_cannot_be_shown_is_done_all_the_same(bench: Workbench, case: Prepare) -> None:
     """Row 61. Where standard streams are closed, the next file opened gets their number: no line may land in it."""
-    outcome = redirected(spell(bench, ("merge", "BASE", "ADAPTER", "-o", "OUT")), case)
+    outcome = redirected(spell(bench, ("merge", "BASE", "ADAPTER", "-o", "OUT", "--device", "cpu")), case)
     assert outcome.code in (0, 1, 6, 141), outcome
     check_is_no_crash(outcome)
     check_is_merged(tensors_of(bench.out))

@@ -80,9 +80,13 @@ def test_a_file_that_stands_alone_is_repeated_by_what_its_header_says(tmp_path: 
 
 
 def test_a_merge_in_parts_is_repeated_by_one_process(home: Path, tmp_path: Path) -> None:
-    """Its record has the fingerprint that its workers compared; the output is the same without."""
+    """Its record has the fingerprint that its workers compared, and their device; the output is the same without."""
     loratool.merge_part(home / "base", home / "adapter", tmp_path / "parts", part="1/1", device="cpu")
     loratool.finish_merge(home / "base", home / "adapter", tmp_path / "parts")
+    record = tmp_path / "parts" / "loratool.json"  # as another machine would have written it
+    record.write_text(
+        record.read_text(encoding="utf-8").replace('"device": "cpu"', '"device": "cuda:7"'), encoding="utf-8"
+    )
     found = loratool.reproduce(tmp_path / "parts", tmp_path / "again", folders=[home])
     assert (found.passes, found.differences) == (True, ())
 

@@ -18,7 +18,7 @@ import loratool
 from loratool import cli
 from loratool.demo import demo
 
-VOLATILE = {"seconds", "startup_seconds", "peak_memory", "profile"}  # another in each run
+VOLATILE = {"seconds", "startup_seconds", "peak_memory", "gpu_memory", "profile"}  # another in each run
 
 
 class Place:
