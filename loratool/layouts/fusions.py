@@ -115,6 +115,17 @@ FUSIONS: tuple[Fusion, ...] = (
     Fusion("experts.down_proj", ("experts.#.fc2.weight",)),
     Fusion("experts.down_proj", ("experts.down_projs.#.weight",)),
     Fusion("experts.up_proj", ("experts.#.up_proj.weight",)),
+    # the same under the names that some families have on disk
+    Fusion(
+        "block_sparse_moe.input_linear.weight",
+        ("block_sparse_moe.experts.#.gate_proj.weight", "block_sparse_moe.experts.#.up_proj.weight"),
+    ),
+    Fusion("block_sparse_moe.output_linear.weight", ("block_sparse_moe.experts.#.down_proj.weight",)),
+    Fusion("experts.fc1.weight", ("experts.#.gate_proj.weight", "experts.#.up_proj.weight")),
+    Fusion("experts.fc2.weight", ("experts.#.down_proj.weight",)),
+    Fusion("moe.gate_proj.weight", ("mlp.experts.#.gate_proj.weight",)),
+    Fusion("moe.up_proj.weight", ("mlp.experts.#.up_proj.weight",)),
+    Fusion("moe.down_proj.weight", ("mlp.experts.#.down_proj.weight",)),
     # the same as MLX models have them
     Fusion("switch_mlp.gate_proj.weight", ("experts.#.gate_proj.weight",)),
     Fusion("switch_mlp.gate_proj.weight", ("experts.#.w1.weight",)),

@@ -337,6 +337,39 @@ def test_experts_whose_gates_are_one_tensor_take_theirs() -> None:
         assert torch.equal(torch.cat([gate, up]), torch.arange(2 * MLP) + e * 2 * MLP + 1000)
 
 
+@pytest.mark.parametrize(
+    ("container", "disk"),
+    [
+        (
+            "l.0.block_sparse_moe.experts",
+            {"block_sparse_moe.input_linear": "gu", "block_sparse_moe.output_linear": "d"},
+        ),
+        ("l.0.mlp.experts", {"mlp.experts.fc1": "gu", "mlp.experts.fc2": "d"}),
+        ("l.0.mlp.experts", {"moe.gate_proj": "g", "moe.up_proj": "u", "moe.down_proj": "d"}),
+    ],
+    ids=["granitemoe", "aria_text", "step3p7"],
+)
+def test_each_expert_takes_its_part_of_what_a_family_calls_the_fused_tensor(
+    container: str, disk: dict[str, str], request: pytest.FixtureRequest
+) -> None:
+    """Under the names on disk that the conversion mapping of transformers has; only those of aria are (in, out)."""
+    kind = request.node.callspec.id
+    in_out = kind == "aria_text"
+    sizes = {"gu": (2 * MLP, H), "g": (MLP, H), "u": (MLP, H), "d": (H, MLP)}
+    stored = {f"l.0.{n}.weight": (E, *(sizes[p][::-1] if in_out else sizes[p])) for n, p in disk.items()}
+    base = base_of(stored, model_type=kind)
+    parts = {"gate_proj": (MLP, H), "up_proj": (MLP, H), "down_proj": (H, MLP)}
+    targets = {f"{container}.{e}.{part}.weight": shape for e in range(E) for part, shape in parts.items()}
+    bound = bind(adapter_of(targets), base)
+    assert dict(bound.problems) == {}
+    *first, down = rows_from(bound, base, targets).values()
+    for e in range(E):
+        gate, up = (torch.arange(MLP) + 1000 * (3 * e + at) for at in (1, 2))
+        found = [each[e, 0] if in_out else each[e, :, 0] for each in first]
+        assert torch.equal(torch.cat(found), torch.cat([gate, up]))
+        assert torch.equal(down[e, :, 0], torch.arange(MLP if in_out else H) + 1000 * (3 * e + 3))
+
+
 def test_an_expert_missing_from_the_base_is_named() -> None:
     disk = {name: shape for name, shape in per_expert("w1", "w3", "w2").items() if ".1.w3" not in name}
     updates = {f"{CONTAINER}.gate_up_proj": experts(E, H, 2 * MLP)}
@@ -352,12 +385,16 @@ def test_an_expert_that_the_fused_tensor_has_not_is_refused() -> None:
     assert f"the base has {E} experts, numbered from 0; this is number {E}" in bound.problems[target]
 
 
-def test_square_experts_lie_as_those_beside_them() -> None:
+@pytest.mark.parametrize(
+    ("gate_up", "other"),
+    [("gate_up_proj", "down_proj"), ("fc1.weight", "fc2.weight")],
+)
+def test_square_experts_lie_as_those_beside_them(gate_up: str, other: str) -> None:
     """2 · MLP = H, so that the fused tensor of gate and up is square; the other one tells."""
     half = H // 2
     for in_out in (False, True):
         down = (E, half, H) if in_out else (E, H, half)
-        base = base_of({f"{CONTAINER}.gate_up_proj": (E, H, H), f"{CONTAINER}.down_proj": down}, model_type="mixtral")
+        base = base_of({f"{CONTAINER}.{gate_up}": (E, H, H), f"{CONTAINER}.{other}": down}, model_type="mixtral")
         ((place,),) = bind(adapter_of({f"{CONTAINER}.1.up_proj.weight": (half, H)}), base).places.values()
         where = (place.first_row, place.rows, place.columns)
         assert where == ((H, H, slice(half, H)) if in_out else (H + half, half, slice(None)))

@@ -98,6 +98,16 @@ def test_an_adapter_merges_into_a_checkpoint_saved_in_the_layout_of_memory_to_wh
     assert_same_model(tmp_path / "out", case.by_peft_in_memory, edited, case.base_in_memory)
 
 
+def test_a_layer_for_each_expert_fits_a_base_that_has_all_of_them_in_one(
+    trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    """Granite's tensors are called `input_linear` and `output_linear`; PEFT's merge of the parameters is the same model."""
+    case = trained("granitemoe")
+    loratool.convert(case.adapter, tmp_path / "split", to="peft-split", base=case.base)
+    loratool.merge(case.base, tmp_path / "split", tmp_path / "out")
+    assert_same_model(tmp_path / "out", case.by_peft, case.architecture.edited, case.base)
+
+
 # -- rank, scale and the choice of parameters --------------------------------------------------------
 
 

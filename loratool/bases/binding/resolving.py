@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 
 DEEPEST = 3  # renames in a row
+# What the two parameters of fused experts are called on disk.
+GATE_AND_DOWN = (
+    (".gate_up_proj", ".down_proj"),
+    (".input_linear.weight", ".output_linear.weight"),
+    (".experts.fc1.weight", ".experts.fc2.weight"),
+)
 Renaming = tuple[re.Pattern[str], str]  # `--map`: a pattern of names, and what its match becomes
 
 
@@ -234,13 +240,14 @@ class Resolver:
 
         A gate_up is (experts, 2·I, H) or turned and its down (experts, H, I): both are never square.
         """
-        parent, _, leaf = info.name.rpartition(".")
-        other = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}.get(leaf)
-        sibling = self.tensors.get(f"{parent}.{other}")
+        gate, down = next((pair for pair in GATE_AND_DOWN if info.name.endswith(pair)), ("", ""))
+        is_down = bool(down) and info.name.endswith(down)
+        own, other = (down, gate) if is_down else (gate, down)
+        sibling = self.tensors.get(info.name.removesuffix(own) + other) if own else None
         if sibling is None or len(sibling.shape) != 3 or len(info.shape) != 3 or info.shape[1] != info.shape[2]:
             return None
         hidden = info.shape[1]
-        if leaf == "down_proj":  # H = I: the gate_up is (experts, 2·H, H) or (experts, H, 2·H)
+        if is_down:  # H = I: the gate_up is (experts, 2·H, H) or (experts, H, 2·H)
             return sibling.shape[1:] == (hidden, 2 * hidden)
         return sibling.shape[1:] == (hidden // 2, hidden)  # 2·I = H: the down is (experts, H, I) or (experts, I, H)
 
