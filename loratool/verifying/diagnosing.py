@@ -21,6 +21,7 @@ from loratool.verifying.explaining import (
     ELEMENTS,
     FACTOR,
     GUESS,
+    PARAMETERS,
     PART,
     QUANTISED,
     SINGLE,
@@ -156,6 +157,14 @@ def diagnose_quantised(
         count = sum(distances[name].beyond for name in far)
         text = f"quantised ({schemes}), with {count} element{'s' * (count != 1)} farther than half a step of the format from the formula"
         yield of_modules("quantised-differently", text, far, {"elements": count})
+    if odd_scales := [name for name, each in found.items() if each.kind == PARAMETERS]:
+        own = {tensor: n for name in odd_scales for tensor, n in distances[name].parameters.items()}
+        count = sum(own.values())
+        text = (
+            f"{count} of the scales, zero points and the like ({listed(own)}) {'are' if count > 1 else 'is'} neither the "
+            "base's nor that of the merged values, so the values of their groups are lost or off"
+        )
+        yield of_modules("scales-differ", text, odd_scales, {"parameters": count})
     if left:
         gain = sum(each.gain for each in left.values()) / len(left)
         worst = min(left, key=lambda name: left[name].gain)

@@ -29,6 +29,7 @@ class Distances:
     beyond: int = 0  # elements that are farther than 1 ulp
     beyond_single: int = 0  # those of float64 that are so even if ΔW was computed in float32
     rows: list[int] = field(default_factory=list)  # of some of them
+    parameters: dict[str, int] = field(default_factory=dict)  # of a quantised one, by tensor: how many are off
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

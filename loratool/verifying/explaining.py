@@ -28,6 +28,7 @@ FACTOR, GUESS, COARSE, ELEMENTS, UNEXPLAINED = "factor", "guess", "coarse", "ele
 SINGLE = "single"
 PART = "part"
 QUANTISED = "quantised"
+PARAMETERS = "parameters"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Explained:
     """What was found out about an edited tensor."""
 
     status: str  # as of `TensorProof`
-    kind: str = ""  # of what is wrong: factor, guess, coarse, single, part, elements, quantised or unexplained; empty where nothing is
+    kind: str = ""  # of what is wrong: factor, guess, coarse, single, part, elements, quantised, parameters or unexplained; empty where nothing is
     rounding: str = NEAREST
     modules: tuple[tuple[int, str], ...] = ()  # that have a factor: the adapter's number and the target
     fit: Fit | None = None

@@ -20,6 +20,7 @@ from loratool.verifying.explaining import (
     ELEMENTS,
     FACTOR,
     GUESS,
+    PARAMETERS,
     QUANTISED,
     UNEXPLAINED,
     Explained,
@@ -33,6 +34,7 @@ from loratool.verifying.options import TWICE
 from loratool.verifying.pairing import Pair
 from loratool.verifying.updates import modules_of
 
+VAGUE = (ELEMENTS, QUANTISED, UNEXPLAINED)  # what a scale that is off may look like
 KNOWN_WELL = 0.1  # a factor with a larger error is not told from a tensor that was not packed to the nearest values
 
 
@@ -48,7 +50,10 @@ def explain_packed(pair: Pair, distances: Distances, plan: Plan, shared: SharedU
     """What a quantised tensor is some of whose elements are not the nearest to the formula."""
     if not isinstance(pair.theirs, Requantizable):
         return Explained("different", QUANTISED, "", tuple(modules_of(pair.span.edits)), packed=True)
-    return dataclasses.replace(explained(Look(pair, distances.rows, shared), distances, plan), packed=True)
+    found = dataclasses.replace(explained(Look(pair, distances.rows, shared), distances, plan), packed=True)
+    if distances.parameters and (found.status != "different" or found.kind in VAGUE):
+        return dataclasses.replace(found, status="different", kind=PARAMETERS, rounding="")
+    return found
 
 
 def explained(look: Look, distances: Distances, plan: Plan) -> Explained:

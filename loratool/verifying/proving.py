@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from loratool.algebra.rounding import round_once
 from loratool.arguments import Progress
+from loratool.bases.packed import Requantizable
 from loratool.bases.weights import Held, Plain, Room
 from loratool.devices import Awaited, exact_arithmetic, load_linear_algebra, resident_memory
 from loratool.files.crew import in_threads
@@ -38,6 +39,7 @@ from loratool.verifying.pairing import Pair
 from loratool.verifying.quantised import aligned, beyond_half_step, is_quantised
 from loratool.verifying.quick import product_of
 from loratool.verifying.quick_numpy import Halved, Tile, suffices
+from loratool.verifying.scales import Measured
 from loratool.verifying.updates import Updates, doubt_of, rounded_twice
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ class Subject:
     distances: Distances
     held: Held = field(default_factory=Held)  # of the merged model's weight
     odd: bool = False  # whether numpy left some of it to torch
+    measured: Measured = field(default_factory=Measured)  # of the formula, where the merged model's weight is quantised
 
     @property
     def doubt(self) -> float:
@@ -253,6 +256,8 @@ class Proving:
                 self.formula(worker, subject, first, before, after)
                 weight = subject.pair.theirs.matrix(span.width)
                 found = beyond_half_step(weight, after, theirs, first, subject.held, Room(self.sources))
+                if isinstance(weight, Requantizable) and span.edits:
+                    subject.measured.note(weight, after, first)
             else:
                 operand = self.formula(worker, subject, first, before, after)
                 total = None if self.rounding == RESIDUAL else loaded.sum
@@ -261,7 +266,18 @@ class Proving:
                 if found is not None and found.ulp > 1 and subject.doubt:
                     found = measure(operand, after, theirs, first, None, True, subject.doubt)
         subject.distances.note(count * span.width, found)
+        self.hold_parameters(subject)
         return subject.pair.nbytes * count // max(1, span.rows)
+
+    def hold_parameters(self, subject: Subject) -> None:
+        """Compare the parameters of a quantised weight, once all of its rows have been."""
+        span, seen = subject.pair.span, subject.distances
+        theirs = subject.pair.theirs.matrix(span.width)
+        with seen.lock:
+            done = seen.elements == span.rows * span.width and subject.measured.blocks
+            measured, subject.measured = subject.measured, Measured() if done else subject.measured
+        if done and isinstance(theirs, Requantizable):
+            seen.parameters = measured.unlike(theirs, span.matrix)
 
     def formula(self, worker: Worker, subject: Subject, first: int, before: Tensor, after: Tensor) -> Tensor:
         """Put rows of W' from `first` on as the formula gives them into `after`; `before` has those of W.

@@ -194,7 +194,7 @@ class Verifier:
         self, edited: Sequence[Pair], distances: Mapping[str, Distances], rounding: str
     ) -> dict[str, Explained]:
         """What each edited tensor is; of very many that differ, only some are looked at."""
-        odd = [each for each in edited if distances[each.name].unequal]
+        odd = [each for each in edited if is_odd(distances[each.name])]
         some, shared = odd[:: max(1, -(-len(odd) // MOST_LOOKED_AT))], SharedUpdates()
 
         def look(each: Pair) -> Explained:
@@ -203,7 +203,7 @@ class Verifier:
             return explain(each, distances[each.name], self.plan, rounding, shared)
 
         found = {each.name: one for each, one in zip(some, on_all_cores(look, some), strict=True)}
-        found |= {each.name: as_it_should(each, rounding) for each in edited if not distances[each.name].unequal}
+        found |= {each.name: as_it_should(each, rounding) for each in edited if not is_odd(distances[each.name])}
         return {each.name: found[each.name] for each in edited if each.name in found}
 
     def decoded(
@@ -284,6 +284,11 @@ class Verifier:
                 proofs[each.name] = TensorProof(status_of(each, seen, twice), seen.ulp, seen.equal)
         gone = {**dict.fromkeys(self.pairing.missing, "missing"), **dict.fromkeys(self.pairing.unknown, "unknown")}
         return proofs | {name: TensorProof(status) for name, status in gone.items()}
+
+
+def is_odd(seen: Distances) -> bool:
+    """Whether any element of an edited tensor, or any of its parameters, is not what it should be."""
+    return bool(seen.unequal or seen.parameters)
 
 
 def is_off(pair: Pair, seen: Distances) -> bool:

@@ -17,7 +17,7 @@ from packed_grouped import Grouped
 from packed_hqq import WORDS, Hqq
 from packed_models import open_packed, save_packed
 from peft_files import save_peft
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 MODULE = "model.layers.0.mlp.up_proj"
 NAME = f"{MODULE}.weight"
 SHAPE = (16, 32)
+LORA = {"A": (1, 32), "B": (16, 1)}
 CASES = [(packing, axis, group) for packing in WORDS for axis in (0, 1) for group in (16, 64)]
 
 
@@ -137,3 +138,25 @@ def test_a_conv1d_is_turned_and_packed_anew(tmp_path: Path, kind: str) -> None:
     change = up.double() @ down.double()
     assert torch.linalg.vector_norm(second - first - change) < 0.5 * torch.linalg.vector_norm(change)
     assert report.gain == pytest.approx(float(((second - first) * change).sum() / (change**2).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("part", "bit"), [("scale", 13), ("scale", 0), ("zero", 9)])
+def test_a_flipped_bit_of_a_scale_that_the_base_has_is_named(part: str, bit: int, tmp_path: Path) -> None:
+    """Whether it costs a group all of its values, or next to nothing: the merge keeps the parameters of the base."""
+    base = save_packed(tmp_path / "base", Hqq(SHAPE, "8bit_u8", 64, 0).tensors(MODULE), {"quant_method": "hqq"})
+    factors = {
+        f"base_model.model.{MODULE}.lora_{side}.weight": 0.2 * torch.ones(*shape) for side, shape in LORA.items()
+    }
+    save_peft(tmp_path / "adapter", factors, r=1, lora_alpha=1)
+    loratool.merge(base, tmp_path / "adapter", tmp_path / "out", requantize=True, accept_loss=True, device="cpu")
+    assert loratool.verify(tmp_path / "out", base, tmp_path / "adapter", device="cpu").verdict == "proven"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    name = f"{MODULE}.{part}"
+    assert torch.equal(tensors[name], before[name])
+    tensors[name].view(torch.int16).view(-1)[5] ^= 1 << bit
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    found = loratool.verify(tmp_path / "out", base, tmp_path / "adapter", device="cpu")
+    (told,) = (each for each in found.diagnoses if not each.passes)
+    assert (told.code, told.numbers["parameters"]) == ("scales-differ", 1)
+    assert name in told.text

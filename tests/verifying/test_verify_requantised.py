@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from checkpoints import save_model
 from merged_models import ALPHA, CONFIG, RANK, Scene, Tensors, codes, rounded, scene
 from packed_bnb import nf4
 from quantised_models import Quantised, awq, ct_int8, ct_packed, fp8, gptq
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -232,3 +234,24 @@ def test_values_of_the_merged_model_are_not_taken_for_those_of_the_base(anew: Be
         change = anew.plain.change(name)
         applied = made.values[name].double() - anew.weights[name].double()
         assert gains[name] == pytest.approx(float((applied * change).sum() / change.square().sum()), abs=0.02)
+
+
+def damage(folder: Path, factor: float) -> str:
+    """Multiply one scale of a weight of a model by a power of two; its tensor's name."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    stem = UP.removesuffix(".weight")
+    name = next(n for n, t in tensors.items() if n.startswith(stem) and re.search("scale|absmax", n) and t.numel() > 1)
+    tensors[name].view(-1)[3] *= factor
+    save_file(tensors, file)
+    return name
+
+
+@pytest.mark.parametrize("factor", [2.0**-16, 2.0**4])
+def test_a_scale_that_its_group_should_not_have_is_named(anew: Bench, factor: float, tmp_path: Path) -> None:
+    """The values of that group are the nearest ones that the scale gives, or next to them, and all of them are lost."""
+    anew.packed(anew.merged(), tmp_path / "merged")
+    name = damage(tmp_path / "merged", factor)
+    found = loratool.verify(tmp_path / "merged", anew.base, anew.plain.adapter, device="cpu")
+    assert_found(found, "scales-differ", {UP})
+    assert name in str(found)
