@@ -16,6 +16,7 @@ from loratool.bases.weights import Room, StoredWeight
 from loratool.lazy import Tensor, torch
 
 MOST = 0.1  # of the parameters of one tensor: where more are no known ones, another tool chose all of them
+FEWEST = 4  # of which one may be unlike all others
 NEAR, FAR = (
     2.0,
     8.0,
@@ -72,7 +73,7 @@ def odd_ones(name: str, theirs: Tensor, own: Tensor | None, new: Tensor) -> int:
     copied = new is theirs  # what the quantiser does not choose
     kept = equal(theirs, own) if own is not None else torch.zeros(theirs.shape, dtype=torch.bool)
     known = kept if copied else kept | equal(theirs, new)
-    if share(kept) >= 1 - MOST:
+    if mostly(kept):
         return int((~known).sum())
     is_scale = theirs.dtype.is_floating_point and not any(word in name.rpartition(".")[2] for word in SHIFTS)
     if copied or not is_scale:
@@ -80,7 +81,7 @@ def odd_ones(name: str, theirs: Tensor, own: Tensor | None, new: Tensor) -> int:
     one, other = theirs.double(), new.double()
     ratio, middle = one / other, other.median()
     ratio = ratio / ratio.median()
-    factor = NEAR if share(known) >= 1 - MOST else FAR
+    factor = NEAR if mostly(known) else FAR
     off = (ratio > factor) | (ratio < 1 / factor)
     usual = (other > middle / USUAL) & (other < middle * USUAL) & (other != 1)  # of groups of zeros it is often 1
     return int((~known & off & usual).sum())
@@ -91,5 +92,7 @@ def equal(one: Tensor, other: Tensor) -> Tensor:
     return bits_of(one) == bits_of(other)
 
 
-def share(which: Tensor) -> float:
-    return float(which.double().mean())
+def mostly(which: Tensor) -> bool:
+    """Whether nearly all of some elements are meant: all but a few, or but one of at least four."""
+    count = which.numel()
+    return count - int(which.sum()) <= max(int(count >= FEWEST), MOST * count)
