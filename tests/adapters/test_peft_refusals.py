@@ -285,6 +285,17 @@ MALFORMED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         "cannot be multiplied",
     ),
     "FROD": ({"frod_lambda_l": ONES(8), "frod_lambda_s_values": ONES(2)}, {}, "decomposition of all layers"),
+    "FROD, diagonal alone": (
+        {
+            "frod_lambda_l": ONES(8),
+            "frod_lambda_s_values": ONES(0),
+            "frod_V.linear": ONES(8, 8),
+            "frod_s_indices.linear": torch.ones(2, 0, dtype=torch.int64),
+        },
+        {},
+        "without entries outside of the diagonal",
+    ),
+    "OFT, blocks of 1": ({"oft_R.weight": ONES(8, 0)}, {"oft_block_size": 1}, "blocks of size 1"),
     "OFT": ({"oft_R.weight": ONES(2, 5)}, {}, "5 is not the number of elements of an upper triangle"),
     "OFT, of long ago": ({"oft_r": ONES(2, 4, 4), "oft_s": ONES(16, 1)}, {}, "an older PEFT"),
     "BOFT": ({"boft_R": ONES(2, 2, 4, 4), "boft_s": ONES(16, 1)}, {}, "several butterfly factors"),

@@ -95,6 +95,10 @@ VARIANTS: dict[str, Case] = {
     "MiCA": case("linear.weight square.weight", "linear square", init_lora_weights="mica"),
     "PiSSA": case(MATRICES, LINEAR, init_lora_weights="pissa"),
     "PiSSA with rsLoRA and DoRA": case(MATRICES, LINEAR, init_lora_weights="pissa", use_rslora=True, use_dora=True),
+    "PiSSA of more ranks than a weight has": case(MATRICES, LINEAR, r=12, init_lora_weights="pissa"),
+    "OLoRA with rsLoRA, of more ranks than a weight has": case(
+        "linear.weight square.weight", "linear square", r=12, use_rslora=True, init_lora_weights="olora"
+    ),
     "OLoRA": case("linear.weight square.weight", "linear square", init_lora_weights="olora"),
     "OLoRA with patterns": case(
         "linear.weight square.weight",

@@ -144,6 +144,11 @@ def frod(module: Module) -> Updates:
             "frod_V and frod_s_indices are not in the file (save_projection was false), and computing them needs a "
             f"decomposition of all layers together; {MERGE_IN_PEFT}"
         )
+    if shared.shape(f"frod_s_indices.{role}") == (2, 0):
+        raise UnsupportedError(
+            "FRoD without entries outside of the diagonal (sparse_rate 0), whose frod_lambda_s_values are empty; "
+            f"{MERGE_IN_PEFT}"
+        )
     basis, index = shared.tensor(f"frod_V.{role}"), shared.indices(f"frod_s_indices.{role}", (2,))
     diagonal, values = module.tensor("frod_lambda_l", (1,)), module.tensor("frod_lambda_s_values", (1,))
     side = diagonal.shape[0]

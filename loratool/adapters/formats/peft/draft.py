@@ -73,6 +73,10 @@ class Module:
             raise UnusableError(f"{self.shown}: {slot} is missing (found only {there})", MISSING_PARTNER)
         return self.draft.stored(self.slots[slot], dimensions, dtypes)
 
+    def shape(self, slot: str) -> tuple[int, ...]:
+        """That of the tensor of a slot, whatever it is."""
+        return self.draft.file.tensors[self.slots[slot]].shape
+
     def indices(self, slot: str, dimensions: Collection[int]) -> Any:
         return self.tensor(slot, dimensions, (*INTEGER_NAMES, *FACTOR_NAMES))
 

@@ -132,7 +132,8 @@ class Reader:
         module.require(up.shape[1] == down.shape[0], rank_is_one(down.shape[0], up.shape[1]))
         projection = module.path.endswith(OUT_PROJ)
         attention = module.name.removesuffix(".out_proj")  # whose r and α PEFT gives to its projection too
-        scale = self.scaling.scale(attention if projection else module.name, down.shape[0])
+        narrowed = self.part is not None and down.shape[0] == min(down.shape[1], up.shape[0])
+        scale = self.scaling.scale(attention if projection else module.name, down.shape[0], narrowed)
         if projection and doubles(self.draft.config.get("peft_version")):
             self.doubled += 1
             scale *= 2
@@ -193,9 +194,13 @@ class Reader:
             up = derived(update.up.shape, formulas.scaled_columns, update.up, diagonal)
             return Residual(replace(update, up=up, turnable=False), residual.MINOR)
         module.agree("lora_diag" not in module, f"lora_diag is present, but {CONFIG} has no kasa_config")
+        return Residual(update, self.part) if self.part else update
+
+    @property
+    def part(self) -> str | None:
+        """What the initialisation takes from the base; None where it takes nothing."""
         init = self.draft.config.get("init_lora_weights", True)
-        part = PARTS.get(init.lower()) if isinstance(init, str) else None
-        return Residual(update, part) if part else update
+        return PARTS.get(init.lower()) if isinstance(init, str) else None
 
     def with_magnitude(self, module: Module, update: Update) -> Update:
         """The update as DoRA applies it, where it is DoRA."""

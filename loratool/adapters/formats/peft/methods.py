@@ -155,7 +155,13 @@ def oft(module: Module) -> Updates:
     embedding = "oft_embedding_R" in module
     if "oft_R" not in module and not embedding:
         raise UnsupportedError("OFT as stored by an older PEFT (oft_r); merge it with the PEFT release that wrote it")
-    stored = module.tensor("oft_embedding_R" if embedding else "oft_R")
+    slot = "oft_embedding_R" if embedding else "oft_R"
+    shape = module.shape(slot)
+    module.require(
+        len(shape) != 2 or shape[1] > 0 or shape[0] == 0,
+        f"{slot} is {list(shape)}: blocks of size 1 (oft_block_size) have nothing to rotate, so the adapter changes nothing here",
+    )
+    stored = module.tensor(slot)
     count, elements = stored.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     module.require(size * (size - 1) // 2 == elements, f"{elements} is not the number of elements of an upper triangle")

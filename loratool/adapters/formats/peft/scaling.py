@@ -102,11 +102,16 @@ class Scaling:
                 )
             )
 
-    def scale(self, path: str, rank: int) -> float:
-        """The factor of a module whose tensors have `rank`; raises `UnusableError` where the config says another."""
+    def scale(self, path: str, rank: int, narrowed: bool = False) -> float:
+        """The factor of a module whose tensors have `rank`; raises `UnusableError` where the config says another.
+
+        `narrowed` says that an initialisation left a module all the rank that its weight has: r may be larger, and counts.
+        """
         if not self.valid:
             return 0.0
         ranks = self.expected(path)
+        if narrowed and ranks and min(ranks) > rank:
+            ranks = [rank := next(iter(ranks))]
         if ranks and rank not in ranks:
             raise UnusableError(
                 f"{printable(path)}: {self.draft.where} says r = {next(iter(ranks))}, but the tensors have rank {rank}",

@@ -134,7 +134,11 @@ TRAINING = "affects training only"
 FILED = "describes the adapter, not its weights"
 
 OPTIONS: dict[str, Row] = {
-    "r": Row("rank", "s = α/r; r is read from the tensors, and the config must agree", test=VARIANT),
+    "r": Row(
+        "rank",
+        "s = α/r; r is read from the tensors, and the config must agree, unless PiSSA or OLoRA left all ranks of a smaller weight",
+        test=VARIANT,
+    ),
     "lora_alpha": Row("α", "s = α/r; 8 if it is missing, with a note", test=VARIANT),
     "use_rslora": Row("rsLoRA", "s = α/√r", test=VARIANT),
     "rank_pattern": Row(
