@@ -453,6 +453,34 @@ def test_a_dtype_that_nobody_knows_is_a_damaged_file(compressed: Compressed, tmp
         (adding if which == "shared" else expanding)()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("rank", 10**15, "rank 1000000000000000"),
+        ("rank", 0, "rank 0"),
+        ("rows", 10**12, "header says 1000000000000 × "),
+        ("experts", 10**9, "header says 1000000000 × "),
+        ("kernel", [7, 7], "kernels of 49"),
+    ],
+)
+def test_sizes_that_are_not_those_of_what_is_stored_are_a_damaged_file(
+    compressed: Compressed, tmp_path: Path, field: str, value: Any, told: str
+) -> None:
+    """They are refused from headers, before the output's size is worked out or memory taken."""
+    shutil.copytree(compressed[0], tmp_path / "fleet")
+    path = tmp_path / "fleet" / "a0.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    about = json.loads(metadata["about"])
+    next(iter(about["layers"].values()))[field] = value
+    save_file(tensors, path, {**metadata, "about": json.dumps(about)})
+    with pytest.raises(loratool.InputError, match=told) as caught:
+        loratool.expand(tmp_path / "fleet", "a0", tmp_path / "out")
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
 def without(name: str) -> Callable[[dict[str, Tensor]], None]:
     def spoil(tensors: dict[str, Tensor]) -> None:
         del tensors[next(each for each in tensors if each.endswith(name))]

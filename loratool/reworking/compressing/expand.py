@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,16 @@ from loratool.notes import Note
 from loratool.provenance.inputs import told_input
 from loratool.provenance.recorded import made_of
 from loratool.results.compress import ExpandReport
-from loratool.reworking.compressing.files import OTHER, Opened, expanded, form_of, member_name, open_member, open_shared
+from loratool.reworking.compressing.files import (
+    OTHER,
+    OWN,
+    Opened,
+    expanded,
+    form_of,
+    member_name,
+    open_member,
+    open_shared,
+)
 from loratool.reworking.compressing.options import ExpandOptions
 from loratool.reworking.runner import Draft, Made, Maker, Rest, run
 
@@ -54,6 +64,7 @@ def expand(
             raise ValueError(f"dtype {stored_dtype!r}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise broken(member, f"{type(error).__name__}: {error}") from None
+    check_sizes(bases, member, forms)
     target = check_adapter_target(out, [folder], options, form)
     dtype = stored_dtype if options.dtype == "keep" else options.dtype
     draft = Stored(forms, names, dtype, carried_by(member), known=header)
@@ -125,13 +136,52 @@ def carried_by(member: Opened) -> Carried:
     return Carried({name: StoredTensor(member.file, member.file.tensors[there]) for there, name in names.items()})
 
 
-def at_rank(bases: Opened, member: Opened, layer: str, shape: Form) -> Product:
-    """ΔW of a layer at the rank that its file states, the singular values shared by both factors."""
+def check_sizes(bases: Opened, member: Opened, forms: Mapping[str, Form]) -> None:
+    """Raise `InputError` where layers are of other sizes than what is stored for them, which decide how much is written.
+
+    Layers that a dialect gives one rank have the largest of theirs, so that of any layer may be as large as another's.
+    """
+    stored = {layer: sizes_of(bases, member, layer) for layer in forms}
+    most = max((rank for *_, rank in stored.values()), default=0)
+    for layer, form in forms.items():
+        *sizes, _ = stored[layer]
+        stated, kernel = [form.experts, form.rows, form.columns], math.prod(form.kernel)
+        if stated != sizes:
+            raise broken(member, f"{printable(layer)} is {told(sizes)}, and its header says {told(stated)}")
+        if min(form.kernel, default=1) < 1 or form.columns % kernel:
+            raise broken(
+                member, f"{printable(layer)} has {form.columns} columns, and its header says kernels of {kernel}"
+            )
+        if not 1 <= form.rank <= most:
+            raise broken(
+                member, f"{printable(layer)}: its header says rank {form.rank}, and {most} is the largest stored"
+            )
+
+
+def sizes_of(bases: Opened, member: Opened, layer: str) -> tuple[int, int, int, int]:
+    """(experts, rows, columns, largest rank) of what is stored for a layer."""
     if layer not in member.clusters:
         raise broken(member, f"nothing is stored for {printable(layer)}")
+    sizes: tuple[int, ...] = ()
+    rank = 0
+    for cluster in member.clusters[layer]:
+        where, left = (member, "B") if cluster == OWN else (bases, "U")
+        if not where.has(layer, cluster, left):
+            raise broken(member, f"{printable(layer)}: what is its own is not two factors")
+        sizes = where.shapes[layer, cluster]
+        rank += where.file.tensors[f"{layer}/{cluster}/{left}"].shape[-1]
+    experts, rows, columns = (1, *sizes)[-3:]
+    return experts, rows, columns, rank
+
+
+def told(sizes: Sequence[int]) -> str:
+    """Sizes of a layer, without the number of experts where there is one."""
+    return " × ".join(map(str, sizes if sizes[0] != 1 else sizes[1:]))
+
+
+def at_rank(bases: Opened, member: Opened, layer: str, shape: Form) -> Product:
+    """ΔW of a layer at the rank that its file states, the singular values shared by both factors."""
     found = expanded(bases, member, layer, torch.device("cpu"))
-    if found.shape != (shape.rows, shape.columns):
-        raise broken(member, f"{printable(layer)} is {found.shape}, and its header says {(shape.rows, shape.columns)}")
     return padded(truncated(found, min(shape.rank, found.rank))[0], shape.rank)
 
 
