@@ -17,11 +17,12 @@ from loratool.lazy import Tensor, torch
 
 MOST = 0.1  # of the parameters of one tensor: where more are no known ones, another tool chose all of them
 FEWEST = 4  # of which one may be unlike all others
-NEAR, FAR = (
-    2.0,
-    8.0,
-)  # times a scale of the quantiser: what a like tool, and one that searches for the best scales, may choose
+NEAR = 2.0  # times a scale of the quantiser: what a tool may choose most of whose scales are the quantiser's
+FAR = 8.0  # what any other tool may choose, such as one that searches for the best scales
 USUAL = 64.0  # times most scales of a tensor, or less by as much: others may be those of groups of zeros
+STEPS = 4  # the difference of exponents by which powers of two are far apart
+NESTED = "absmax"  # of bitsandbytes, whose bytes are numbers of values around an offset that each tool works out
+ONE = 127  # the byte that stands for 2^0, and for a block of zeros
 SHIFTS = ("zero", "shift")  # in the names of parameters that are no scales
 
 
@@ -75,8 +76,13 @@ def odd_ones(name: str, theirs: Tensor, own: Tensor | None, new: Tensor) -> int:
     known = kept if copied else kept | equal(theirs, new)
     if mostly(kept):
         return int((~known).sum())
-    is_scale = theirs.dtype.is_floating_point and not any(word in name.rpartition(".")[2] for word in SHIFTS)
-    if copied or not is_scale:
+    leaf = name.rpartition(".")[2]
+    if copied or any(word in leaf for word in SHIFTS):
+        return 0
+    if theirs.dtype == torch.uint8:
+        far = (theirs.int() - new.int()).abs() >= STEPS
+        return int((far & (new != ONE)).sum()) if leaf != NESTED else 0
+    if not theirs.dtype.is_floating_point:
         return 0
     one, other = theirs.double(), new.double()
     ratio, middle = one / other, other.median()

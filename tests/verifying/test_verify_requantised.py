@@ -13,7 +13,7 @@ import torch
 from checkpoints import save_model
 from merged_models import ALPHA, CONFIG, RANK, Scene, Tensors, codes, rounded, scene
 from packed_bnb import nf4
-from quantised_models import Quantised, awq, ct_int8, ct_packed, fp8, gptq
+from quantised_models import Quantised, awq, ct_int8, ct_mxfp4, ct_packed, fp8, gptq
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -234,6 +234,17 @@ def test_values_of_the_merged_model_are_not_taken_for_those_of_the_base(anew: Be
         change = anew.plain.change(name)
         applied = made.values[name].double() - anew.weights[name].double()
         assert gains[name] == pytest.approx(float((applied * change).sum() / change.square().sum()), abs=0.02)
+
+
+def test_a_power_of_two_that_is_far_from_that_of_its_block_is_named(plain: Scene, tmp_path: Path) -> None:
+    """The scales are bytes, and those of a model that was quantised after the merge are nobody else's."""
+    of = Bench(plain, ct_mxfp4, None, tmp_path)
+    folder = of.packed(of.merged(), tmp_path / "merged")
+    assert loratool.verify(folder, of.base, plain.adapter, device="cpu").verdict == "proven"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[UP + "_scale"].view(-1)[3] -= 16
+    save_file(tensors, folder / "model.safetensors")
+    assert_found(loratool.verify(folder, of.base, plain.adapter, device="cpu"), "scales-differ", {UP})
 
 
 def damage(folder: Path, factor: float) -> str:
