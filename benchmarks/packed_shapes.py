@@ -7,6 +7,7 @@ such that the weights they mean have the size of the plain ones.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from shapes import WEIGHT_STD, Shape, bf16_pool, write_json
+from shapes import SHAPES, WEIGHT_STD, Shape, bf16_pool, write_json
 
 Array = NDArray[Any]
 Tensors = dict[str, Array]
@@ -116,3 +117,9 @@ def make_packed(shape: Shape, family: str, folder: Path) -> None:
             typed[name] = typed[name].view(torch.float8_e4m3fn if name in eight else torch.bfloat16)
     save_file(typed, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", {**shape.model_config, "quantization_config": CONFIGS[family]})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] not in SHAPES or sys.argv[2] not in FAMILIES:
+        sys.exit(f"usage: packed_shapes.py {{{','.join(SHAPES)}}} {{{','.join(FAMILIES)}}} DIR")
+    make_packed(SHAPES[sys.argv[1]], sys.argv[2], Path(sys.argv[3]))
