@@ -95,7 +95,7 @@ def simulated(simulations: Sequence[Simulation]) -> Iterator[Block]:
                 )
             ],
         )
-    names = ("workers", "time", "limited by", "start-up", "work", "if even", "finishing", "parts", "read", "written")
+    names = ("workers", "time", "limited by", "start-up", "work", "balanced", "finishing", "parts", "read", "written")
     rows: list[tuple[Value, ...]] = [
         (
             f"{each.workers:,}",

@@ -43,7 +43,7 @@ def simulation_text(simulations: Sequence[Simulation]) -> str:
         ["limited by", *(each.limit for each in simulations)],
         ["  start-up", *(duration(each.startup_seconds) for each in simulations)],
         ["  work", *(duration(each.work_seconds) for each in simulations)],
-        ["  if even", *(duration(each.even_seconds) for each in simulations)],
+        ["  balanced", *(duration(each.even_seconds) for each in simulations)],
         ["  finishing", *(duration(each.finish_seconds) for each in simulations)],
         ["parts", *(f"{each.parts:,}" for each in simulations)],
         ["read", *(size(each.bytes_read) for each in simulations)],

@@ -167,7 +167,7 @@ def test_the_terabyte_of_the_page_is_what_its_shapes_and_the_default_rates_say()
     assert set(local["written"]) == {f"{(kept + 2 * edited) / 1e12:.2f} TB"}
     assert [seconds(word) for word in local["finishing"]] == pytest.approx([10 + (kept + 2 * edited) / 1e9] * 4, abs=1)
     assert seconds(local["work"][0]) == pytest.approx((kept + 2 * edited) / 1e9, abs=1)  # slower than copying at 2 GB/s
-    for count, even in zip((1, 8, 64), local["if even"], strict=False):
+    for count, even in zip((1, 8, 64), local["balanced"], strict=False):
         assert seconds(even) == pytest.approx((kept + 2 * edited) / 1e9 / count, abs=1)
 
 
