@@ -37,9 +37,7 @@ BLOCKS: dict[str, Callable[[Sequence[Result]], str]] = {
     "people": people_table,
     "rounding": rounding_table,
     "reasons": reasons,
-    "fleets": partial(
-        aspects, benchmark="people", heads={"processor": "time of processors", "peak memory": "peak memory"}
-    ),
+    "fleets": partial(aspects, benchmark="people", heads={"processor": "CPU time", "peak memory": "peak memory"}),
     "compressed": partial(
         aspects,
         benchmark="people",

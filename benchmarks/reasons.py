@@ -21,8 +21,8 @@ def against_peft(results: Sequence[Result]) -> Iterator[str]:
         ours, theirs = row.get("runs", {}).get("merge cpu"), peft.get("runs", {}).get("PEFT")
         if ours and theirs and peft.get("shape") == row["shape"]:
             sizes = f"{row['shape']} ({row['bytes'] / 1e9:.2f} GB)"
-            yield f"**Little memory.** Merging into {sizes} takes {most_memory(ours)}, with PEFT {most_memory(theirs)}."
-            yield f"**Less time.** It takes {middle(ours, 'wall'):.1f} s on {machine(result)}, with PEFT {middle(theirs, 'wall'):.1f} s."
+            yield f"**Little memory.** Merging into {sizes} takes {most_memory(ours)}; PEFT takes {most_memory(theirs)}."
+            yield f"**Less time.** It takes {middle(ours, 'wall'):.1f} s on {machine(result)}; PEFT takes {middle(theirs, 'wall'):.1f} s."
             return
 
 
@@ -51,7 +51,7 @@ def quantised(results: Sequence[Result]) -> Iterator[str]:
     if ratios:
         every = [ratio for each in ratios.values() for ratio in each]
         yield (
-            f"**Quantised bases as they are.** Merging into {', '.join(ratios)} takes {min(every):.2f} to "
+            f"**Quantised bases, merged directly.** Merging into {', '.join(ratios)} takes {min(every):.2f} to "
             f"{max(every):.2f} times as long as into the plain base."
         )
 

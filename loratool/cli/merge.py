@@ -83,7 +83,7 @@ class MergeWords(MergeAndPushOptions):
     "named_base",
     type=A_MODEL,
     metavar="BASE",
-    help="BASE as an option; every operand is then an ADAPTER. auto means the base that the adapters name.",
+    help="Pass BASE as an option, so that every operand is an ADAPTER. auto means the base that the adapters name.",
 )
 @click.option(
     "--also",
@@ -107,8 +107,8 @@ def merge(
 ) -> None:
     """Merge adapters into a base model, shard by shard.
 
-    BASE is a model folder, a pipeline of diffusers, or one .safetensors or .gguf file; ADAPTER a folder as saved by
-    PEFT, or a file of kohya, ComfyUI, llama.cpp or another tool. Either may be org/name[@revision] on the Hub, and BASE
+    BASE is a model folder, a diffusers pipeline, or one .safetensors or .gguf file; ADAPTER is a folder saved by
+    PEFT, or a file from kohya, ComfyUI, llama.cpp or another tool. Either may be org/name[@revision] on the Hub, and BASE
     may be auto. A single ADAPTER is merged into the base it names; a model saved with its adapter unmerged needs no
     ADAPTER. OUT becomes a complete model folder: weights, index, config, tokenizer; or one file like BASE. It appears
     only when it is complete; after an interruption, run the same command again to continue.

@@ -23,7 +23,7 @@ class PlanOptions(ChangeOptions, LayoutOption):
     """What is merged, and how it is laid out."""
 
     requantize: bool = option(
-        help="Write edited weights of a quantised BASE in its own format again, each value rounded to the nearest one.",
+        help="Write changed weights back in the format of the quantised BASE, each value rounded to the nearest one.",
         default=False,
         kind=FLAG,
     )
@@ -43,12 +43,12 @@ class ProofOptions(Options):
     """Of a merge: what is known of its output for sure."""
 
     sha256: bool = option(
-        help="Also record the SHA-256 of each whole weight file, which reads it once more.",
+        help="Also record the SHA-256 of each whole weight file, which means reading it again.",
         default=False,
         kind=FLAG,
     )
     digests: str = option(
-        help="Which digests are computed: new leaves out BASE, and tensors that are copied from it if their digests "
+        help="Which digests to compute: new skips BASE, and tensors copied from it if their digests "
         "are known from its loratool.json or the Hub's cache; full computes them all.",
         default="new",
         kind=Choice(lambda: ("new", "full")),

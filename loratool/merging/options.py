@@ -51,7 +51,7 @@ class ChangeOptions(BlockOption, NamingOptions, OrientationOption, ReadingOption
     )
     component_weights: tuple[str, ...] = option(
         "--component-weight",
-        help="Multiply the weights of all ADAPTERs within a component of an image model, as in unet=0.8; may be "
+        help="Multiply the weights of all ADAPTERs in one component of an image model, such as unet=0.8; may be "
         "repeated.",
         default=(),
         kind=Pairs("COMPONENT", "unet=0.8"),
@@ -59,7 +59,7 @@ class ChangeOptions(BlockOption, NamingOptions, OrientationOption, ReadingOption
     )
     dtype: str = option(help="Dtype of all float tensors in the output.", default="keep", kind=dtypes(*DTYPES))
     gguf_type: str | None = option(
-        help="Type of the matrices of a GGUF BASE that change [default: F32 or F16 where they are, else BF16].",
+        help="Type of the matrices of a GGUF BASE that change [default: F32 and F16 stay, others become BF16].",
         kind=Choice(lambda: GGUF_TYPES),
     )
     rounding: str = option(
@@ -114,7 +114,7 @@ class RunOptions(DeviceOption):
     """Of a merge: what it may use."""
 
     workers: int | str | None = option(
-        help="Number of worker threads [default: the number of cores plus two, at most 16, or 6 where numpy computes; on GPUs one per core, at most 12 for each]; for merge also ray or ray://HOST:PORT, the tasks of a Ray cluster.",
+        help="Number of worker threads [default: the number of cores plus two, at most 16, or 6 if numpy computes; on GPUs one per core, at most 12 per GPU]; for merge also ray or ray://HOST:PORT, to run as tasks on a Ray cluster.",
         kind=Workers(whole=True, low=1, high=1024),
         recorded=False,
     )
