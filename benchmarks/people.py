@@ -95,7 +95,7 @@ def timed(words: Sequence[str], turns: int) -> list[Run]:
 def cost(
     what: str, runs: Sequence[Run], most_seconds: float | None = None, most_memory: float | None = None
 ) -> list[Finding]:
-    """Time by the clock, time of processors, and peak memory."""
+    """Time by the clock, CPU time, and peak memory."""
     wall, processor = (median(values) for values in ([r.wall - r.sync for r in runs], [r.processor for r in runs]))
     return [
         at_most(what, wall, most_seconds, seconds),

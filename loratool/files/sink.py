@@ -49,7 +49,7 @@ class Sink(Protocol):
         """
 
     def record(self, seen: Seen, digest: Digest) -> None:
-        """Hear what was seen of the file; called last, when it is finished and its inputs were found unchanged."""
+        """Hear what was seen of the file; called last, when it is finished and its inputs were checked and had not changed."""
 
     def close(self) -> None:
         """Let go of what is open, once the work was stopped and no thread is busy with the file any more."""

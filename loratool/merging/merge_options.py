@@ -23,7 +23,7 @@ class PlanOptions(ChangeOptions, LayoutOption):
     """What is merged, and how it is laid out."""
 
     requantize: bool = option(
-        help="Write changed weights back in the format of the quantised BASE, each value rounded to the nearest one.",
+        help="Write edited weights back in the format of the quantised BASE, each value rounded to the nearest one.",
         default=False,
         kind=FLAG,
     )

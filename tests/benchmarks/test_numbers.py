@@ -185,7 +185,7 @@ def test_what_was_measured_in_several_ways_is_a_row_under_its_command(
     assert (root / "docs/fleets.md").read_text().splitlines()[2:-2] == [
         "`python benchmarks/people.py` on Abacus, 3 cores:",
         "",
-        "|  | time of processors | peak memory |",
+        "|  | CPU time | peak memory |",
         "|---|---|---|",
         "| a table | 2 s | 30 MB |",
         "| an index | 1 s |  |",
