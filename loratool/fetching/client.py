@@ -160,8 +160,7 @@ def unreachable(error: BaseException) -> str:
     ):  # the client's `_upload_xet_files`
         return (
             f"{endpoint()} does not accept uploads through Xet ({type(error).__name__}: {told(error)}); check the "
-            "network and "
-            "try again, or set HF_HUB_DISABLE_XET=1 to send them without it"
+            "network and try again, or set HF_HUB_DISABLE_XET=1 to send them without it"
         )
     return (
         f"{endpoint()} cannot be reached ({type(error).__name__}: {told(error)}); check the network and try "

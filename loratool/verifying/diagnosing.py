@@ -101,9 +101,8 @@ def diagnose_edited(
         most = max(found[name].residual for name in parts)
         text = (
             f"the part that the adapter's initialisation subtracted from W differs by up to {100 * most:.2g} % of its "
-            "size, and "
-            f"nothing else does: PEFT rounds its factors to {plan_dtype(plan, parts[0])} in the adapter that it converts to "
-            "LoRA, so pass the adapter that was merged, converted or not"
+            f"size, and nothing else does: PEFT rounds its factors to {plan_dtype(plan, parts[0])} in the adapter that it "
+            "converts to LoRA, so pass the adapter that was merged, converted or not"
         )
         yield of_modules("part-rounded", text, parts, {"relative": most})
     if coarse := [name for name, each in found.items() if each.kind == COARSE]:
@@ -117,8 +116,7 @@ def diagnose_edited(
         farthest = max(distances[name].ulp for name in single)
         text = (
             f"off by no more than float32 arithmetic explains, but {farthest:.3g} ulp of float64; probably the update "
-            "was "
-            "computed in float32"
+            "was computed in float32"
         )
         yield of_modules("computed-in-float32", text, single, {"ulp": farthest})
 
